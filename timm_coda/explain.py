@@ -1,0 +1,409 @@
+"""Exact explanations of dynamic-linear models: logits = W(x) x + bias, read off with one backward pass a target.
+
+Knows torch and what a model of ours has: layers with a `frozen_dynamics` switch, `encoding`, `logits.bias`.
+"""
+
+import threading
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    import numpy as np
+    from matplotlib.figure import Figure
+    from PIL.Image import Image
+
+__all__ = ["ExplainMixin", "Explanation", "explain", "explanation_mode"]
+
+
+@contextmanager
+def explanation_mode(model: nn.Module) -> Iterator[nn.Module]:
+    """Inside, backward through `model` is multiplication by its dynamic linear map W(x); forward values are the same.
+
+    Layers are found on entry, in whatever wraps the model (DDP, Accelerate, torch.compile). Re-entrant; only the
+    thread that entered sees it; left clean after an error.
+
+    Raises:
+        ValueError: the model has no dynamic-linear layer.
+    """
+    switches = [m.frozen_dynamics for m in model.modules() if hasattr(m, "frozen_dynamics")]
+    if not switches:
+        raise ValueError(
+            f"{type(model).__name__} has no dynamic-linear layer, so no exact explanation: create one of "
+            "timm_coda's models"
+        )
+    with ExitStack() as stack:
+        for switch in switches:
+            stack.enter_context(switch)  # pyright: ignore[reportArgumentType]
+        yield model
+
+
+@dataclass(frozen=True, repr=False)
+class Explanation:
+    """What a model decided for a batch of images and where that came from.
+
+    `value = bias + contributions.sum((-2, -1)) + residual`, exactly. Indexing and iteration give explanations of a
+    part of the batch, the batch axis kept. Tensors are detached, on the model's device, float32 or better but for
+    `logits`.
+    """
+
+    images: Tensor
+    """Colours the model saw, in [0, 1], (B, C, H, W)."""
+    logits: Tensor
+    """(B, classes)"""
+    prediction: Tensor
+    """Class of the largest logit, (B,)."""
+    target: Tensor
+    """Explained class, (B,), or T classes an image, (B, T)."""
+    value: Tensor
+    """What is explained, shaped as `target`: the target's logit, its difference to `versus`, or a unit's output."""
+    contributions: Tensor
+    """Signed share of each position in `value`, in its unit (logits), (B, H, W) or (B, T, H, W)."""
+    weights: Tensor
+    """The dynamic linear map W, (B, channels, H, W) or (B, T, channels, H, W); contributions = (W * input).sum."""
+    bias: float
+    """The part of `value` that no input has a share in."""
+    versus: Tensor | None = None
+    """Class the target is contrasted with, shaped as `target`."""
+    layer: str | None = None
+    """Layer whose output (without a unit) or whose unit (with one) is explained."""
+    unit: tuple[int, ...] | None = None
+    """Explained unit of `layer`: (channel,), summed over positions, or (channel, row, column)."""
+    label_names: tuple[str, ...] | None = None
+
+    @property
+    def residual(self) -> Tensor:
+        """What the contributions leave unexplained, as `value`: rounding for a CoDA-Net."""
+        return self.value - self.bias - self.contributions.sum((-2, -1))
+
+    def __len__(self) -> int:
+        return self.images.shape[0]
+
+    def __getitem__(self, index: int | slice | Sequence[int] | Tensor) -> "Explanation":
+        if isinstance(index, int):
+            if not -len(self) <= index < len(self):
+                raise IndexError(f"image {index} of an explanation of {len(self)}")
+            index = slice(index, index + 1 or None)
+        parts = {f.name: getattr(self, f.name) for f in fields(self)}
+        return replace(self, **{k: v[index] for k, v in parts.items() if isinstance(v, Tensor)})
+
+    def __iter__(self) -> Iterator["Explanation"]:
+        return (self[i] for i in range(len(self)))
+
+    def __repr__(self) -> str:
+        shown = {"target": self.target, "value": self.value, "versus": self.versus}
+        parts = [f"{k}={[round(x, 4) for x in v.flatten()[:8].tolist()]}" for k, v in shown.items() if v is not None]
+        where = f" of {self.layer}" if self.layer else ""
+        maps = "x".join(map(str, self.contributions.shape))
+        return f"Explanation({len(self)} images, {maps} contributions{where}, {', '.join(parts)}, bias={self.bias:.4f})"
+
+    def rgba(self, **kwargs: Any) -> "np.ndarray":
+        """Colour pictures of the weights of positive contributions, see `visualize.rgba`."""
+        from . import visualize
+
+        return visualize.rgba(self.weights, contributions=self.contributions, **kwargs)
+
+    def heatmap(self, **kwargs: Any) -> "np.ndarray":
+        """Signed heat maps, red for and blue against, see `visualize.heatmap`."""
+        from . import visualize
+
+        return visualize.heatmap(self.contributions, **kwargs)
+
+    def overlay(self, **kwargs: Any) -> "np.ndarray":
+        """Heat maps over the images, see `visualize.overlay`."""
+        from . import visualize
+
+        images = self.images if self.contributions.dim() == 3 else self.images[:, None]
+        return visualize.overlay(images, self.contributions, **kwargs)
+
+    def plot(self, **kwargs: Any) -> "Figure":
+        """Figure of images, predictions and maps with their numbers, see `visualize.figure`."""
+        from . import visualize
+
+        return visualize.figure(self, **kwargs)
+
+    def save(self, path: str | Path, **kwargs: Any) -> None:
+        """Write the figure (.png, .svg, .pdf; `kwargs` as `plot`) or all arrays (.npz)."""
+        from . import visualize
+
+        if Path(path).suffix == ".npz":
+            arrays = {f.name: getattr(self, f.name) for f in fields(self)} | {"residual": self.residual}
+            visualize.save_arrays(arrays, path)
+        else:
+            visualize.save_figure(self.plot(**kwargs), path)
+
+    def _repr_png_(self) -> bytes | None:
+        from . import visualize
+
+        try:
+            return visualize.png_bytes(self.plot())
+        except ImportError:  # without the viz extra a notebook shows the text
+            return None
+
+
+def explain(model: nn.Module, images: "Tensor | Image | Sequence[Image]", *args: Any, **kwargs: Any) -> Explanation:
+    """`model.explain(...)` of a model that DDP, torch.compile or another wrapper hides. Arguments as there.
+
+    Raises:
+        TypeError: no model with `explain` inside.
+    """
+    inner = model
+    while not isinstance(inner, ExplainMixin):
+        for name in ("module", "_orig_mod"):
+            if isinstance(getattr(inner, name, None), nn.Module):
+                inner = getattr(inner, name)
+                break
+        else:
+            raise TypeError(f"{type(inner).__name__} cannot explain itself: create one of timm_coda's models")
+    return inner.explain(images, *args, **kwargs)
+
+
+class ExplainMixin:
+    """Adds `explain` to a model with dynamic-linear layers, an `encoding` and a final `logits` layer."""
+
+    def explain(
+        self,
+        images: "Tensor | Image | Sequence[Image]",
+        target: int | Sequence[int] | Tensor | None = None,
+        *,
+        top: int | None = None,
+        versus: int | Sequence[int] | Tensor | None = None,
+        layer: str | None = None,
+        unit: int | tuple[int, int, int] | None = None,
+        batch_size: int | None = None,
+    ) -> Explanation:
+        """Which pixels speak for and against a class, exactly: contributions sum to its logit - bias.
+
+        One forward pass and one backward pass a target. The model and the caller's tensors are left as they are.
+
+        Args:
+            images: colours in [0, 1], (B, C, H, W) or (C, H, W); the same encoded, with 2C channels; or PIL images,
+                which go through the model's own eval transform
+            target: class to explain: None for the prediction, an int, B ints, or (B, T) for T classes an image
+            top: in place of `target`, the `top` classes with the largest logits, in that order
+            versus: class to contrast with, shaped as `target` or one an image: explains the difference of the logits
+            layer: name of an inner layer: explains the class by this layer's output in place of the pixels
+            unit: with `layer`: explains by the pixels, in place of a class, this channel of the layer summed over its
+                positions, or (channel, row, column)
+            batch_size: images at a time, to bound memory
+
+        Raises:
+            ValueError: a wrong shape, NaN, a class out of range, options that exclude each other.
+            TypeError: not float images, not integer classes.
+        """
+        model: Any = self
+        if not model.num_classes or not model.global_pool.pool_type:
+            raise ValueError("this model has no pooled classifier to explain: give it one with reset_classifier()")
+        if target is not None and top is not None:
+            raise ValueError(f"target={target} and top={top}: give one of them")
+        if top is not None and not 1 <= top <= model.num_classes:
+            raise ValueError(f"top={top}: the model has {model.num_classes} classes")
+        if unit is not None and (layer is None or target is not None or versus is not None or top is not None):
+            raise ValueError("unit= goes with layer=, and without target=, top= and versus=")
+        batch = _as_batch(images)
+        count = len(batch)
+        targets = _as_classes("target", target, count, model.num_classes)
+        others = _as_classes("versus", versus, count, model.num_classes)
+        if batch_size is not None and batch_size < 1:
+            raise ValueError(f"batch_size={batch_size}: must be at least 1")
+        step = count if batch_size is None else batch_size
+        with torch.inference_mode(False), torch.enable_grad(), explanation_mode(model):
+            parts = []
+            for start in range(0, count, step):
+                now = slice(start, start + step)
+                encoded = _encode(model, batch[now])
+                goal = None if targets is None else targets[now]
+                other = None if others is None else others[now]
+                parts.append(_explain_batch(model, encoded, goal, top, other, layer, unit))
+        return _concatenate(parts)
+
+
+def _explain_batch(
+    model: Any,
+    encoded: Tensor,
+    target: Tensor | None,
+    top: int | None,
+    versus: Tensor | None,
+    layer: str | None,
+    unit: int | tuple[int, int, int] | None,
+) -> Explanation:
+    encoded.requires_grad_()
+    with nullcontext() if layer is None else _output_of(model, layer) as outputs:
+        logits = model(encoded)
+    inner = None
+    if layer is not None:
+        inner = _only_map(outputs, layer)
+
+    prediction = logits.argmax(1)
+    if top is not None:
+        target = logits.topk(top, 1).indices
+    elif target is None:
+        target = prediction
+    target = target.to(logits.device)
+    exact = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    several = target.reshape(len(encoded), -1)  # (B, T)
+    bias = model.logits.bias
+    source = encoded
+    if unit is not None and inner is not None:
+        unit = (unit,) if isinstance(unit, int) else tuple(unit)
+        value, bias = _unit_output(inner, unit, layer), 0.0
+    else:
+        value = exact.gather(1, several)
+        source = encoded if inner is None else inner
+        if versus is not None:
+            versus = versus.to(logits.device).reshape(len(encoded), -1).expand_as(several)
+            value, bias = value - exact.gather(1, versus), 0.0
+            versus = versus.reshape(target.shape)
+
+    weights = []
+    for t in range(value.shape[1]):
+        grad = torch.autograd.grad(value[:, t].sum(), source, retain_graph=t + 1 < value.shape[1])[0]
+        weights.append(grad.to(exact.dtype))
+    weights = torch.stack(weights, 1)  # (B, T, C, H, W)
+    contributions = (weights * source.detach().to(exact.dtype).unsqueeze(1)).sum(2)
+    colours = encoded.detach()[:, : encoded.shape[1] // 2].to(exact.dtype)
+    names = model.pretrained_cfg.get("label_names") if hasattr(model, "pretrained_cfg") else None
+    shape = target.shape
+    return Explanation(
+        images=colours,
+        logits=logits.detach(),
+        prediction=prediction,
+        target=target,
+        value=value.detach().reshape(shape),
+        contributions=contributions.reshape(shape + contributions.shape[2:]),
+        weights=weights.reshape(shape + weights.shape[2:]),
+        bias=bias,
+        versus=versus,
+        layer=layer,
+        unit=unit,
+        label_names=tuple(names) if names else None,
+    )
+
+
+def _as_batch(images: "Tensor | Image | Sequence[Image]") -> "Tensor | list[Image]":
+    """A (B, C, H, W) tensor or a list of PIL images."""
+    if isinstance(images, Tensor):
+        if not images.is_floating_point():
+            raise TypeError(f"images are {images.dtype}: give floats in [0, 1], such as images / 255")
+        batch = images[None] if images.dim() == 3 else images
+    elif isinstance(images, Sequence):
+        batch = list(images)
+    else:
+        batch = [images]
+    if len(batch) == 0:
+        raise ValueError("no images: the batch is empty")
+    if not isinstance(batch, Tensor) and not all(hasattr(image, "convert") for image in batch):
+        kind = next(type(image).__name__ for image in batch if not hasattr(image, "convert"))
+        raise TypeError(f"images are {kind}: give a tensor (B, C, H, W), a PIL image or a list of PIL images")
+    return batch
+
+
+def _encode(model: Any, images: "Tensor | list[Image]") -> Tensor:
+    """A fresh encoded tensor with the model's device and dtype."""
+    parameter = next(model.parameters())
+    if isinstance(images, Tensor):
+        x = images
+    else:
+        from timm.data import create_transform, resolve_model_data_config
+
+        transform: Any = create_transform(**resolve_model_data_config(model), is_training=False)
+        modes = ["RGB"] if model.in_chans == 3 else ["L", "RGB"]
+        stack = []
+        for image in images:
+            for mode in modes:
+                image = image.convert(mode)
+            stack.append(transform(image)[: model.in_chans])
+        x = torch.stack(stack)
+    # clone: an inference tensor cannot take part in autograd, and the caller's tensor must not.
+    x = x.detach().clone().to(parameter.device, parameter.dtype)
+    encoded = model.encoding(x)
+    if not torch.isfinite(x).all():
+        bad = (~torch.isfinite(x)).flatten(1).any(1).nonzero().flatten().tolist()
+        raise ValueError(f"images {bad} have NaN or infinite values: an explanation of them would mean nothing")
+    low, high = x.min().item(), x.max().item()
+    if low < -1e-3 or high > 1 + 1e-3:
+        warnings.warn(
+            f"images have values from {low:.3g} to {high:.3g}, outside [0, 1]: if they are normalised by mean and "
+            "std, leave that out; the model takes plain colours and encodes them itself",
+            stacklevel=4,
+        )
+    return encoded.detach().clone() if encoded is x else encoded
+
+
+def _as_classes(name: str, value: int | Sequence[int] | Tensor | None, count: int, num_classes: int) -> Tensor | None:
+    """(B,) or (B, T) class indices, checked."""
+    if value is None:
+        return None
+    classes = torch.as_tensor(value)
+    if classes.is_floating_point() or classes.is_complex() or classes.dtype == torch.bool:
+        raise TypeError(f"{name} is {classes.dtype}: give class indices as integers")
+    classes = classes.long()
+    if classes.dim() == 0:
+        classes = classes.expand(count)
+    if classes.dim() > 2 or len(classes) != count or classes.numel() == 0:
+        raise ValueError(
+            f"{name} has shape {list(classes.shape)} for {count} images: give one class, one an image ({count},), or "
+            f"several an image ({count}, T)"
+        )
+    outside = classes[(classes < 0) | (classes >= num_classes)]
+    if outside.numel():
+        raise ValueError(f"{name}={outside[0].item()}: the model's classes are 0 to {num_classes - 1}")
+    return classes
+
+
+@contextmanager
+def _output_of(model: nn.Module, layer: str) -> Iterator[list[Any]]:
+    """Collects what the layer of that name puts out in this thread."""
+    try:
+        module = model.get_submodule(layer)
+    except AttributeError:
+        names = [name for name, m in model.named_modules() if hasattr(m, "frozen_dynamics")]
+        raise ValueError(f"layer={layer!r}: no such layer; among the model's are {', '.join(names)}") from None
+    thread = threading.get_ident()
+    outputs = []
+
+    def keep(module: nn.Module, args: Any, output: Any) -> None:
+        if threading.get_ident() == thread:
+            outputs.append(output)
+
+    handle = module.register_forward_hook(keep)
+    try:
+        yield outputs
+    finally:
+        handle.remove()
+
+
+def _only_map(outputs: list[Any], layer: str) -> Tensor:
+    if len(outputs) != 1 or not isinstance(outputs[0], Tensor) or outputs[0].dim() != 4:
+        seen = [list(o.shape) if isinstance(o, Tensor) else type(o).__name__ for o in outputs]
+        raise ValueError(f"layer={layer!r} gives {seen or 'nothing'} in a forward pass, expected one (B, C, H, W)")
+    return outputs[0]
+
+
+def _unit_output(inner: Tensor, unit: tuple[int, ...], layer: str | None) -> Tensor:
+    """(B, 1): the unit's output."""
+    size = inner.shape[1:] if len(unit) == 3 else inner.shape[1:2]
+    if len(unit) != len(size) or not all(0 <= index < limit for index, limit in zip(unit, size, strict=True)):
+        raise ValueError(
+            f"unit={unit}: layer {layer!r} has (channel, row, column) of {list(inner.shape[1:])}; give a channel or all"
+        )
+    inner = inner.to(torch.promote_types(inner.dtype, torch.float32))
+    return inner[:, unit[0]].sum((1, 2))[:, None] if len(unit) == 1 else inner[:, unit[0], unit[1], unit[2], None]
+
+
+def _concatenate(parts: list[Explanation]) -> Explanation:
+    if len(parts) == 1:
+        return parts[0]
+    first = parts[0]
+    joined = {
+        f.name: torch.cat([getattr(part, f.name) for part in parts])
+        for f in fields(first)
+        if isinstance(getattr(first, f.name), Tensor)
+    }
+    return replace(first, **joined)

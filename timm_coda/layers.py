@@ -1,0 +1,260 @@
+"""Layers whose output is a linear function of their input with input-dependent weights: y = W(x) x."""
+
+import threading
+
+import torch
+from timm.layers import to_2tuple
+from timm.models import register_notrace_module
+from torch import Tensor, nn
+
+from .functional import ACTIVATIONS, dau_conv2d, dau_linear
+
+__all__ = ["DAUConv2d", "DAULinear", "DynamicLinear", "FrozenDynamics", "GlobalPool", "InverseEncoding", "Logits"]
+
+
+class FrozenDynamics:
+    """A switch of one layer, `with layer.frozen_dynamics:`, true inside. Re-entrant; each thread has its own.
+
+    A copied or unpickled layer gets a fresh, open one.
+    """
+
+    def __init__(self) -> None:
+        self._thread = threading.local()
+        self._lock = threading.Lock()
+        self._holders = 0
+
+    def __enter__(self) -> None:
+        self._thread.depth = getattr(self._thread, "depth", 0) + 1
+        with self._lock:
+            self._holders += 1
+
+    def __exit__(self, *exc_info: object) -> None:
+        self._thread.depth -= 1
+        with self._lock:
+            self._holders -= 1
+
+    def __bool__(self) -> bool:
+        if torch.compiler.is_compiling():  # dynamo guards a plain number, not a thread's own
+            return self._holders > 0
+        return getattr(self._thread, "depth", 0) > 0
+
+    def __reduce__(self) -> tuple[type, tuple]:
+        return FrozenDynamics, ()
+
+
+class DynamicLinear(nn.Module):
+    """Base of all dynamic-linear layers.
+
+    While `frozen_dynamics` is held, backward treats every input-dependent factor of the layer as a constant: it is
+    exactly multiplication by W^T. The forward value never depends on it.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.frozen_dynamics = FrozenDynamics()
+
+
+class _Factor(nn.Module):
+    """Holds the parameters of one factor of a DAU under the names timm expects of a layer."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(weight)
+        self.bias = nn.Parameter(bias) if bias is not None else None
+
+
+class _DAU(DynamicLinear):
+    """Parameters of `units` dynamic alignment units that see inputs of shape `seen`."""
+
+    def __init__(self, units: int, seen: tuple[int, ...], rank: int, activation: str, device, dtype) -> None:
+        super().__init__()
+        if activation not in ACTIVATIONS:
+            raise ValueError(f"activation={activation!r}: choose one of {', '.join(map(repr, ACTIVATIONS))}")
+        for name, value in (("units", units), ("inputs", seen[0]), ("rank", rank)):
+            if value < 1:
+                raise ValueError(f"{name}={value}: a dynamic alignment layer needs at least 1")
+        dd = {"device": device, "dtype": dtype}
+        self.rank = rank
+        self.activation = activation
+        self.down = _Factor(torch.empty(rank, *seen, **dd))
+        self.up = _Factor(torch.empty(units * rank, *seen, **dd), torch.empty(units, *seen, **dd))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """PyTorch's default for the two linear maps of the papers: uniform, bound 1 / sqrt(inputs of the map)."""
+        bound = self.down.weight[0].numel() ** -0.5
+        nn.init.uniform_(self.down.weight, -bound, bound)
+        bound = self.rank**-0.5
+        nn.init.uniform_(self.up.weight, -bound, bound)
+        nn.init.uniform_(self.up.bias, -bound, bound)  # pyright: ignore[reportArgumentType]
+
+    def extra_repr(self) -> str:
+        return f"{self.down.weight.shape[1]}, {self.up.bias.shape[0]}, rank={self.rank}, activation={self.activation!r}"
+
+
+@register_notrace_module
+class DAUConv2d(_DAU):
+    """Convolution of dynamic alignment units: (B, C, H, W) to (B, D, H', W'), |y_d| <= |patch|.
+
+    Source: Böhle et al., CVPR 2021 (arXiv 2104.00032), section 3.
+
+    Args:
+        in_channels: C
+        out_channels: D, the number of units
+        kernel_size, stride, padding, dilation: as `torch.nn.Conv2d`, an int or (rows, columns)
+        rank: width of the bottleneck shared by all units; more is more expressive and proportionally slower
+        activation: 'squash' (the papers' default) or 'l2'
+
+    Raises:
+        ValueError: an unknown activation, or a size below 1.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int | tuple[int, int] = 3,
+        *,
+        stride: int | tuple[int, int] = 1,
+        padding: int | tuple[int, int] = 0,
+        dilation: int | tuple[int, int] = 1,
+        rank: int = 64,
+        activation: str = "squash",
+        device=None,
+        dtype=None,
+    ) -> None:
+        super().__init__(out_channels, (in_channels, *to_2tuple(kernel_size)), rank, activation, device, dtype)
+        self.in_channels = in_channels
+        self.out_channels = out_channels
+        self.kernel_size: tuple[int, int] = to_2tuple(kernel_size)
+        self.stride: tuple[int, int] = to_2tuple(stride)
+        self.padding: tuple[int, int] = to_2tuple(padding)
+        self.dilation: tuple[int, int] = to_2tuple(dilation)
+
+    def forward(self, x: Tensor) -> Tensor:
+        frozen = False
+        if not torch.jit.is_scripting():
+            frozen = bool(self.frozen_dynamics)
+        return dau_conv2d(
+            x,
+            self.down.weight,
+            self.up.weight,
+            self.up.bias,
+            self.stride,
+            self.padding,
+            self.dilation,
+            self.activation,
+            frozen,
+        )
+
+    def extra_repr(self) -> str:
+        conv = f"kernel_size={self.kernel_size}, stride={self.stride}, padding={self.padding}"
+        return f"{super().extra_repr()}, {conv}" + (f", dilation={self.dilation}" if self.dilation != (1, 1) else "")
+
+
+@register_notrace_module
+class DAULinear(_DAU):
+    """Dynamic alignment units on the last axis: (..., K) to (..., D). Arguments and errors as `DAUConv2d`."""
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        *,
+        rank: int = 64,
+        activation: str = "squash",
+        device=None,
+        dtype=None,
+    ) -> None:
+        super().__init__(out_features, (in_features,), rank, activation, device, dtype)
+        self.in_features = in_features
+        self.out_features = out_features
+
+    def forward(self, x: Tensor) -> Tensor:
+        frozen = False
+        if not torch.jit.is_scripting():
+            frozen = bool(self.frozen_dynamics)
+        return dau_linear(x, self.down.weight, self.up.weight, self.up.bias, self.activation, frozen)
+
+
+@register_notrace_module
+class InverseEncoding(nn.Module):
+    """`x` and its inverse: (B, C, H, W) in [0, 1] to (B, 2C, H, W), so that dark pixels can contribute like bright ones.
+
+    An already encoded input passes through.
+
+    Args:
+        in_chans: C, colours of an image
+        min_size: pixels a side an image needs, the stride of the network behind
+
+    Raises:
+        ValueError: another channel count, or a smaller image.
+    """
+
+    def __init__(self, in_chans: int = 3, min_size: int = 1) -> None:
+        super().__init__()
+        self.in_chans = in_chans
+        self.min_size = min_size
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.dim() != 4 or (x.shape[1] != self.in_chans and x.shape[1] != 2 * self.in_chans):
+            raise ValueError(
+                f"expected images (B, {self.in_chans}, H, W), or encoded ones with {2 * self.in_chans} channels, "
+                f"got {list(x.shape)}: for another channel count create the model with in_chans="
+            )
+        if min(x.shape[2], x.shape[3]) < self.min_size:
+            raise ValueError(
+                f"an image of {x.shape[2]}x{x.shape[3]} pixels is smaller than the network's stride: "
+                f"resize it to at least {self.min_size}x{self.min_size}"
+            )
+        return x if x.shape[1] == 2 * self.in_chans else torch.cat([x, 1 - x], 1)
+
+    def extra_repr(self) -> str:
+        return f"{self.in_chans}, min_size={self.min_size}"
+
+
+class GlobalPool(nn.Module):
+    """Pools positions: 'sum' (CoDA-Nets) or 'avg' (B-cos networks), (B, C, H, W) to (B, C); '' leaves them."""
+
+    def __init__(self, pool_type: str = "sum") -> None:
+        super().__init__()
+        if pool_type not in ("sum", "avg", ""):
+            raise ValueError(f"global_pool={pool_type!r}: choose 'sum', 'avg' or '' (none); others are not linear")
+        self.pool_type = pool_type
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.pool_type == "sum":
+            return x.sum((2, 3))
+        if self.pool_type == "avg":
+            return x.mean((2, 3))
+        return x
+
+    def extra_repr(self) -> str:
+        return repr(self.pool_type)
+
+
+class Logits(nn.Module):
+    """votes / temperature + bias, the same bias for all classes; float32 under autocast.
+
+    Args:
+        temperature: T; larger ones ask for more alignment before a class is believed
+        bias: b0, the logit of an image without evidence
+
+    Raises:
+        ValueError: a temperature that is not above 0.
+    """
+
+    def __init__(self, temperature: float, bias: float) -> None:
+        super().__init__()
+        if not temperature > 0:
+            raise ValueError(f"logit_temperature={temperature}: must be above 0")
+        self.temperature = float(temperature)
+        self.bias = float(bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not torch.jit.is_scripting() and torch.is_autocast_enabled(x.device.type):
+            x = x.float()  # evidence of 1e-4 would vanish beside the bias
+        return x / self.temperature + self.bias
+
+    def extra_repr(self) -> str:
+        return f"temperature={self.temperature:g}, bias={self.bias:.4f}"
