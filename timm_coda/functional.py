@@ -46,14 +46,15 @@ def dau_conv2d(
     Raises:
         ValueError: an unknown activation, or an input of another channel count or smaller than the kernel.
     """
-    _check_dau(x, down, up, up_bias, padding, dilation, activation)
+    if not torch.jit.is_scripting():
+        _check_dau(x, down, up, up_bias, padding, dilation, activation)
     rank, units = down.shape[0], up_bias.shape[0]
     if frozen:
         down, up, up_bias = down.detach(), up.detach(), up_bias.detach()
     z = F.conv2d(x.detach() if frozen else x, down, None, stride, padding, dilation)  # (B, r, H', W')
     u = F.conv2d(x, up, None, stride, padding, dilation).unflatten(1, (units, rank))  # (B, D, r, H', W')
     aligned = (u * z.unsqueeze(1)).sum(2) + F.conv2d(x, up_bias, None, stride, padding, dilation)  # v^T p
-    if torch.jit.is_scripting():
+    if torch.jit.is_scripting() or x.is_meta:
         factor = _rescaling(z, up, up_bias, activation)
     else:
         with torch.autocast(x.device.type, enabled=False):

@@ -233,6 +233,7 @@ class GlobalPool(nn.Module):
         return repr(self.pool_type)
 
 
+@register_notrace_module
 class Logits(nn.Module):
     """votes / temperature + bias, the same bias for all classes; float32 under autocast.
 
@@ -252,8 +253,9 @@ class Logits(nn.Module):
         self.bias = float(bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        if not torch.jit.is_scripting() and torch.is_autocast_enabled(x.device.type):
-            x = x.float()  # evidence of 1e-4 would vanish beside the bias
+        if not torch.jit.is_scripting():
+            if not x.is_meta and torch.is_autocast_enabled(x.device.type):
+                x = x.float()  # evidence of 1e-4 would vanish beside the bias
         return x / self.temperature + self.bias
 
     def extra_repr(self) -> str:

@@ -24,6 +24,23 @@ from ..layers import DAUConv2d, GlobalPool, InverseEncoding, Logits
 __all__ = ["CodaNet"]
 
 
+class CodaStage(nn.Sequential):
+    """Layers of one stage, optionally recomputed in backward to save memory."""
+
+    def __init__(self, *layers: DAUConv2d) -> None:
+        super().__init__(*layers)
+        self.grad_checkpointing = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        # Recomputation in backward may run in another thread, where no explanation mode is on.
+        if not torch.jit.is_scripting():
+            if self.grad_checkpointing and not self[0].frozen_dynamics:
+                return checkpoint_seq(self, x)
+        for layer in self:
+            x = layer(x)
+        return x
+
+
 class CodaNet(ExplainMixin, nn.Module):
     """CoDA-Net. RGB images in [0, 1] (B, 3, H, W), or encoded ones (B, 6, H, W), to logits (B, num_classes).
 
@@ -93,7 +110,7 @@ class CodaNet(ExplainMixin, nn.Module):
                 prev_chs = channels[layer]
                 reduction *= strides[layer]
                 layer += 1
-            stages.append(nn.Sequential(*layers))
+            stages.append(CodaStage(*layers))
             self.feature_info.append({"num_chs": prev_chs, "reduction": reduction, "module": f"stages.{stage}"})
         self.encoding = InverseEncoding(in_chans, min_size=reduction)
         self.stages = nn.Sequential(*stages)
@@ -124,6 +141,8 @@ class CodaNet(ExplainMixin, nn.Module):
     @torch.jit.ignore
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         self.grad_checkpointing = enable
+        for stage in self.stages:
+            stage.grad_checkpointing = enable
 
     @torch.jit.ignore
     def get_classifier(self) -> nn.Module:
@@ -134,16 +153,6 @@ class CodaNet(ExplainMixin, nn.Module):
         if global_pool is not None:
             self.global_pool = GlobalPool(global_pool).train(self.training)
         self.head = self._make_head(**get_device_dtype(self)).train(self.training)
-
-    def _forward_stage(self, stage: nn.Module, x: Tensor) -> Tensor:
-        # Recomputation in backward may run in another thread, where no explanation mode is on.
-        if self.grad_checkpointing and not torch.jit.is_scripting() and not self._is_frozen():
-            return checkpoint_seq(stage, x)
-        return stage(x)
-
-    @torch.jit.ignore
-    def _is_frozen(self) -> bool:
-        return bool(self.stages[0][0].frozen_dynamics)  # pyright: ignore
 
     def forward_intermediates(
         self,
@@ -171,7 +180,7 @@ class CodaNet(ExplainMixin, nn.Module):
         x = self.encoding(x)
         stages = self.stages if torch.jit.is_scripting() or not stop_early else self.stages[: max_index + 1]
         for index, stage in enumerate(stages):
-            x = self._forward_stage(stage, x)
+            x = stage(x)
             if index in take_indices:
                 intermediates.append(x)
         return intermediates if intermediates_only else (x, intermediates)
@@ -191,9 +200,7 @@ class CodaNet(ExplainMixin, nn.Module):
 
     def forward_features(self, x: Tensor) -> Tensor:
         x = self.encoding(x)
-        for stage in self.stages:
-            x = self._forward_stage(stage, x)
-        return x
+        return self.stages(x)
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         if pre_logits or self.num_classes == 0:
