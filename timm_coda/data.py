@@ -11,6 +11,7 @@ import io
 import os
 import random
 import re
+import signal
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +25,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 from timm.data.transforms_factory import create_transform
-from torch.utils.data import Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler
 from torchvision import transforms
 
 DIGITS = Path(__file__).parent / "digits"
@@ -201,9 +202,10 @@ class ImageDataset(Dataset):
             seen[label] = ranks[-1] + 1
         samples: list[Any] = []
         for index in np.lexsort((self.split.labels, ranks)).tolist():
-            if sum(not isinstance(sample, Skipped) for sample in samples) == count:
+            if count == 0:
                 break
             samples.append(self[index])
+            count -= not isinstance(samples[-1], Skipped)
         return collate(samples)
 
 
@@ -231,6 +233,25 @@ def collate(samples: Sequence[tuple[torch.Tensor, int] | Skipped]) -> Batch:
     read = [sample for sample in samples if not isinstance(sample, Skipped)]
     images = torch.stack([image for image, _ in read]) if read else torch.empty(0)
     return Batch(images, torch.tensor([label for _, label in read], dtype=torch.long), skipped)
+
+
+def create_loader(dataset: ImageDataset, *, batch_size: int, workers: int, sampler: Sampler | None = None) -> DataLoader:
+    """Make a loader of `Batch`es: in order, or in the sampler's order and then without a last, smaller batch."""
+    return DataLoader(
+        dataset,
+        batch_size=batch_size,
+        sampler=sampler,
+        drop_last=sampler is not None,
+        num_workers=workers,
+        persistent_workers=workers > 0,
+        collate_fn=collate,
+        worker_init_fn=_ignore_interrupts,
+        pin_memory=torch.cuda.is_available(),
+    )
+
+
+def _ignore_interrupts(worker: int) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches every process; it is the main one's to see to
 
 
 def derive_seed(*key: int) -> int:

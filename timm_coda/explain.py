@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, fields, replace
+from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -119,32 +120,40 @@ class Explanation:
         """Heat maps over the images, see `visualize.overlay`."""
         from . import visualize
 
-        images = self.images if self.contributions.dim() == 3 else self.images[:, None]
-        return visualize.overlay(images, self.contributions, **kwargs)
+        return visualize.overlay(self.images, self.contributions, **kwargs)
 
     def plot(self, **kwargs: Any) -> "Figure":
         """Figure of images, predictions and maps with their numbers, see `visualize.figure`."""
         from . import visualize
 
-        return visualize.figure(self, **kwargs)
+        shown: dict[str, Any] = {"contributions": self.contributions, "bias": self.bias}
+        if self.unit is None and self.versus is None:
+            shown |= {"logits": self.logits, "targets": self.target, "label_names": self.label_names}
+        else:
+            shown |= {"values": self.value, "titles": self._titles(kwargs.pop("label_names", self.label_names))}
+        return visualize.figure(self.images, **shown | kwargs)
+
+    def _titles(self, label_names: Sequence[str] | None) -> list[list[str]]:
+        """(B, T) headings for what is no plain class: a unit of a layer, or one class in contrast with another."""
+        if self.versus is None:
+            return [[f"{self.layer} {', '.join(map(str, self.unit or ()))}"]] * len(self)
+        pairs = torch.stack([self.target, self.versus], -1).reshape(len(self), -1, 2).tolist()
+        names = [f"class {i}" for i in range(self.logits.shape[1])] if label_names is None else label_names
+        return [[f"{names[a]}, not {names[b]}" for a, b in row] for row in pairs]
 
     def save(self, path: str | Path, **kwargs: Any) -> None:
-        """Write the figure (.png, .svg, .pdf; `kwargs` as `plot`) or all arrays (.npz)."""
+        """Write the figure to a .png, .svg or .pdf file, whole or not at all; `kwargs` as `plot`."""
         from . import visualize
 
-        if Path(path).suffix == ".npz":
-            arrays = {f.name: getattr(self, f.name) for f in fields(self)} | {"residual": self.residual}
-            visualize.save_arrays(arrays, path)
-        else:
-            visualize.save_figure(self.plot(**kwargs), path)
+        visualize.save_figure(self.plot(**kwargs), path)
 
     def _repr_png_(self) -> bytes | None:
-        from . import visualize
-
+        stream = BytesIO()
         try:
-            return visualize.png_bytes(self.plot())
+            self.plot().savefig(stream, dpi=100)
         except ImportError:  # without the viz extra a notebook shows the text
             return None
+        return stream.getvalue()
 
 
 def explain(model: nn.Module, images: "Tensor | Image | Sequence[Image]", *args: Any, **kwargs: Any) -> Explanation:

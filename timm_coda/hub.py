@@ -5,20 +5,70 @@ Nothing in such a folder is ever half written: a file is complete before it take
 
 import contextlib
 import difflib
+import importlib.metadata
 import json
 import os
+import platform
 import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import timm
 import torch
 import yaml
+from accelerate import Accelerator
+from safetensors import SafetensorError
 from timm.models import save_for_hf
 
 
 class HubError(ValueError):
-    """A folder or a file of it that cannot be used; the message says which and how to mend it."""
+    """A model, a folder or a file that cannot be used; the message says which and how to mend it."""
+
+
+class SaveError(HubError):
+    """Something could not be written; what was there before still is."""
+
+
+@contextlib.contextmanager
+def blame(what: str, error_class: type[ValueError] = HubError) -> Iterator[None]:
+    """Turn the errors that libraries raise for wrong input into one that says what it comes from."""
+    try:
+        yield
+    except (ValueError, TypeError, RuntimeError, KeyError, AssertionError, OSError, SafetensorError) as error:
+        raise error_class(f"{what}: {error}") from error
+
+
+def create_model(
+    name: str, *, num_classes: int, pretrained: bool = False, model_args: Sequence[str] = ()
+) -> torch.nn.Module:
+    """Make a model as `timm.create_model` does, from what a person types.
+
+    Args:
+        name: In timm's registry, or `local-dir:FOLDER`, or `hf-hub:ID`.
+        num_classes: Number of classes.
+        pretrained: Load its published weights.
+        model_args: Further arguments, each `NAME=VALUE` with the value in JSON, such as `logit_temperature=100`.
+
+    Raises:
+        HubError: There is no such model, or it cannot be made with these arguments.
+    """
+    if ":" not in name and not timm.is_model(name.split(".")[0]):
+        near = difflib.get_close_matches(name, timm.list_models()) or timm.list_models("coda*")
+        raise HubError(f"timm has no model {name!r}; there is {', '.join(near)}")
+    arguments = {}
+    for word in model_args:
+        key, equals, value = word.partition("=")
+        if not equals:
+            raise HubError(f"model argument {word!r}: expected NAME=VALUE, such as logit_temperature=100")
+        with contextlib.suppress(json.JSONDecodeError):
+            value = json.loads(value)
+        arguments[key] = value
+    if "num_classes" in arguments:
+        raise HubError(f"model argument num_classes={arguments['num_classes']}: the data set says it, {num_classes}")
+    said = "".join(f", {key}={value!r}" for key, value in arguments.items())
+    with blame(f"cannot make the model {name} with num_classes={num_classes}{said}"):
+        return timm.create_model(name, pretrained=pretrained, num_classes=num_classes, **arguments)
 
 
 def save_model(
@@ -41,10 +91,13 @@ def save_model(
         data_config: The image size, crop and interpolation the model was trained with
             (`timm.data.resolve_model_data_config`); by default the model's own.
         model_args: Arguments of the constructor to record beside, or in place of, those that timm remembers.
+
+    Raises:
+        SaveError: It could not be written, such as on a full disk; the model that was there before still is.
     """
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    with temporary_folder(folder / f".saving-{os.getpid()}") as temporary:
+    failure = blame(f"the model could not be saved in {folder}, but what was there before is", SaveError)
+    with failure, _temporary_folder(folder / ".saving") as temporary:
         save_for_hf(
             model,
             str(temporary),
@@ -63,11 +116,44 @@ def save_model(
     return folder
 
 
+def save_state(accelerator: Accelerator, folder: str | os.PathLike, name: str, record: dict[str, Any]) -> None:
+    """Write a complete training state; the one before it is deleted only when this one is complete.
+
+    Args:
+        accelerator: What holds the model, the optimiser and whatever else was registered with it. Every process calls.
+        folder: Of the training states.
+        name: Of this state; a later one sorts behind it.
+        record: Anything else to keep, as `record.json`.
+
+    Raises:
+        SaveError: It could not be written, such as on a full disk; the state before it is still there.
+    """
+    folder, main = Path(folder), accelerator.is_main_process
+    temporary = folder / ".saving"
+    with blame(f"the training state {folder / name} could not be saved, but what was there before is", SaveError):
+        folder.mkdir(parents=True, exist_ok=True)
+        with _temporary_folder(temporary) if main else contextlib.nullcontext():
+            accelerator.wait_for_everyone()
+            accelerator.save_state(str(temporary))
+            accelerator.wait_for_everyone()
+            if main and not (folder / name).exists():
+                (temporary / "record.json").write_text(json.dumps(record))
+                os.rename(temporary, folder / name)
+    for old in find_states(folder) if main else ():
+        if old.name != name:
+            shutil.rmtree(old)
+
+
+def find_states(folder: str | os.PathLike) -> list[Path]:
+    """The complete training states in a folder, the newest last."""
+    return sorted(path.parent for path in Path(folder).glob("[!.]*/record.json"))
+
+
 @contextlib.contextmanager
-def temporary_folder(folder: Path) -> Iterator[Path]:
+def _temporary_folder(folder: Path) -> Iterator[Path]:
     """A new, empty folder that is gone at the end, unless what is inside gave it another name."""
     shutil.rmtree(folder, ignore_errors=True)  # what a killed process left
-    folder.mkdir()
+    folder.mkdir(parents=True)
     try:
         yield folder
     finally:
@@ -115,3 +201,24 @@ def read_recipe(path: str | os.PathLike, known: Sequence[str]) -> list[str]:
         elif value is not None and value != []:
             words += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
     return words
+
+
+def free_folder(folder: str | os.PathLike) -> Path:
+    """The folder itself if nothing is there, else the first of FOLDER-2, FOLDER-3, ... where nothing is."""
+    folder, number = Path(folder), 1
+    while (free := folder if number == 1 else folder.with_name(f"{folder.name}-{number}")).exists():
+        number += 1
+    return free
+
+
+def environment() -> dict[str, str]:
+    """Versions and hardware, for the record of a run."""
+    packages = ("timm_coda", "torch", "torchvision", "timm", "accelerate", "datasets", "safetensors")
+    versions = {name: importlib.metadata.version(name) for name in packages}
+    cpu = platform.processor() or platform.machine()
+    with contextlib.suppress(OSError, StopIteration):
+        info = Path("/proc/cpuinfo").read_text().splitlines()
+        cpu = next(line.split(":")[1].strip() for line in info if line.startswith("model name"))
+    gpus = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
+    hardware = {"cpu": f"{cpu}, {torch.get_num_threads()} of {os.cpu_count()} threads", "gpus": ", ".join(gpus) or "none"}
+    return {"python": platform.python_version(), **versions, "platform": platform.platform(), **hardware}

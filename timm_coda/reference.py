@@ -9,75 +9,59 @@ CVPR 2021 (arXiv 2104.00032), section 3.
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
-__all__ = ["dau_conv2d", "dynamic_weights", "patches", "rescale"]
-
-
-def patches(
-    x: torch.Tensor,
-    kernel_size: tuple[int, int],
-    *,
-    stride: tuple[int, int] = (1, 1),
-    padding: tuple[int, int] = (0, 0),
-    dilation: tuple[int, int] = (1, 1),
-) -> torch.Tensor:
-    """What each position of a convolution sees: (B, C, H, W) to (B, K, L), K = C*kh*kw ordered (c, kh, kw)."""
-    return F.unfold(x, kernel_size, dilation, padding, stride)
+__all__ = ["dau_conv2d", "dynamic_weights", "rescale"]
 
 
-def rescale(v: torch.Tensor, activation: str, *, dim: int) -> torch.Tensor:
-    """g(v) along `dim`: 'squash' is v * |v| / (1 + |v|^2), 'l2' is v / |v|; 0 at v = 0."""
+def rescale(v: Tensor, activation: str, *, dim: int) -> Tensor:
+    """g(v) along `dim`: 'squash' is v * |v| / (1 + |v|^2), 'l2' is v / |v|; 0 at v = 0, where both are undefined."""
     squared = (v * v).sum(dim, keepdim=True)
-    # A zero weight vector has no direction: both formulas are 0/0 in their gradient there. The mask keeps it 0.
     norm = torch.where(squared > 0, squared, 1).sqrt()
-    if activation == "squash":
-        return torch.where(squared > 0, v * norm / (1 + squared), 0)
-    return torch.where(squared > 0, v / norm, 0)
+    factor = norm / (1 + squared) if activation == "squash" else 1 / norm
+    return v * torch.where(squared > 0, factor, 0)
 
 
 def dynamic_weights(
-    p: torch.Tensor, down: torch.Tensor, up: torch.Tensor, up_bias: torch.Tensor, *, activation: str
-) -> torch.Tensor:
-    """Dynamic weights of all units at all positions, w = g(A B p + b).
-
-    Args:
-        p: patches, (B, K, L)
-        down: B, (r, K)
-        up: A, (D, r, K)
-        up_bias: b, (D, K)
-        activation: 'squash' or 'l2'
-
-    Returns:
-        (B, D, K, L): as many numbers as make the published formulation slow.
-    """
-    z = torch.einsum("rk,bkl->brl", down, p)
-    v = torch.einsum("drk,brl->bdkl", up, z) + up_bias[..., None]
-    return rescale(v, activation, dim=2)
-
-
-def dau_conv2d(
-    x: torch.Tensor,
-    down: torch.Tensor,
-    up: torch.Tensor,
-    up_bias: torch.Tensor,
+    x: Tensor,
+    down: Tensor,
+    up: Tensor,
+    up_bias: Tensor,
     *,
     stride: tuple[int, int] = (1, 1),
     padding: tuple[int, int] = (0, 0),
     dilation: tuple[int, int] = (1, 1),
     activation: str = "squash",
+) -> Tensor:
+    """w = g(A B p + b) of all D units at all positions, (B, D, K, H', W'), K = C*kh*kw ordered (c, kh, kw).
+
+    As many numbers as make the published formulation slow: one convolution gives the code z = B p, a 1x1 convolution
+    the raw weights v = A z + b. Arguments as `functional.dau_conv2d`.
+    """
+    units, rank, inputs = up_bias.shape[0], down.shape[0], up_bias[0].numel()
+    z = F.conv2d(x, down, None, stride, padding, dilation)
+    a = up.reshape(units, rank, inputs).transpose(1, 2).reshape(units * inputs, rank, 1, 1)
+    v = F.conv2d(z, a, up_bias.reshape(-1)).unflatten(1, (units, inputs))
+    return rescale(v, activation, dim=2)
+
+
+def dau_conv2d(
+    x: Tensor,
+    down: Tensor,
+    up: Tensor,
+    up_bias: Tensor,
+    stride: tuple[int, int] = (1, 1),
+    padding: tuple[int, int] = (0, 0),
+    dilation: tuple[int, int] = (1, 1),
+    activation: str = "squash",
     frozen: bool = False,
-) -> torch.Tensor:
-    """Convolution of dynamic alignment units, y_d = w_d(p)^T p. Arguments as `functional.dau_conv2d`."""
-    units, kernel_size = up_bias.shape[0], (up_bias.shape[2], up_bias.shape[3])
-    p = patches(x, kernel_size, stride=stride, padding=padding, dilation=dilation)
+) -> Tensor:
+    """y_d = w_d(p)^T p for every patch p, (B, D, H', W'). Arguments as `functional.dau_conv2d`."""
     w = dynamic_weights(
-        p, down.flatten(1), up.reshape(units, down.shape[0], -1), up_bias.flatten(1), activation=activation
+        x, down, up, up_bias, stride=stride, padding=padding, dilation=dilation, activation=activation
     )
     if frozen:
         w = w.detach()
-    y = torch.einsum("bdkl,bkl->bdl", w, p)
-    size = [
-        (n + 2 * pad - d * (k - 1) - 1) // s + 1
-        for n, k, s, pad, d in zip(x.shape[2:], kernel_size, stride, padding, dilation, strict=True)
-    ]
-    return y.unflatten(2, size)
+    kernel_size = (up_bias.shape[2], up_bias.shape[3])
+    p = F.unfold(x, kernel_size, dilation, padding, stride).unflatten(2, w.shape[3:])  # (B, K, H', W')
+    return (w * p.unsqueeze(1)).sum(2)

@@ -29,14 +29,13 @@ _INK, _GREY = "#222222", "#707070"
 
 
 def color_limit(contributions: ArrayLike, *, percentile: float = 99.5) -> float:
-    """The end of a symmetric colour scale, one that a few extreme pixels cannot stretch.
+    """The end of a symmetric colour scale, in logits, that a few extreme pixels cannot stretch.
+
+    It is positive: the maximum where the percentile is 0, and a tiny number where every contribution is 0.
 
     Args:
         contributions: any shape, in logits; one limit for everything given.
         percentile: of the absolute contributions, in (0, 100]; 100 is the maximum.
-
-    Returns:
-        A positive number in logits: the percentile, or the maximum if that is 0, or a tiny number if all are 0.
 
     Raises:
         ValueError: a percentile out of range, an empty array, NaN or infinite contributions.
@@ -175,7 +174,7 @@ def figure(
     batch, per_image = maps.shape[:2]
     outputs, explained, truth, names = None, [], None, []
     if logits is not None and targets is not None and values is None:
-        outputs = _finite(logits, "logits", 2)
+        word, outputs = "logit", _finite(logits, "logits", 2)
         classes = outputs.shape[-1]
         outputs = _shaped(outputs, "logits", (batch, classes))
         explained = _labels(targets, "targets", (batch, per_image), classes)
@@ -186,7 +185,7 @@ def figure(
             raise ValueError(f"label_names has {len(names)} names for {classes} classes: give one for each class")
         headings = [[names[i] for i in row] for row in explained] if titles is None else titles
     elif values is not None and logits is None:
-        scores = _shaped(_finite(values, "values", 1), "values", (batch, per_image))
+        word, scores = "value", _shaped(_finite(values, "values", 1), "values", (batch, per_image))
         headings = [[""] * per_image] * batch if titles is None else titles
     else:
         raise ValueError("figure needs logits and targets, or values alone for units that are no classes")
@@ -218,13 +217,14 @@ def figure(
             page.text(left, head, title, size=9, weight="bold")
             page.picture(heatmap(contribution, limit=limit), left, top, width, height)
             total = contribution.sum(dtype=np.float64).item()
-            residual = score - bias - total
+            residual = score - float(bias) - total
+            # Adding 0 turns a negative zero into zero.
+            shown = [f"{round(number, 2) + 0.0:.2f}" for number in (score, float(bias), abs(total), residual)]
             sign = "-" if round(total, 2) < 0 else "+"
-            line = f"= bias {_number(bias)} {sign} {_number(abs(total))}"
-            page.text(left, foot, f"{'value' if outputs is None else 'logit'} {_number(score)} {line}", shrink=True)
+            page.text(left, foot, f"{word} {shown[0]} = bias {shown[1]} {sign} {shown[2]}", shrink=True)
             if abs(residual) > 0.01 * max(1, abs(score)):
-                page.text(left, foot + 0.13, f"residual {_number(residual)}", shrink=True)
-        _draw_scale(page, left + _PANEL + 0.14, top, height, limit, "contribution" + " (logit)" * (outputs is not None))
+                page.text(left, foot + 0.13, f"residual {shown[3]}", shrink=True)
+        _draw_scale(page, left + _PANEL + 0.14, top, max(height, 0.8), limit, f"contribution ({word})")
     if rows < batch:
         page.text(_GAP, page.height - 0.1, f"first {rows} of {batch} images", color=_GREY)
     return page.figure
@@ -242,14 +242,15 @@ def save_image(array: ArrayLike, path: str | os.PathLike[str]) -> None:
     """
     from PIL import Image
 
-    pixels = np.asarray(array) if getattr(array, "dtype", None) == np.uint8 else _finite(array, "array", 3)
+    integers = str(getattr(array, "dtype", None)).endswith("uint8")
+    pixels = _array(array, np.uint8) if integers else 255 * _finite(array, "array", 3)
     if pixels.ndim not in (3, 4, 5) or pixels.shape[-1] not in (3, 4):
         raise ValueError(f"save_image needs (H, W, C), (B, H, W, C) or (B, T, H, W, C), C 3 or 4, got {pixels.shape}")
-    if pixels.dtype != np.uint8:
-        pixels = np.rint(255 * np.clip(pixels, 0, 1)).astype(np.uint8)
+    if pixels.min() < 0 or pixels.max() > 255:
+        raise ValueError(f"pictures that are not uint8 must lie in [0, 1], got up to {pixels.max() / 255:.3g}")
     pixels = pixels[(None,) * (5 - pixels.ndim)]
     b, t, h, w, c = pixels.shape
-    grid = Image.fromarray(pixels.swapaxes(1, 2).reshape(b * h, t * w, c))
+    grid = Image.fromarray(np.rint(pixels).astype(np.uint8).swapaxes(1, 2).reshape(b * h, t * w, c))
     with _replacing(path, (".png",)) as stream:
         grid.save(stream, format="PNG")
 
@@ -289,19 +290,17 @@ class _Page:
         self._axes.set_axis_off()
 
     def text(self, x: float, y: float, text: str, *, width=_PANEL, size=7.0, color=_INK, shrink=False, **style) -> None:
-        """One line on the baseline y, made to fit the width: by an ellipsis, or numbers (`shrink`) by a smaller size."""
-        fixed = {"family": "DejaVu Sans", "parse_math": False, "usetex": False, "va": "baseline"}
+        """One line on the baseline y, made to fit the width: by an ellipsis, or (`shrink`, for numbers) by its size."""
         text = text.replace("-", "\N{MINUS SIGN}") if shrink else " ".join(str(text).split())
+        fixed = {"family": "DejaVu Sans", "parse_math": False, "usetex": False, "va": "baseline"}
         artist = self._axes.text(x, y, text, fontsize=size, color=color, **fixed | style)
-
-        def excess() -> float:
-            extent = artist.get_window_extent(self._renderer)
-            return max(extent.width, extent.height) / self.figure.dpi / width
-
-        if shrink:
-            artist.set_fontsize(size / max(1, excess()))
-        while not shrink and excess() > 1 and len(artist.get_text()) > 1:
-            artist.set_text(artist.get_text().rstrip("…")[:-1].rstrip() + "…")
+        while (excess := max(artist.get_window_extent(self._renderer).size) / (width * self.figure.dpi)) > 1:
+            if shrink:
+                size *= 0.98 / excess
+                artist.set_fontsize(size)
+            else:
+                text = text[:-1].rstrip()
+                artist.set_text(text + "…")
 
     def picture(self, pixels: np.ndarray, x: float, y: float, width: float, height: float) -> None:
         """Framed RGB pixels: those of small pictures stay crisp squares, those of large ones are resampled."""
@@ -331,13 +330,10 @@ def _draw_scale(page: _Page, x: float, y: float, height: float, limit: float, la
     page.picture(heatmap(np.linspace(1, -1, 201)[:, None], limit=1), x, y, 0.1, height)
     page.text(x, y - 0.07, "for", color="#b2182b")
     page.text(x, y + height + 0.15, "against", color="#2166ac")
-    for position, number in ((0.08, f"+{limit:.2g}"), (height / 2 + 0.04, "0"), (height, f"-{limit:.2g}")):
+    end = f"{limit:.2g}" if limit > np.finfo(np.float32).tiny else "0"
+    for position, number in ((0.08, f"+{end}"), (height / 2 + 0.04, "0"), (height, f"-{end}")):
         page.text(x + 0.14, y + position, number, width=0.34, shrink=True)
     page.text(x + 0.5, y + height / 2, label, width=height, shrink=True, rotation=90, va="center")
-
-
-def _number(value: float) -> str:
-    return f"{round(float(value), 2) + 0.0:.2f}"  # + 0.0: no negative zero
 
 
 def _array(value: ArrayLike, dtype: type = np.float32) -> np.ndarray:
