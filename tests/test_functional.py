@@ -4,6 +4,7 @@ import pytest
 import torch
 from conftest import relative_error
 from dau_cases import CASES, problem
+
 from timm_coda import dau_conv2d, dau_linear, reference
 
 NAMES = ("x", "down", "up", "up_bias")
@@ -22,9 +23,7 @@ def value_and_gradients(function, tensors, seed=1, **kwargs):
 def test_equals_reference(case, activation):
     tensors, geometry = problem(case)
     y, gradients = value_and_gradients(dau_conv2d, tensors, **geometry, activation=activation)
-    expected, expected_gradients = value_and_gradients(
-        reference.dau_conv2d, tensors, **geometry, activation=activation
-    )
+    expected, expected_gradients = value_and_gradients(reference.dau_conv2d, tensors, **geometry, activation=activation)
     assert relative_error(y, expected) < 1e-12
     for name, actual, wanted in zip(NAMES, gradients, expected_gradients, strict=True):
         assert relative_error(actual, wanted) < 1e-11, name
@@ -35,7 +34,9 @@ def test_equals_reference(case, activation):
 def test_frozen_gradient_is_the_dynamic_map(case, activation):
     tensors, geometry = problem(case)
     y, gradients = value_and_gradients(dau_conv2d, tensors, **geometry, activation=activation, frozen=True)
-    expected, wanted = value_and_gradients(reference.dau_conv2d, tensors, **geometry, activation=activation, frozen=True)
+    expected, wanted = value_and_gradients(
+        reference.dau_conv2d, tensors, **geometry, activation=activation, frozen=True
+    )
     assert torch.equal(y, dau_conv2d(*tensors, **geometry, activation=activation)), "the value must not change"
     assert relative_error(y, expected) < 1e-12
     assert relative_error(gradients[0], wanted[0]) < 1e-12
@@ -70,7 +71,9 @@ def test_low_precision(dtype, bound, activation):
 def test_norm_stays_float32_under_autocast():
     """A weight of length 1e-3 squared is lost among bfloat16 products of size 1, not among float32 ones."""
     tensors, geometry = problem("3x3", torch.float32)
-    expected, wanted = value_and_gradients(dau_conv2d, [t.detach().double().requires_grad_() for t in tensors], **geometry)
+    expected, wanted = value_and_gradients(
+        dau_conv2d, [t.detach().double().requires_grad_() for t in tensors], **geometry
+    )
     with torch.autocast("cpu", dtype=torch.bfloat16):
         y, gradients = value_and_gradients(dau_conv2d, tensors, **geometry)
     assert y.dtype == torch.bfloat16

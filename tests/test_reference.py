@@ -4,6 +4,7 @@ import pytest
 import torch
 from conftest import relative_error
 from dau_cases import CASES, problem
+
 from timm_coda import reference
 
 

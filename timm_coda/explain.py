@@ -215,14 +215,14 @@ class ExplainMixin:
             raise ValueError(f"top={top}: the model has {model.num_classes} classes")
         if unit is not None and (layer is None or target is not None or versus is not None or top is not None):
             raise ValueError("unit= goes with layer=, and without target=, top= and versus=")
-        batch = _as_batch(images)
-        count = len(batch)
-        targets = _as_classes("target", target, count, model.num_classes)
-        others = _as_classes("versus", versus, count, model.num_classes)
         if batch_size is not None and batch_size < 1:
             raise ValueError(f"batch_size={batch_size}: must be at least 1")
+        batch = _as_batch(images)
+        count = len(batch)
         step = count if batch_size is None else batch_size
         with torch.inference_mode(False), torch.enable_grad(), explanation_mode(model):
+            targets = _as_classes("target", target, count, model.num_classes)
+            others = _as_classes("versus", versus, count, model.num_classes)
             parts = []
             for start in range(0, count, step):
                 now = slice(start, start + step)
@@ -352,7 +352,7 @@ def _as_classes(name: str, value: int | Sequence[int] | Tensor | None, count: in
     classes = torch.as_tensor(value)
     if classes.is_floating_point() or classes.is_complex() or classes.dtype == torch.bool:
         raise TypeError(f"{name} is {classes.dtype}: give class indices as integers")
-    classes = classes.long()
+    classes = classes.long().clone()  # an inference tensor cannot take part in autograd
     if classes.dim() == 0:
         classes = classes.expand(count)
     if classes.dim() > 2 or len(classes) != count or classes.numel() == 0:

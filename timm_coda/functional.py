@@ -78,7 +78,7 @@ def dau_linear(
         activation=activation,
         frozen=frozen,
     )
-    return y.reshape(x.shape[:-1] + (up_bias.shape[0],))
+    return y.reshape(x.shape[:-1] + up_bias.shape[:1])
 
 
 def _rescaling(z: Tensor, up: Tensor, up_bias: Tensor, activation: str) -> Tensor:

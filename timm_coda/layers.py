@@ -179,7 +179,7 @@ class DAULinear(_DAU):
 
 @register_notrace_module
 class InverseEncoding(nn.Module):
-    """`x` and its inverse: (B, C, H, W) in [0, 1] to (B, 2C, H, W), so that dark pixels can contribute like bright ones.
+    """`x` and its inverse, (B, C, H, W) in [0, 1] to (B, 2C, H, W): dark pixels can contribute like bright ones.
 
     An already encoded input passes through.
 
@@ -253,7 +253,7 @@ class Logits(nn.Module):
         self.bias = float(bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        if not torch.jit.is_scripting():
+        if not torch.jit.is_scripting():  # noqa: SIM102, TorchScript leaves out only a branch of its own
             if not x.is_meta and torch.is_autocast_enabled(x.device.type):
                 x = x.float()  # evidence of 1e-4 would vanish beside the bias
         return x / self.temperature + self.bias

@@ -57,9 +57,7 @@ def dau_conv2d(
     frozen: bool = False,
 ) -> Tensor:
     """y_d = w_d(p)^T p for every patch p, (B, D, H', W'). Arguments as `functional.dau_conv2d`."""
-    w = dynamic_weights(
-        x, down, up, up_bias, stride=stride, padding=padding, dilation=dilation, activation=activation
-    )
+    w = dynamic_weights(x, down, up, up_bias, stride=stride, padding=padding, dilation=dilation, activation=activation)
     if frozen:
         w = w.detach()
     kernel_size = (up_bias.shape[2], up_bias.shape[3])
