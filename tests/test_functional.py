@@ -112,7 +112,7 @@ def test_linear_is_a_convolution_of_single_positions(frozen):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"activation": "relu"}, "activation='relu': choose 'squash' or 'l2'"),
+        ({"activation": "relu"}, "activation='relu': choose one of 'squash', 'l2'"),
         ({"x": torch.ones(2, 5, 8, 8)}, r"expected input \(B, 6, H, W\), got \[2, 5, 8, 8\]"),
         ({"x": torch.ones(6, 8, 8)}, r"got \[6, 8, 8\]"),
         ({"x": torch.ones(1, 6, 2, 8), "padding": (0, 0)}, "smaller than the 3 pixels the kernel spans"),

@@ -4,7 +4,7 @@ Importing this package registers every model in timm.
 """
 
 from .explain import ExplainMixin, Explanation, explain, explanation_mode
-from .functional import dau_conv2d, dau_linear
+from .functional import dau_conv2d, dau_linear, set_backend, use_backend
 from .layers import DAUConv2d, DAULinear, InverseEncoding
 from .models import CodaNet
 
@@ -22,4 +22,6 @@ __all__ = [
     "dau_linear",
     "explain",
     "explanation_mode",
+    "set_backend",
+    "use_backend",
 ]

@@ -1,20 +1,63 @@
-"""Dynamic linear operations as plain functions: argument checks and the factorised computation.
+"""Dynamic linear operations as plain functions: argument checks and choice of backend.
 
-The published formulation writes D*K dynamic weights a position to memory. Nothing needs them: with A, b, B as in
-`reference.py`, v_d = A_d^T z + b_d and z = B p,
+The published formulation writes D*K dynamic weights a position to memory. Nothing needs them. With B (r, K) `down`,
+A_d (r, K) unit d's rows of `up` and b_d (K) its `up_bias`,
 
-    v_d^T p  = z^T (A_d p) + b_d^T p                        one convolution with D*r channels, contracted with z
-    |v_d|^2  = z^T G_d z + 2 c_d^T z + |b_d|^2              G_d = A_d A_d^T, c_d = A_d b_d, once a forward
-    y_d      = v_d^T p * g(|v_d|^2)                         g = |v| / (1 + |v|^2) or 1 / |v|
+    z = B p,   v_d^T p = z^T (A_d p) + b_d^T p          one convolution with D*r channels, contracted with z
+    |v_d|^2 = z^T G_d z + 2 c_d^T z + |b_d|^2           G_d = A_d A_d^T, c_d = A_d b_d, once a forward
+    y_d = v_d^T p * h(|v_d|^2)                          h = |v| / (1 + |v|^2) or 1 / |v|
 """
 
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["ACTIVATIONS", "dau_conv2d", "dau_linear"]
+from . import reference
+from .kernels import convolution, cpu
+
+__all__ = ["ACTIVATIONS", "BACKENDS", "dau_conv2d", "dau_linear", "set_backend", "use_backend"]
 
 ACTIVATIONS = ("squash", "l2")
+BACKENDS = {
+    "reference": reference.dau_conv2d,  # the published formulation: slow, the truth
+    "torch": convolution.dau_conv2d,  # convolutions: every device, exports, any order of derivative
+    "cpu": cpu.dau_conv2d,  # blocks of matrix products
+}
+
+
+def _checked(name: str | None) -> str | None:
+    if name is not None and name not in BACKENDS:
+        raise ValueError(f"backend {name!r}: choose one of {', '.join(BACKENDS)}, or None for the device's best")
+    return name
+
+
+_backend: str | None = _checked(os.environ.get("TIMM_CODA_BACKEND") or None)
+
+
+def set_backend(name: str | None) -> None:
+    """Choose how DAUs are computed, in the whole process; None is each device's best.
+
+    The environment variable TIMM_CODA_BACKEND sets the same at import.
+
+    Raises:
+        ValueError: an unknown name.
+    """
+    global _backend
+    _backend = _checked(name)
+
+
+@contextmanager
+def use_backend(name: str | None) -> Iterator[None]:
+    """`set_backend` for the body of a `with` statement."""
+    before = _backend
+    set_backend(name)
+    try:
+        yield
+    finally:
+        set_backend(before)
 
 
 def dau_conv2d(
@@ -41,25 +84,26 @@ def dau_conv2d(
             the parameters get none. The value is the same.
 
     Returns:
-        (B, D, H', W')
+        (B, D, H', W'), in the autocast dtype under autocast
 
     Raises:
         ValueError: an unknown activation, or an input of another channel count or smaller than the kernel.
     """
-    if not torch.jit.is_scripting():
-        _check_dau(x, down, up, up_bias, padding, dilation, activation)
-    rank, units = down.shape[0], up_bias.shape[0]
-    if frozen:
-        down, up, up_bias = down.detach(), up.detach(), up_bias.detach()
-    z = F.conv2d(x.detach() if frozen else x, down, None, stride, padding, dilation)  # (B, r, H', W')
-    u = F.conv2d(x, up, None, stride, padding, dilation).unflatten(1, (units, rank))  # (B, D, r, H', W')
-    aligned = (u * z.unsqueeze(1)).sum(2) + F.conv2d(x, up_bias, None, stride, padding, dilation)  # v^T p
-    if torch.jit.is_scripting() or x.is_meta:
-        factor = _rescaling(z, up, up_bias, activation)
+    if torch.jit.is_scripting():
+        return convolution.dau_conv2d(x, down, up, up_bias, stride, padding, dilation, activation, frozen)
     else:
-        with torch.autocast(x.device.type, enabled=False):
-            factor = _rescaling(z, up, up_bias, activation)
-    return (aligned * factor).to(aligned.dtype)
+        _check_dau(x, down, up, up_bias, padding, dilation, activation)
+        name = _backend
+        if torch.jit.is_tracing() or x.is_meta:
+            name = "torch"
+        elif name is None:
+            name = "cpu" if x.device.type == "cpu" else "torch"
+        if frozen:
+            down, up, up_bias = down.detach(), up.detach(), up_bias.detach()
+        if name == "cpu" and torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
+            low = torch.get_autocast_dtype(x.device.type)
+            x, down, up, up_bias = x.to(low), down.to(low), up.to(low), up_bias.to(low)
+        return BACKENDS[name](x, down, up, up_bias, stride, padding, dilation, activation, frozen)
 
 
 def dau_linear(
@@ -81,22 +125,6 @@ def dau_linear(
     return y.reshape(x.shape[:-1] + up_bias.shape[:1])
 
 
-def _rescaling(z: Tensor, up: Tensor, up_bias: Tensor, activation: str) -> Tensor:
-    """g(|v|^2) in float32 or better: (B, r, H', W') to (B, D, H', W')."""
-    dtype = torch.promote_types(z.dtype, torch.float32)
-    units, rank = up_bias.shape[0], z.shape[1]
-    z, a, b = z.to(dtype), up.reshape(units, rank, -1).to(dtype), up_bias.reshape(units, -1, 1).to(dtype)
-    gram = a @ a.transpose(1, 2)  # (D, r, r)
-    cross = 2 * (a @ b)  # (D, r, 1)
-    quadratic = F.conv2d(z, gram.reshape(units * rank, rank, 1, 1), cross.reshape(-1)).unflatten(1, (units, rank))
-    squared = (quadratic * z.unsqueeze(1)).sum(2) + b.square().sum(1).unsqueeze(-1)
-    # Rounding may leave |v|^2 = 0 slightly negative, and sqrt has no finite gradient at 0.
-    squared = squared.clamp(min=1e-20)
-    if activation == "l2":
-        return squared.rsqrt()
-    return squared.sqrt() / (1 + squared)
-
-
 def _check_dau(
     x: Tensor,
     down: Tensor,
@@ -106,8 +134,8 @@ def _check_dau(
     dilation: tuple[int, int],
     activation: str,
 ) -> None:
-    if activation not in ("squash", "l2"):
-        raise ValueError(f"activation={activation!r}: choose 'squash' or 'l2'")
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"activation={activation!r}: choose one of {', '.join(map(repr, ACTIVATIONS))}")
     if x.dim() != 4 or x.shape[1] != down.shape[1]:
         raise ValueError(f"expected input (B, {down.shape[1]}, H, W), got {list(x.shape)}")
     if up.shape[0] != down.shape[0] * up_bias.shape[0]:

@@ -1,0 +1,451 @@
+"""train.py as people run it: finished, killed, stopped, on a full disk, on bad input."""
+
+import importlib.util
+import io
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pytest
+import timm
+import torch
+import yaml
+from accelerate.state import AcceleratorState, GradientState, PartialState
+from accelerate.tracking import GeneralTracker, on_main_process, register_tracker_class
+from PIL import Image
+from safetensors.torch import load_file
+
+import timm_coda  # noqa: F401
+from timm_coda import data, hub, runs
+
+ROOT = Path(__file__).parents[1]
+SMALL = ["--model", "coda_net_xs", "--model-args", "rank=2", "logit_temperature=20", "--img-size", "8"]
+SMALL += ["--batch-size", "8", "--workers", "0", "--lr", "0.003", "--crop-padding", "1"]
+QUIET = ["--explain-every", "0", "--explain-images", "2"]
+
+
+def image_file(rng: np.random.Generator, label: int) -> bytes:
+    pixels = rng.integers(0, 80, (8, 8, 3), dtype=np.uint8)
+    pixels[:, :, label] += 150
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, "PNG")
+    return file.getvalue()
+
+
+@pytest.fixture(scope="module")
+def colours(tmp_path_factory) -> str:
+    """A data set of three classes that is easy to learn: noise that is red, green or blue."""
+    folder = tmp_path_factory.mktemp("colours")
+    rng = np.random.default_rng(0)
+    for split, count in (("train", 72), ("test", 21)):
+        for row in range(count):
+            name = ("red", "green", "blue")[row % 3]
+            (folder / split / name).mkdir(parents=True, exist_ok=True)
+            (folder / split / name / f"{row:03}.png").write_bytes(image_file(rng, row % 3))
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def train_module():
+    spec = importlib.util.spec_from_file_location("train", ROOT / "train.py")
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def train(train_module, monkeypatch, tmp_path):
+    """train.py's main() in this process: give the options, get the exit code."""
+    monkeypatch.chdir(tmp_path)
+    interrupt = signal.getsignal(signal.SIGINT)
+
+    def run(*options) -> int:
+        for state in (AcceleratorState, GradientState, PartialState):
+            state._reset_state()
+        monkeypatch.setattr(sys, "argv", ["train.py", *map(str, options)])
+        return train_module.main()
+
+    yield run
+    signal.signal(signal.SIGINT, interrupt)
+    for state in (AcceleratorState, GradientState, PartialState):
+        state._reset_state()
+
+
+def start(*options, cwd: Path, **more) -> subprocess.Popen:
+    """train.py as a process of its own."""
+    environment = os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"} | more.pop("environment", {})
+    command = [sys.executable, str(ROOT / "train.py"), *map(str, options)]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen(command, cwd=cwd, env=environment, **pipes, **more)
+
+
+def wait_for_state(run: subprocess.Popen, folder: Path, update: int) -> None:
+    """Wait until a training state of that update, or a later one, is there."""
+    limit = time.monotonic() + 60
+    while time.monotonic() < limit and run.poll() is None:
+        for state in runs.find_states(folder / "checkpoints"):
+            try:
+                if json.loads((state / "record.json").read_text())["progress"]["update"] >= update:
+                    return
+            except FileNotFoundError:  # just deleted
+                pass
+        time.sleep(0.005)
+    raise AssertionError(f"no state of update {update}: {run.communicate()}")
+
+
+def assert_same_run(one: Path, other: Path) -> None:
+    """The same curve, the same weights, optimiser and average, bit for bit, and the same model to publish."""
+    summaries = [json.loads((folder / "summary.json").read_text()) for folder in (one, other)]
+    assert summaries[0]["curve"] == summaries[1]["curve"]
+    for epochs in zip(*(summary["history"] for summary in summaries), strict=True):
+        first, second = ({k: v for k, v in epoch.items() if k != "images_per_second"} for epoch in epochs)
+        assert first == second
+    states = [runs.find_states(folder / "checkpoints") for folder in (one, other)]
+    assert [state.name for state in states[0]] == [state.name for state in states[1]]
+    for file in ("model.safetensors", "optimizer.bin", "custom_checkpoint_0.pkl"):
+        paths = [state[-1] / file for state in states]
+        assert paths[0].exists() == paths[1].exists()
+        if paths[0].exists():
+            assert_equal(*(load_file(path) if path.suffix == ".safetensors" else torch.load(path) for path in paths))
+    assert_equal(*(load_file(folder / "model.safetensors") for folder in (one, other)))
+
+
+def assert_equal(one, other) -> None:
+    assert type(one) is type(other)
+    if isinstance(one, torch.Tensor):
+        assert torch.equal(one, other)
+    elif isinstance(one, dict):
+        assert one.keys() == other.keys()
+        for key in one:
+            assert_equal(one[key], other[key])
+    elif isinstance(one, list):
+        for pair in zip(one, other, strict=True):
+            assert_equal(*pair)
+    else:
+        assert one == other
+
+
+def test_the_first_command(tmp_path):
+    """No arguments but a shorter run: offline, without a home to write to, twice in the same place."""
+    (tmp_path / "home").write_text("a file")
+    home = {"HOME": str(tmp_path / "home"), "HF_HOME": str(tmp_path / "home/hf"), "HF_HUB_OFFLINE": "1"}
+    home["MPLCONFIGDIR"] = str(tmp_path / "mpl")
+    processes = [start("--epochs", 1, cwd=tmp_path, environment=home)]
+    wait_for_state(processes[0], tmp_path / "runs/coda_net_xs.digits", 0)
+    processes.append(start("--epochs", 1, cwd=tmp_path, environment=home))
+    outputs = [process.communicate(timeout=120) for process in processes]
+    for process, (out, err), name in zip(
+        processes, outputs, ("coda_net_xs.digits", "coda_net_xs.digits-2"), strict=True
+    ):
+        assert process.returncode == 0, err
+        assert len(out.splitlines()) < 12, "a line for each epoch where no one watches"
+        lines = out.splitlines()
+        assert lines[-2] == "import timm, timm_coda"
+        folder = tmp_path / "runs" / name
+        model = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
+        assert f'"local-dir:runs/{name}"' in lines[-1]
+        summary = json.loads((folder / "summary.json").read_text())
+        with Image.open(folder / "explanation.png") as picture:
+            assert min(picture.size) > 200
+        test = data.load_data("digits").test
+        _, transform = data.create_transforms(timm.data.resolve_model_data_config(model))
+        batch = data.collate([data.ImageDataset(test, transform)[index] for index in range(450)])
+        with torch.no_grad():
+            accuracy = (model(batch.images).argmax(1) == batch.labels).float().mean().item()
+        assert abs(accuracy - summary["accuracy"]) < 1e-6 and accuracy > 0.5
+        assert model.pretrained_cfg["label_names"] == list("0123456789")
+
+
+@pytest.mark.slow
+def test_the_default_recipe_reaches_its_score(tmp_path):
+    run = start(cwd=tmp_path, environment={"OMP_NUM_THREADS": "2"})
+    _, err = run.communicate(timeout=600)
+    assert run.returncode == 0, err
+    summary = json.loads((tmp_path / "runs/coda_net_xs.digits/summary.json").read_text())
+    assert summary["history"][-1]["accuracy"] >= 0.985
+    assert summary["seconds"] < 240
+
+
+@pytest.mark.parametrize("recipe", sorted(ROOT.glob("hub_configs/*/recipe.yaml")), ids=lambda path: path.parent.name)
+def test_every_recipe_names_options_and_models_that_are_there(train_module, recipe, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    args = runs.parse_options(train_module.make_parser(), ["--config", str(recipe), "--output", "x"], recipe)
+    classes = 10
+    hub.create_model(args.model, num_classes=classes, model_args=args.model_args)
+
+
+def test_a_whole_run(train, colours, tmp_path, capsys):
+    options = ["--data", colours, "--output", "out", "--epochs", 3, "--explain-every", 2, *SMALL, "--sched", "cosine"]
+    assert train(*options, "--explain-images", 4) == 0
+    out = capsys.readouterr().out
+    assert "72 training and 21 test images of 3 classes" in out
+    summary = json.loads(Path("out/summary.json").read_text())
+    assert [epoch["epoch"] for epoch in summary["history"]] == [1, 2, 3]
+    assert summary["accuracy"] == max(epoch["accuracy"] for epoch in summary["history"]) > 0.6
+    assert summary["history"][-1]["train_loss"] < summary["history"][0]["train_loss"]
+    assert summary["curve"][-1][0] == 27 and summary["label_names"] == ["blue", "green", "red"]
+    assert summary["command"].startswith("train.py --data") and summary["environment"]["torch"] == torch.__version__
+    assert summary["options"]["lr"] == 0.003 and summary["parameters"] > 0 and summary["skipped"] == {}
+    files = {str(path.relative_to("out")) for path in Path("out").rglob("*") if path.is_file()}
+    state = "checkpoints/epoch-00003-batch-0000000/"
+    assert files == {
+        "config.json", "model.safetensors", "recipe.yaml", "summary.json", "explanation.png",
+        "explanations/epoch-0002.png", state + "model.safetensors", state + "optimizer.bin", state + "record.json",
+        state + "random_states_0.pkl",
+    }  # fmt: skip
+    assert timm.create_model("local-dir:out", pretrained=True).pretrained_cfg["input_size"] == (3, 8, 8)
+
+    # The same command is refused kindly; resuming finds nothing to do; its recipe repeats it exactly.
+    assert train(*options) == 2
+    assert "--output out is in use" in capsys.readouterr().err
+    assert train("--resume", "out") == 0
+    assert "out is finished" in capsys.readouterr().out
+    assert train("--config", "out/recipe.yaml", "--output", "again") == 0
+    assert_same_run(Path("out"), Path("again"))
+    assert train(*options, "--overwrite", "--seed", 1) == 0
+    assert json.loads(Path("out/summary.json").read_text())["curve"] != summary["curve"]
+
+
+def test_every_way_to_learn_at_once(train, colours):
+    """Options that change how a run learns: each leaves its trace, and the run is still a run."""
+    base = ["--data", colours, "--epochs", 1, *SMALL, *QUIET]
+    ways = {
+        "plain": [],
+        "ce": ["--loss", "ce", "--smoothing", 0.1],
+        "mixed": ["--mixup", 0.4, "--cutmix", 1.0, "--smoothing", 0.1],
+        "bf16": ["--mixed-precision", "bf16"],
+        "clipped": ["--clip-grad", 0.01, "--opt", "sgd"],
+        "average": ["--ema", 0.9],
+        "accumulated": ["--grad-accum", 4],
+        "changed": ["--scale", 0.5, 1, "--ratio", 0.9, 1.1, "--color-jitter", 0.2, "--erase", 0.5, "--hflip", 0],
+    }
+    losses, updates = {}, {}
+    for name, options in ways.items():
+        assert train(*base, "--output", name, *options) == 0, name
+        summary = json.loads(Path(name, "summary.json").read_text())
+        losses[name], updates[name] = summary["train_loss"], summary["curve"][-1][0]
+    assert len(set(losses.values())) == len(ways) - 1 and losses["average"] == losses["plain"]
+    assert updates == dict.fromkeys(ways, 9) | {"accumulated": 3}
+    state = runs.find_states("average/checkpoints")[-1]
+    weights, average = load_file(state / "model.safetensors"), load_file("average/model.safetensors")
+    assert not torch.equal(weights["head.up"], average["head.up"]), "the average is what is published"
+    plain = runs.find_states("plain/checkpoints")[-1]
+    assert_equal(load_file(plain / "model.safetensors"), load_file("plain/model.safetensors"))
+
+
+def test_a_model_that_cannot_explain_itself(train, colours, capsys):
+    options = ["--model", "test_resnet", "--img-size", 32, "--batch-size", 8, "--workers", 0, "--epochs", 1]
+    assert train("--data", colours, "--output", "out", *options) == 0
+    assert "note: ResNet cannot explain itself" in capsys.readouterr().out
+    assert not Path("out/explanation.png").exists()
+    assert timm.create_model("local-dir:out", pretrained=True).num_classes == 3
+
+
+def test_the_same_seed_gives_the_same_weights_whatever_the_workers(train, colours):
+    base = ["--data", colours, "--epochs", 2, *SMALL, *QUIET, "--hflip", 0.5, "--scale", 0.5, 1, "--mixup", 0.2]
+    assert train(*base, "--output", "one") == 0
+    torch.rand(5), np.random.rand(5)
+    assert train(*base, "--output", "two", "--workers", 2) == 0
+    assert_same_run(Path("one"), Path("two"))
+
+
+def test_killed_and_resumed_is_as_never_killed(colours, tmp_path):
+    """SIGKILL twice, at random moments between and within saves; other numbers of workers before and after."""
+    options = ["--data", colours, *SMALL, *QUIET, "--epochs", 5, "--save-every", 1, "--log-every", 4, "--grad-accum", 2]
+    options += ["--mixup", 0.3, "--ema", 0.9, "--sched", "cosine", "--warmup-epochs", 1, "--opt", "adamw"]
+    whole = start(*options, "--output", "whole", cwd=tmp_path)
+    killed = start(*options, "--output", "killed", "--workers", 1, cwd=tmp_path)
+    moments = sorted(int.from_bytes(os.urandom(2), "big") % 22 + 1 for _ in range(2))
+    for moment in moments:
+        wait_for_state(killed, tmp_path / "killed", moment)
+        time.sleep(int.from_bytes(os.urandom(1), "big") / 5000)
+        killed.send_signal(signal.SIGKILL)
+        killed.communicate()
+        assert killed.returncode == -signal.SIGKILL
+        killed = start("--resume", "killed", "--workers", 0, cwd=tmp_path)
+    out, err = killed.communicate(timeout=120)
+    assert killed.returncode == 0 and "going on with killed after update" in out, (moments, err)
+    _, err = whole.communicate(timeout=120)
+    assert whole.returncode == 0, err
+    assert_same_run(tmp_path / "whole", tmp_path / "killed")
+    assert not list((tmp_path / "killed").rglob(".saving*"))
+
+
+def test_stopped_then_a_full_disk_then_resumed(colours, tmp_path):
+    options = ["--data", colours, *SMALL, *QUIET, "--epochs", 8]
+    whole = start(*options, "--output", "whole", cwd=tmp_path)
+    run = start(*options, "--output", "run", "--save-every", 1, cwd=tmp_path)
+    wait_for_state(run, tmp_path / "run", 10)
+    run.send_signal(signal.SIGINT)
+    out, err = run.communicate(timeout=60)
+    assert run.returncode == 130 and not err
+    assert out.splitlines()[-1] == "stopped and saved; to go on: python train.py --resume run"
+    before = {path: path.read_bytes() for path in sorted((tmp_path / "run").rglob("*")) if path.is_file()}
+    assert tmp_path / "run/model.safetensors" in before
+
+    # No file may grow beyond 20 kB: the disk is full in the middle of the weights.
+    limit = resource.RLIMIT_FSIZE, (20_000, 20_000)
+    run = start("--resume", "run", cwd=tmp_path, preexec_fn=lambda: resource.setrlimit(*limit))
+    out, err = run.communicate(timeout=60)
+    assert run.returncode == 1, err
+    assert "Traceback" not in err and "could not be saved" in err and "File too large" in err
+    after = {path: path.read_bytes() for path in sorted((tmp_path / "run").rglob("*")) if path.is_file()}
+    assert after == before
+
+    run = start("--resume", "run", cwd=tmp_path)
+    assert run.wait(timeout=60) == 0, run.communicate()
+    assert whole.wait(timeout=60) == 0, whole.communicate()
+    assert_same_run(tmp_path / "whole", tmp_path / "run")
+
+
+def test_resuming_with_other_options(train, colours, capsys, tmp_path):
+    class Enough(Exception):
+        pass
+
+    options = ["--data", colours, *SMALL, *QUIET, "--epochs", 2, "--output", "out"]
+    assert train(*options, "--resume", "auto") == 0  # nothing there yet: begins
+    os.remove("out/summary.json")  # as if killed just before the end
+    assert train(*options, "--resume", "auto", "--workers", 1) == 0
+    os.remove("out/summary.json")
+    capsys.readouterr()
+    assert train("--resume", "out", "--lr", 1, "--batch-size", 4) == 2
+    assert (
+        "goes on only with the options it had: batch_size was 8, is 4; lr was 0.003, is 1.0" in capsys.readouterr().err
+    )
+    (runs.find_states("out/checkpoints")[-1] / "model.safetensors").write_bytes(b"broken")
+    assert train("--resume", "out") == 2
+    assert "cannot be read" in capsys.readouterr().err
+
+
+def test_broken_images_do_not_stop_a_run(train, colours, tmp_path, capsys):
+    rng = np.random.default_rng(1)
+    rows = {"image": [], "label": []}
+    for row in range(24):
+        whole = image_file(rng, row % 3)
+        rows["image"].append({"bytes": whole if row >= 9 else whole[:60], "path": f"{row}.png"})
+        rows["label"].append(row % 3)
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(num_classes=3)})
+    for name in ("train", "test"):
+        datasets.Dataset.from_dict(rows, features=features).to_parquet(f"{name}.parquet")
+    # Batches of two: some have one readable image, some none. Mixup wants pairs.
+    options = [
+        "--data",
+        "train.parquet",
+        "test.parquet",
+        *SMALL,
+        *QUIET,
+        "--batch-size",
+        2,
+        "--epochs",
+        2,
+        "--mixup",
+        0.1,
+    ]
+    assert train(*options, "--output", "out") == 0
+    summary = json.loads(Path("out/summary.json").read_text())
+    assert sorted(summary["skipped"]) == sorted(f"{s} row {r} ({r}.png)" for s in ("train", "test") for r in range(9))
+    assert all("Error" in reason for reason in summary["skipped"].values())
+    assert all(np.isfinite(loss) for _, loss in summary["curve"])
+    out = capsys.readouterr().out
+    assert out.count("skipped train row 3 (3.png)") == 1
+    assert "18 images could not be read" in out
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump({"data": "test.parquet"}))
+
+
+def test_a_loss_that_is_no_number(train, colours, capsys):
+    assert (
+        train("--data", colours, *SMALL, *QUIET, "--output", "out", "--opt", "sgd", "--lr", "1e38", "--epochs", 2) == 1
+    )
+    err = capsys.readouterr().err
+    assert "the loss is nan at update" in err and "--lr" in err and "--clip-grad" in err
+    assert not Path("out/summary.json").exists() and not runs.find_states("out/checkpoints")
+
+
+def test_trackers_get_numbers_and_pictures(train, colours):
+    calls = []
+
+    class Notebook(GeneralTracker):
+        name = "notebook"
+        requires_logging_directory = False
+
+        def __init__(self, run_name: str):
+            super().__init__()
+
+        @property
+        def tracker(self):
+            return calls
+
+        @on_main_process
+        def store_init_configuration(self, values):
+            calls.append(("options", values, None))
+
+        @on_main_process
+        def log(self, values, step=None):
+            calls.append(("numbers", values, step))
+
+        @on_main_process
+        def log_images(self, values, step=None):
+            calls.append(("pictures", values, step))
+
+    register_tracker_class(Notebook)
+    options = ["--data", colours, *SMALL, "--explain-images", 1, "--explain-every", 1, "--epochs", 1, "--output", "out"]
+    assert train(*options, "--report-to", "notebook") == 0
+    kinds = [kind for kind, _, _ in calls]
+    assert kinds[0] == "options" and calls[0][1]["lr"] == "0.003"
+    numbers = {name: step for kind, values, step in calls if kind == "numbers" for name in values}
+    assert numbers == dict.fromkeys(("train_loss", "train_accuracy", "lr", "test_loss", "test_accuracy"), 9)
+    pictures = [values["explanation"] for kind, values, _ in calls if kind == "pictures"]
+    assert len(pictures) == 2 and pictures[0].ndim == 4 and pictures[0].dtype == np.uint8
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--data", "/nowhere/at/all"], "nothing is at '/nowhere/at/all'"),
+        (["--config", "nowhere.yaml"], "--config nowhere.yaml"),
+        (["--model", "coda_net_xss"], "timm has no model 'coda_net_xss'; there is"),
+        (["--model-args", "temperature=3"], "temperature=3: .*unexpected keyword"),
+        (["--img-size", "2"], "the model does not take images of shape 3x2x2"),
+        (["--num-classes", "2"], "has the label 2 .* the 2 classes are numbered 0 to 1"),
+        (["--label-column", "colour"], "--label-column colour: there is no such column"),
+        (["--batch-size", "100"], "--batch-size 100, 1 processes: only 72 images"),
+        (["--batch-size", "0"], "--batch-size 0: must be at least 1"),
+        (["--opt", "adamantium"], "--opt.*adamantium"),
+        (["--interpolation", "cubist"], "--interpolation.*cubist"),
+        (["--auto-augment", "rand-x9"], "a random change of the images"),
+        (["--mixed-precision", "fp16"], "--mixed-precision fp16.*GPU"),
+        (["--report-to", "tensorboad"], "--report-to tensorboad"),
+        (["--resume", "nowhere"], "--resume nowhere: no run is there"),
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) else "",
+)
+def test_bad_input(train, colours, capsys, options, message):
+    base = [] if {"--config", "--resume"} & set(options) else ["--data", colours, *SMALL, *QUIET, "--output", "out"]
+    assert train(*base, *options) == 2
+    err = " ".join(capsys.readouterr().err.split())
+    assert err.startswith("train.py: error: ")
+    assert __import__("re").search(message, err), err
+    assert not Path("out").exists(), "nothing is written before the input is known to be good"
+
+
+def test_images_outside_the_models_range(train, colours, capsys):
+    model = timm.create_model("coda_net_xs", num_classes=3, rank=2)
+    hub.save_model(model, "normalised", data_config={"input_size": (3, 8, 8), "mean": (0.5,) * 3, "std": (0.5,) * 3})
+    assert train("--data", colours, "--model", "local-dir:normalised", "--output", "out", "--workers", 0) == 2
+    assert "images reach from -1.00 to" in capsys.readouterr().err
+
+
+def test_help_teaches(train, capsys):
+    with pytest.raises(SystemExit, match="0"):
+        train("--help")
+    out = capsys.readouterr().out
+    assert "python train.py --resume" in out
+    assert "(default: 0.00025)" in " ".join(out.split())

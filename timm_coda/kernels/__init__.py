@@ -1,0 +1,1 @@
+"""Backends of `functional.dau_conv2d`, one file each."""

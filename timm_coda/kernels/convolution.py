@@ -1,0 +1,59 @@
+"""The backend 'torch': the factorised DAU convolution as convolutions and a contraction.
+
+Runs on every device, traces, scripts, exports and differentiates as often as one likes; the fast backends differ from
+it in speed and memory only. Formulas in `functional.py`.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+__all__ = ["dau_conv2d", "rescaling"]
+
+
+def rescaling(squared: Tensor, activation: str) -> Tensor:
+    """h(|v|^2): |v| / (1 + |v|^2) for 'squash', 1 / |v| for 'l2'.
+
+    Rounding may leave |v|^2 = 0 slightly negative, and its square root has no finite gradient at 0.
+    """
+    squared = squared.clamp(min=1e-20)
+    if activation == "l2":
+        return squared.rsqrt()
+    return squared.sqrt() / (1 + squared)
+
+
+def dau_conv2d(
+    x: Tensor,
+    down: Tensor,
+    up: Tensor,
+    up_bias: Tensor,
+    stride: tuple[int, int],
+    padding: tuple[int, int],
+    dilation: tuple[int, int],
+    activation: str,
+    frozen: bool,
+) -> Tensor:
+    """As `functional.dau_conv2d`."""
+    rank, units = down.shape[0], up_bias.shape[0]
+    if frozen:
+        down, up, up_bias = down.detach(), up.detach(), up_bias.detach()
+    z = F.conv2d(x.detach() if frozen else x, down, None, stride, padding, dilation)  # (B, r, H', W')
+    u = F.conv2d(x, up, None, stride, padding, dilation).unflatten(1, (units, rank))  # (B, D, r, H', W')
+    aligned = (u * z.unsqueeze(1)).sum(2) + F.conv2d(x, up_bias, None, stride, padding, dilation)  # v^T p
+    if torch.jit.is_scripting() or x.is_meta:
+        factor = rescaling(_squared_norm(z, up, up_bias), activation)
+    else:
+        with torch.autocast(x.device.type, enabled=False):
+            factor = rescaling(_squared_norm(z, up, up_bias), activation)
+    return (aligned * factor).to(aligned.dtype)
+
+
+def _squared_norm(z: Tensor, up: Tensor, up_bias: Tensor) -> Tensor:
+    """|v|^2 in float32 or better, (B, D, H', W')."""
+    exact = torch.promote_types(z.dtype, torch.float32)
+    units, rank = up_bias.shape[0], z.shape[1]
+    z, a, b = z.to(exact), up.reshape(units, rank, -1).to(exact), up_bias.reshape(units, -1, 1).to(exact)
+    gram = (a @ a.transpose(1, 2)).reshape(units * rank, rank, 1, 1)
+    cross = 2 * (a @ b).reshape(-1)
+    quadratic = F.conv2d(z, gram, cross).unflatten(1, (units, rank))
+    return (quadratic * z.unsqueeze(1)).sum(2) + b.square().sum(1).unsqueeze(-1)
