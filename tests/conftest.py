@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
+torch.set_num_threads(1)  # the problems here are tiny
+
 SHARED = Path(__file__).parents[1].parent / "shared"
 
 

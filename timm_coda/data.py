@@ -119,8 +119,7 @@ def load_data(
         if len(splits) > 1:
             raise DataError(f"no split is called train; there are {_list(splits)}: name one with --train-split")
         train_name = next(iter(splits))
-    others = {name: rows for name, rows in splits.items() if name != train_name or name == test_split}
-    test_name = _choose_split(others, test_split, _EVAL, "--test-split")
+    test_name = _choose_split(splits, test_split, [name for name in _EVAL if name != train_name], "--test-split")
     train_rows = splits[train_name]
     test_rows = None if test_name is None else splits[test_name]
     for name, rows in ((train_name, train_rows), (test_name, test_rows)):
@@ -128,7 +127,9 @@ def load_data(
             raise DataError(f"the {name} split of {_list(sources)} is empty: there is nothing to learn from")
     image_column, label_column = _find_columns(train_rows.features, image_column, label_column)
     if test_rows is not None and not {image_column, label_column} <= set(test_rows.features):
-        raise DataError(f"the {test_name} split lacks {image_column} or {label_column}; {_describe(test_rows.features)}")
+        raise DataError(
+            f"the {test_name} split lacks {image_column} or {label_column}; {_describe(test_rows.features)}"
+        )
 
     labels, names = _encode_labels(train_rows, label_column, train_name, None, num_classes)
     images = _encoded_images(train_rows, image_column)
@@ -192,7 +193,6 @@ class ImageDataset(Dataset):
         with fixed_randomness(self.seed, epoch, index):
             return self.transform(image), int(self.split.labels[index])
 
-
     def examples(self, count: int) -> Batch:
         """The first images that can be read, at most `count`, from as many classes as possible, always the same."""
         seen: dict[int, int] = {}
@@ -235,7 +235,9 @@ def collate(samples: Sequence[tuple[torch.Tensor, int] | Skipped]) -> Batch:
     return Batch(images, torch.tensor([label for _, label in read], dtype=torch.long), skipped)
 
 
-def create_loader(dataset: ImageDataset, *, batch_size: int, workers: int, sampler: Sampler | None = None) -> DataLoader:
+def create_loader(
+    dataset: ImageDataset, *, batch_size: int, workers: int, sampler: Sampler | None = None
+) -> DataLoader:
     """Make a loader of `Batch`es: in order, or in the sampler's order and then without a last, smaller batch."""
     return DataLoader(
         dataset,
@@ -252,6 +254,28 @@ def create_loader(dataset: ImageDataset, *, batch_size: int, workers: int, sampl
 
 def _ignore_interrupts(worker: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches every process; it is the main one's to see to
+
+
+def check_images(model: torch.nn.Module, images: torch.Tensor) -> None:
+    """See that a model takes images (B, C, H, W) as they come out of a data set; it is in eval mode afterwards.
+
+    Raises:
+        DataError: There are none, a model that explains gets values outside [0, 1], or the model rejects them.
+    """
+    if len(images) == 0:
+        raise DataError("none of the images to test with can be read")
+    low, high = images.min().item(), images.max().item()
+    if hasattr(model, "explain") and (low < -0.001 or high > 1.001):
+        raise DataError(
+            f"images reach from {low:.2f} to {high:.2f}, but {type(model).__name__} wants [0, 1]: mean/std "
+            "normalisation is the likely cause; the model's config must have mean 0 and std 1"
+        )
+    try:
+        with torch.no_grad():
+            model.eval()(images)
+    except (ValueError, TypeError, RuntimeError, AssertionError) as error:
+        shape = "x".join(map(str, images.shape[1:]))
+        raise DataError(f"the model does not take images of shape {shape}: {error}") from error
 
 
 def derive_seed(*key: int) -> int:
@@ -385,11 +409,15 @@ def _read_parquet(files: dict[str, str]) -> tuple[dict[str, datasets.Dataset], l
         by_split = {"train": by_split[""]}
     elif "" in by_split:
         raise DataError(f"{_list(by_split[''])} says neither train nor test in its name, unlike the other files")
-    for file in files:
-        try:
-            pq.read_schema(file)
-        except (pa.ArrowException, OSError) as error:
-            raise DataError(f"{file!r} cannot be read as parquet: {error}") from error
+    for split, paths in by_split.items():
+        rows = 0
+        for file in paths:
+            try:
+                rows += pq.read_metadata(file).num_rows
+            except (pa.ArrowException, OSError) as error:
+                raise DataError(f"{file!r} cannot be read as parquet: {error}") from error
+        if rows == 0:  # of which `datasets` says only that an instruction corresponds to no data
+            raise DataError(f"the {split} split is empty: no rows in {_list(paths)}")
     try:
         return dict(datasets.load_dataset("parquet", data_files=by_split)), []  # type: ignore[arg-type]
     except OSError as error:
@@ -402,7 +430,7 @@ def _read_parquet(files: dict[str, str]) -> tuple[dict[str, datasets.Dataset], l
 
 def _read_in_memory(files: list[str]) -> datasets.Dataset:
     """Read parquet files without the cache that `datasets` would write."""
-    return datasets.Dataset(pa.concat_tables(pq.read_table(file, partitioning=None) for file in files))
+    return datasets.Dataset(pa.concat_tables(pq.ParquetFile(file).read() for file in files))
 
 
 def _read_image_folder(folder: Path) -> dict[str, datasets.Dataset]:
@@ -499,7 +527,7 @@ def _encode_labels(
         if value is None:
             raise DataError(f"{split} row {row} has no label (column {column}): give it one or remove the row")
     if isinstance(kind, datasets.ClassLabel):
-        own = tuple(kind.names or [str(number) for number in range(kind.num_classes or 0)])
+        own = tuple(kind.names)
         if names is not None and own != names:
             raise DataError(
                 f"the classes of the {split} split, {_list(own)}, are not those of training, {_list(names)}"

@@ -8,18 +8,23 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["dau_conv2d", "rescaling"]
+__all__ = ["dau_conv2d", "rescaling", "rescaling_slope"]
 
 
 def rescaling(squared: Tensor, activation: str) -> Tensor:
-    """h(|v|^2): |v| / (1 + |v|^2) for 'squash', 1 / |v| for 'l2'.
-
-    Rounding may leave |v|^2 = 0 slightly negative, and its square root has no finite gradient at 0.
-    """
+    """h(|v|^2): |v| / (1 + |v|^2) for 'squash', 1 / |v| for 'l2'."""
+    # Rounding may leave |v|^2 = 0 slightly negative, and its square root has no finite gradient at 0.
     squared = squared.clamp(min=1e-20)
     if activation == "l2":
         return squared.rsqrt()
     return squared.sqrt() / (1 + squared)
+
+
+def rescaling_slope(squared: Tensor, activation: str) -> Tensor:
+    """h'(|v|^2), 0 where `rescaling` clamps."""
+    s = squared.clamp(min=1e-20)
+    slope = -0.5 * s.rsqrt() / s if activation == "l2" else (1 - s) * (0.5 * s.rsqrt()) / (1 + s).square()
+    return torch.where(squared > 1e-20, slope, 0)
 
 
 def dau_conv2d(

@@ -1,0 +1,135 @@
+"""A backend of three plain functions as operators that autograd, torch.compile, torch.export and vmap understand."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from . import convolution
+from .patches import memory_format, output_size
+
+__all__ = ["make_operator"]
+
+
+def make_operator(name: str, forward: Callable, data_gradient: Callable, backward: Callable) -> Callable[..., Tensor]:
+    """The function `dau_conv2d` of a backend, with the arguments of `functional.dau_conv2d`.
+
+    Args:
+        name: of the operators, timm_coda::{name}, {name}_data and {name}_backward
+        forward: (x, down, up, up_bias, stride, padding, dilation, activation) to y (B, D, H', W') and, float32 or
+            better, for all N positions z (N, r), num = v^T p (N, D) and s = |v|^2 (N, D)
+        data_gradient: (grad, x, up, up_bias, z, s, stride, padding, dilation, activation) to W^T grad like x, of
+            which only shape and format matter
+        backward: (grad, x, down, up, up_bias, z, num, s, stride, padding, dilation, activation) to the gradients of
+            x, down, up and up_bias
+    """
+
+    @torch.library.custom_op(f"timm_coda::{name}", mutates_args=())
+    def forward_op(
+        x: Tensor,
+        down: Tensor,
+        up: Tensor,
+        up_bias: Tensor,
+        stride: list[int],
+        padding: list[int],
+        dilation: list[int],
+        activation: str,
+        frozen: bool,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        with torch.autocast(x.device.type, enabled=False):
+            return forward(x, down, up, up_bias, stride, padding, dilation, activation)
+
+    @forward_op.register_fake
+    def _(x, down, up, up_bias, stride, padding, dilation, activation, frozen):
+        rows, columns = output_size(x, up.shape[2:], stride, padding, dilation)
+        units, positions = up_bias.shape[0], x.shape[0] * rows * columns
+        exact = torch.promote_types(x.dtype, torch.float32)
+        y = x.new_empty(x.shape[0], units, rows, columns).contiguous(memory_format=memory_format(x))
+        return y, *(x.new_empty(positions, n, dtype=exact) for n in (down.shape[0], units, units))
+
+    @torch.library.custom_op(f"timm_coda::{name}_data", mutates_args=())
+    def data_op(
+        grad: Tensor,
+        x: Tensor,
+        up: Tensor,
+        up_bias: Tensor,
+        z: Tensor,
+        s: Tensor,
+        stride: list[int],
+        padding: list[int],
+        dilation: list[int],
+        activation: str,
+    ) -> Tensor:
+        with torch.autocast(x.device.type, enabled=False):
+            return data_gradient(grad, x, up, up_bias, z, s, stride, padding, dilation, activation)
+
+    @data_op.register_fake
+    def _(grad, x, up, up_bias, z, s, stride, padding, dilation, activation):
+        return torch.empty_like(x, memory_format=memory_format(x))
+
+    @data_op.register_vmap
+    def _(info, in_dims, grad, *others):
+        if any(dim is not None for dim in in_dims[1:]):
+            raise NotImplementedError("vmap over a DAU's input or weights: choose the backend 'torch'")
+        grads = grad.movedim(in_dims[0], 0).unbind()  # several targets of one forward pass
+        return torch.stack([data_op(target, *others) for target in grads]), 0
+
+    @torch.library.custom_op(f"timm_coda::{name}_backward", mutates_args=())
+    def backward_op(
+        grad: Tensor,
+        x: Tensor,
+        down: Tensor,
+        up: Tensor,
+        up_bias: Tensor,
+        z: Tensor,
+        num: Tensor,
+        s: Tensor,
+        stride: list[int],
+        padding: list[int],
+        dilation: list[int],
+        activation: str,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        with torch.autocast(x.device.type, enabled=False):
+            return backward(grad, x, down, up, up_bias, z, num, s, stride, padding, dilation, activation)
+
+    @backward_op.register_fake
+    def _(grad, x, down, up, up_bias, z, num, s, stride, padding, dilation, activation):
+        dx = torch.empty_like(x, memory_format=memory_format(x))
+        return dx, *(t.new_empty(t.shape) for t in (down, up, up_bias))
+
+    def setup_context(ctx, inputs, output) -> None:
+        x, down, up, up_bias, *ctx.options, ctx.frozen = inputs
+        _, z, num, s = output
+        ctx.mark_non_differentiable(z, num, s)
+        ctx.save_for_backward(x, down, up, up_bias, z, num, s)
+
+    def differentiate(ctx, grad, *_):
+        x, down, up, up_bias, z, num, s = ctx.saved_tensors
+        no_options = (None,) * 5
+        if torch.is_grad_enabled():  # create_graph=True: the gradient is to be differentiated again
+            inputs = (x, down, up, up_bias)
+            wanted = [i for i in range(4) if ctx.needs_input_grad[i]]
+            y = convolution.dau_conv2d(*inputs, *ctx.options, ctx.frozen)
+            found = torch.autograd.grad(y, [inputs[i] for i in wanted], grad, create_graph=True)
+            gradients = dict(zip(wanted, found, strict=True))
+            return *(gradients.get(i) for i in range(4)), *no_options
+        if ctx.frozen:
+            return data_op(grad, x, up, up_bias, z, s, *ctx.options), None, None, None, *no_options
+        return *backward_op(grad, x, down, up, up_bias, z, num, s, *ctx.options), *no_options
+
+    forward_op.register_autograd(differentiate, setup_context=setup_context)
+
+    def dau_conv2d(
+        x: Tensor,
+        down: Tensor,
+        up: Tensor,
+        up_bias: Tensor,
+        stride: tuple[int, int],
+        padding: tuple[int, int],
+        dilation: tuple[int, int],
+        activation: str,
+        frozen: bool,
+    ) -> Tensor:
+        return forward_op(x, down, up, up_bias, [*stride], [*padding], [*dilation], activation, frozen)[0]
+
+    return dau_conv2d

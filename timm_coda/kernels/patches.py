@@ -1,0 +1,119 @@
+"""Patches of a convolution as rows of a matrix, and back: the geometry that the matrix-product backends share."""
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+__all__ = ["Geometry", "as_rows", "geometry", "memory_format", "output_size"]
+
+
+class Geometry(NamedTuple):
+    """Where patches lie, and the order of a patch's K numbers: (c, kh, kw) or `channels_last` (kh, kw, c)."""
+
+    batch: int
+    rows: int
+    columns: int
+    kernel: tuple[int, int]
+    stride: tuple[int, int]
+    padding: tuple[int, int]
+    dilation: tuple[int, int]
+    channels_last: bool
+
+    @property
+    def positions(self) -> int:
+        return self.batch * self.rows * self.columns
+
+    def padded(self, x: Tensor) -> Tensor:
+        """(B, C, H, W) to contiguous (B, H + 2ph, W + 2pw, C)."""
+        x = x.permute(0, 2, 3, 1)
+        if self.padding != (0, 0):
+            x = F.pad(x, (0, 0, self.padding[1], self.padding[1], self.padding[0], self.padding[0]))
+        return x.contiguous()
+
+    def padded_zeros(self, like: Tensor) -> Tensor:
+        batch, channels, height, width = like.shape
+        return like.new_zeros(batch, height + 2 * self.padding[0], width + 2 * self.padding[1], channels)
+
+    def cropped(self, padded: Tensor, like: Tensor) -> Tensor:
+        """The inverse of `padded`, in the memory format of `like`."""
+        top, left = self.padding
+        inner = padded[:, top : top + like.shape[2], left : left + like.shape[3]]
+        return inner.permute(0, 3, 1, 2).clone(memory_format=memory_format(like))
+
+    def windows(self, padded: Tensor) -> Tensor:
+        """All patches as a view of the padded image: (B, H', W', and K as three axes)."""
+        image, row, column, channel = padded.stride()
+        (sh, sw), (dh, dw) = self.stride, self.dilation
+        view = padded.as_strided(
+            (self.batch, self.rows, self.columns, *self.kernel, padded.shape[3]),
+            (image, row * sh, column * sw, row * dh, column * dw, channel),
+        )
+        return view if self.channels_last else view.permute(0, 1, 2, 5, 3, 4)
+
+    def fold(self, target: Tensor, patches: Tensor) -> None:
+        """Add patches (n, K) to the padded image behind `target`, a part of its `windows`."""
+        patches = patches.view(target.shape)
+        for i in range(self.kernel[0]):
+            for j in range(self.kernel[1]):
+                # One offset at a time: these views do not overlap themselves.
+                at = (..., i, j, slice(None)) if self.channels_last else (..., i, j)
+                target[at] += patches[at]
+
+    def blocks(self, size: int) -> Iterator[tuple[tuple[slice, slice], slice]]:
+        """Blocks of about `size` positions: (images, rows) of `windows` and their range in the flat order."""
+        area = self.rows * self.columns
+        if area <= size:
+            step = size // area
+            for i in range(0, self.batch, step):
+                end = min(i + step, self.batch)
+                yield (slice(i, end), slice(None)), slice(i * area, end * area)
+        else:
+            step = max(size // self.columns, 1)
+            for i in range(self.batch):
+                for row in range(0, self.rows, step):
+                    end = min(row + step, self.rows)
+                    flat = slice(i * area + row * self.columns, i * area + end * self.columns)
+                    yield (slice(i, i + 1), slice(row, end)), flat
+
+    def flat(self, weight: Tensor) -> Tensor:
+        """(N, C, kh, kw) as (N, K), a copy only where it is stored in another order."""
+        return (weight.permute(0, 2, 3, 1) if self.channels_last else weight).reshape(weight.shape[0], -1)
+
+    def unflat(self, weight: Tensor, channels: int) -> Tensor:
+        """The inverse of `flat`, contiguous."""
+        if self.channels_last:
+            weight = weight.reshape(-1, *self.kernel, channels).permute(0, 3, 1, 2)
+        return weight.reshape(-1, channels, *self.kernel).contiguous()
+
+
+def output_size(
+    x: Tensor, kernel: torch.Size, stride: list[int], padding: list[int], dilation: list[int]
+) -> tuple[int, int]:
+    """Rows and columns of a convolution's output."""
+    rows, columns = (
+        (x.shape[2 + i] + 2 * padding[i] - dilation[i] * (kernel[i] - 1) - 1) // stride[i] + 1 for i in (0, 1)
+    )
+    return rows, columns
+
+
+def geometry(x: Tensor, up: Tensor, stride: list[int], padding: list[int], dilation: list[int]) -> Geometry:
+    """Patches are copied ten times as fast channels last; weights stored otherwise are then worth a copy, too, where
+    there are more positions than rows of `up`."""
+    rows, columns = output_size(x, up.shape[2:], stride, padding, dilation)
+    channels_last = up.is_contiguous(memory_format=torch.channels_last) or x.shape[0] * rows * columns > up.shape[0]
+    kernel, *others = ((int(a), int(b)) for a, b in (up.shape[2:], stride, padding, dilation))
+    return Geometry(x.shape[0], rows, columns, kernel, *others, channels_last)
+
+
+def as_rows(y: Tensor) -> Tensor:
+    """(B, D, H', W') to contiguous (N, D)."""
+    return y.permute(0, 2, 3, 1).reshape(-1, y.shape[1]).contiguous()
+
+
+def memory_format(x: Tensor) -> torch.memory_format:
+    """The format that an output beside `x` takes."""
+    last = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
+    return torch.channels_last if last else torch.contiguous_format
