@@ -1,0 +1,170 @@
+"""Every fast backend against reference.py, and as an operator: compile, export, vmap, double backward, autocast."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import relative_error
+from dau_cases import CASES, problem
+
+import timm_coda
+from timm_coda import functional, reference
+from timm_coda.kernels import cpu
+
+NAMES = ("x", "down", "up", "up_bias")
+FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
+
+
+def gradients(y, tensors):
+    g = torch.randn(y.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64).to(y.dtype)
+    return torch.autograd.grad(y, tensors, g)
+
+
+@pytest.mark.parametrize("block", ["whole", "tiny"])
+@pytest.mark.parametrize("layout", FORMATS)
+@pytest.mark.parametrize("activation", ["squash", "l2"])
+@pytest.mark.parametrize("case", CASES)
+def test_cpu_equals_reference(case, activation, layout, block, monkeypatch):
+    if block == "tiny":  # blocks of one image's rows, and of a few positions
+        monkeypatch.setattr(cpu, "_positions", lambda width: 5)
+        monkeypatch.setattr(cpu, "_BLOCK", 1)
+    exact, options = problem(case)
+    options = [*options.values(), activation]
+    expected = reference.dau_conv2d(*exact, *options)
+    wanted = gradients(expected, exact)
+    tensors = [t.detach().to(memory_format=FORMATS[layout]).requires_grad_() for t in exact]
+    y = cpu.dau_conv2d(*tensors, *options, frozen=False)
+    assert relative_error(y, expected) < 1e-12
+    for name, actual, right in zip(NAMES, gradients(y, tensors), wanted, strict=True):
+        assert relative_error(actual, right) < 1e-11, name
+    frozen = cpu.dau_conv2d(tensors[0], *(t.detach() for t in tensors[1:]), *options, frozen=True)
+    assert torch.equal(frozen, y)
+    wanted = gradients(reference.dau_conv2d(*exact, *options, frozen=True), exact[:1])
+    assert relative_error(gradients(frozen, tensors[:1])[0], wanted[0]) < 1e-12
+
+
+@pytest.mark.parametrize("layout", FORMATS)
+def test_memory_format_is_kept(layout):
+    tensors, options = problem("3x3")
+    x = tensors[0].detach().to(memory_format=FORMATS[layout]).requires_grad_()
+    y = cpu.dau_conv2d(x, *tensors[1:], *options.values(), activation="squash", frozen=False)
+    assert y.is_contiguous(memory_format=FORMATS[layout])
+    assert gradients(y, x)[0].is_contiguous(memory_format=FORMATS[layout])
+
+
+@pytest.mark.parametrize("activation", ["squash", "l2"])
+def test_bfloat16(activation):
+    exact, options = problem("large_stem")
+    options = [*options.values(), activation]
+    expected = reference.dau_conv2d(*exact, *options)
+    low = [t.detach().bfloat16().requires_grad_() for t in exact]
+    y = cpu.dau_conv2d(*low, *options, frozen=False)
+    assert relative_error(y, expected) < 2e-2
+    for name, actual, right in zip(NAMES, gradients(y, low), gradients(expected, exact), strict=True):
+        assert actual.dtype == torch.bfloat16
+        assert relative_error(actual, right) < 2e-2, name
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # torch's own checks do
+@pytest.mark.parametrize("layout", FORMATS)
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize("case", ["3x3", "stride", "one_position"])
+def test_operators_are_registered_right(case, frozen, layout):
+    """torch's own checks: schema, fake tensors, autograd registration, AOT dispatch with dynamic shapes."""
+    tensors, options = problem(case, torch.float32)
+    tensors = [t.detach().to(memory_format=FORMATS[layout]).requires_grad_() for t in tensors]
+    if frozen:
+        tensors[1:] = [t.detach() for t in tensors[1:]]
+    arguments = (*tensors, *(list(pair) for pair in options.values()), "squash", frozen)
+    torch.library.opcheck(torch.ops.timm_coda.dau_conv2d_cpu.default, arguments)
+
+
+def test_vmap_over_targets():
+    """is_grads_batched runs one vmapped backward for all targets of a forward pass."""
+    tensors, options = problem("3x3")
+    x, *weights = tensors
+    frozen = cpu.dau_conv2d(x, *(w.detach() for w in weights), *options.values(), activation="squash", frozen=True)
+    targets = torch.randn(4, *frozen.shape, dtype=frozen.dtype)
+    batched = torch.autograd.grad(frozen, x, targets, is_grads_batched=True, retain_graph=True)[0]
+    single = [torch.autograd.grad(frozen, x, target, retain_graph=True)[0] for target in targets]
+    assert torch.equal(batched, torch.stack(single))
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_double_backward(frozen):
+    tensors, options = problem("one_position")
+    if frozen:
+        tensors[1:] = [t.detach() for t in tensors[1:]]
+
+    def run(*leaves):
+        return cpu.dau_conv2d(*leaves, *tensors[len(leaves) :], *options.values(), activation="squash", frozen=frozen)
+
+    leaves = tensors[:1] if frozen else tensors
+    if not frozen:
+        assert torch.autograd.gradcheck(run, leaves)
+        assert torch.autograd.gradgradcheck(run, leaves)
+    x = tensors[0]
+    g = torch.ones_like(run(*leaves)).requires_grad_()
+    first = torch.autograd.grad(run(*leaves), x, g, create_graph=True)[0]
+    assert torch.autograd.grad(first.sum(), g)[0].shape == g.shape
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_compiles_into_one_graph(frozen):
+    tensors, options = problem("3x3", torch.float32)
+    if frozen:
+        tensors[1:] = [t.detach() for t in tensors[1:]]
+    leaves = [t for t in tensors if t.requires_grad]
+
+    def run():
+        return functional.dau_conv2d(*tensors, **options, frozen=frozen).sin()
+
+    compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
+    assert relative_error(compiled(), run()) < 1e-6
+    for actual, right in zip(gradients(compiled(), leaves), gradients(run(), leaves), strict=True):
+        assert relative_error(actual, right) < 1e-5
+
+
+def test_the_switch(monkeypatch):
+    tensors, options = problem("3x3")
+    called = []
+    for name, function in list(functional.BACKENDS.items()):
+
+        def spy(*args, name=name, function=function):
+            called.append(name)
+            return function(*args)
+
+        monkeypatch.setitem(functional.BACKENDS, name, spy)
+
+    def run():
+        functional.dau_conv2d(*tensors, **options)
+        return called.pop()
+
+    assert run() == "cpu"
+    with timm_coda.use_backend("reference"):
+        assert run() == "reference"
+        with timm_coda.use_backend("torch"):
+            assert run() == "torch"
+        assert run() == "reference"
+        with pytest.raises(ValueError, match=r"backend 'cudnn': choose one of reference, torch, cpu"):
+            timm_coda.set_backend("cudnn")
+        assert run() == "reference"
+    assert run() == "cpu"
+    try:
+        timm_coda.set_backend("torch")
+        assert run() == "torch"
+    finally:
+        timm_coda.set_backend(None)
+
+
+def test_environment_variable():
+    code = "import timm_coda.functional as f; print(f._backend)"
+    for value, shown in (("torch", "torch"), ("", "None")):
+        environment = os.environ | {"TIMM_CODA_BACKEND": value}
+        run = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+        assert run.stdout.strip() == shown
+    environment = os.environ | {"TIMM_CODA_BACKEND": "fast"}
+    run = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
+    assert "backend 'fast': choose one of" in run.stderr
