@@ -12,69 +12,47 @@ network of the best epoch. Beside it are explanation.png, summary.json (options,
 that could not be read), recipe.yaml (for --config) and checkpoints/ (for --resume).
 """
 
+# pyright: reportPrivateImportUsage=false
 import argparse
-import contextlib
-import importlib.util
-import json
 import math
-import os
-import platform
-import re
-import shutil
-import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import accelerate
-import numpy as np
-import PIL.Image
 import timm
 import torch
-import yaml
-from accelerate.utils import gather_object, set_seed
+from accelerate import Accelerator, DataLoaderConfiguration
+from accelerate.utils import set_seed
 from timm.data import Mixup, resolve_input_data_config
 from timm.loss import BinaryCrossEntropy
 from timm.optim import create_optimizer_v2
 from timm.scheduler import create_scheduler_v2
 from timm.utils import ModelEmaV3
-from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-import timm_coda
-from timm_coda import data, hub
+import timm_coda  # noqa: F401  # registers the models
+from timm_coda import data, hub, runs
 
 DEFAULT_RECIPE = Path(__file__).parent / "hub_configs/coda_net_xs.digits/recipe.yaml"
-RUN_ONLY = {"config", "output", "overwrite", "resume"}  # options of a command, not of the run it starts
-FREE_ON_RESUME = {"workers", "save_every", "explain_every", "explain_images", "report_to"}  # they change no weight
-
-
-class RunError(ValueError):
-    """Options that do not go together or with what they name; the message says how to mend it."""
 
 
 def make_parser() -> argparse.ArgumentParser:
     """The options. Defaults are the paper's settings for CIFAR-10 (CVPR 2021) where the help gives no other reason."""
-
-    class Format(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
-        pass
-
-    parser = argparse.ArgumentParser("train.py", description=__doc__, formatter_class=Format, allow_abbrev=False)
+    look = {"usage": "python train.py [options]", "description": __doc__, "formatter_class": runs.HelpFormatter}
+    parser = argparse.ArgumentParser("train.py", allow_abbrev=False, **look)
     switch = argparse.BooleanOptionalAction
     add = parser.add_argument_group("run").add_argument
-    add("--config", help="YAML file of options; the command line wins. Default with no --data or --model: the digits")
+    add("--config", help="YAML file of options; the command line wins (default without --data, --model: the digits)")
     add("--output", help="output folder (default: a fresh one, runs/NAME, runs/NAME-2, ...)")
     add("--overwrite", action=switch, default=False, help="replace the run that is in the output folder")
     add("--resume", nargs="?", const="auto", help="folder of a run to go on with; auto: --output's, if there is one")
-    add("--seed", type=int, default=0, help="the same seed gives the same weights, whatever the number of workers")
+    add("--seed", type=runs.natural, default=0, help="the same seed gives the same weights, with any number of workers")
     add("--mixed-precision", choices=["no", "bf16", "fp16"], help="(default: what accelerate launch says, else no)")
-    add("--save-every", type=int, default=0, help="updates between training states; one is saved each epoch anyway")
-    add("--log-every", type=int, default=10, help="updates between points of the loss curve")
-    add("--explain-every", type=int, default=5, help="epochs between explanation pictures; 0: only one at the end")
-    add("--explain-images", type=int, default=8, help="test images in such a picture; 8 fit a page")
+    add("--save-every", type=runs.natural, default=0, help="updates between training states; epochs save one anyway")
+    add("--log-every", type=runs.positive, default=10, help="updates between points of the loss curve")
+    add("--explain-every", type=runs.natural, default=5, help="epochs between explanation pictures; 0: one at the end")
+    add("--explain-images", type=runs.positive, default=8, help="test images in such a picture; 8 fit a page")
     add("--report-to", default="none", help="a tracker of Accelerate's: tensorboard, wandb, ...; none: files do")
     add = parser.add_argument_group("data").add_argument
     add("--data", nargs="+", default=["digits"], help="digits, a Hub id, parquet files, a folder of these or of images")
@@ -84,17 +62,16 @@ def make_parser() -> argparse.ArgumentParser:
     add("--val-fraction", type=float, default=0.1, help="share to hold out for tests where there is no such split")
     add("--image-column", help="(default: the only one with images)")
     add("--label-column", help="(default: the only one with classes, or the one named label)")
-    add("--num-classes", type=int, help="(default: the data set's)")
-    add("--workers", type=int, default=2, help="processes that decode images meanwhile; 0 is best for tiny images")
+    add("--num-classes", type=runs.positive, help="(default: the data set's)")
+    add("--workers", type=runs.natural, default=2, help="processes that decode images; 0 is best for tiny ones")
     add = parser.add_argument_group("images").add_argument
-    add("--img-size", type=int, help="height and width in pixels (default: the model's)")
+    add("--img-size", type=runs.positive, help="height and width in pixels (default: the model's)")
     add("--interpolation", help="nearest, bilinear or bicubic (default: the model's)")
     add("--crop-pct", type=float, help="share of its width that a test image keeps (default: the model's)")
-    add("--crop-padding", type=int, default=4, help="shift training images by up to so many pixels")
+    add("--crop-padding", type=runs.natural, default=4, help="shift training images by up to so many pixels")
     add("--scale", type=float, nargs=2, default=[1.0, 1.0], help="area of a random crop; the paper crops by padding")
     add("--ratio", type=float, nargs=2, default=[1.0, 1.0], help="aspect ratio of a random crop; 1 1: as it is")
     add("--hflip", type=float, default=0.5, help="probability of a left-right flip; 0 for letters and digits")
-    add("--vflip", type=float, default=0.0, help="probability of an upside-down flip; photographs have an up")
     add("--color-jitter", type=float, default=0.0, help="strength of changed colours; the paper has none")
     add("--auto-augment", help="timm's policy, such as rand-m10-n2, the paper's for ImageNet (default: none)")
     add("--erase", type=float, default=0.0, help="probability of a black rectangle; the paper has none")
@@ -106,155 +83,216 @@ def make_parser() -> argparse.ArgumentParser:
     add("--pretrained", action=switch, default=False, help="start from the model's published weights")
     add("--ema", type=float, default=0.0, help="decay of averaged weights, which are then tested and saved; 0: none")
     add = parser.add_argument_group("learning").add_argument
-    add("--epochs", type=int, default=200, help="times that each training image is seen")
-    add("--batch-size", type=int, default=16, help="images in a step of a process; a GPU wants more, and a higher --lr")
-    add("--grad-accum", type=int, default=1, help="steps in an update: a larger batch with the same memory")
+    add("--epochs", type=runs.positive, default=200, help="times that each training image is seen")
+    add("--batch-size", type=runs.positive, default=16, help="images a step and process; GPUs want more, and more --lr")
+    add("--grad-accum", type=runs.positive, default=1, help="steps in an update: a larger batch with the same memory")
     add("--loss", choices=["bce", "ce"], default="bce", help="bce: a yes or no for each class on its own")
     add("--smoothing", type=float, default=0.0, help="of labels; 0 lets evidence grow without limit")
     add("--opt", default="adam", help="an optimiser of timm's")
     add("--lr", type=float, default=2.5e-4, help="highest learning rate; for batches of 16")
     add("--weight-decay", type=float, default=0.0, help="dynamic weights are bounded without it")
-    schedules = ["cosine", "step", "poly", "tanh", "wsd", "constant", "none"]
+    schedules = ["cosine", "step", "poly", "tanh", "wsd", "constant"]
     add("--sched", choices=schedules, default="step", help="learning rate schedule of timm's, stepped each update")
     add("--decay-epochs", type=float, default=30, help="epochs between two decays; step only")
-    add("--decay-rate", type=float, default=0.667, help="factor of a decay; step only")
+    add("--decay-rate", type=float, default=2 / 3, help="factor of a decay; step only")
     add("--warmup-epochs", type=float, default=0.0, help="of linear warm-up; small batches need none")
     add("--min-lr", type=float, default=0.0, help="learning rate at the end; not for step")
     add("--clip-grad", type=float, default=0.0, help="largest norm of the gradient; 0: none")
     return parser
 
 
-def parse(argv: list[str]) -> argparse.Namespace:
-    """Read the options: defaults, then the recipe, then the command line. Settles `output`."""
-    parser = make_parser()
-    args = parser.parse_args(argv)
-    if args.resume and args.overwrite:
-        raise RunError("--resume goes on with a run and --overwrite replaces it: give one of them")
-    if args.resume not in (None, "auto"):
-        args.output, args.config = args.resume, str(Path(args.resume) / "recipe.yaml")
-        if not Path(args.config).is_file():
-            raise RunError(f"--resume {args.resume}: no run is there, it would have a recipe.yaml")
-    elif not args.config and not {word.split("=")[0] for word in argv} & {"--data", "--model"}:
-        args.config = str(DEFAULT_RECIPE)
-    config, output, resume = args.config, args.output, args.resume
-    if config:
-        known = sorted(name.replace("_", "-") for name in vars(args).keys() - RUN_ONLY)
-        args = parser.parse_args(hub.read_recipe(config, known) + argv)
-    for name, least in (("epochs", 1), ("batch_size", 1), ("grad_accum", 1), ("log_every", 1), ("seed", 0)):
-        if getattr(args, name) < least:
-            raise RunError(f"--{name.replace('_', '-')} {getattr(args, name)}: must be at least {least}")
-    if output is None:
-        name = Path(config).resolve().parent.name if config else re.sub(r"\W", "_", args.model)
-        output = hub.free_folder(Path("runs") / name)
-    elif not resume and not args.overwrite and os.path.exists(output) and (os.path.isfile(output) or os.listdir(output)):
-        raise RunError(f"--output {output} is taken: give another, --resume {output} to go on with it, or --overwrite")
-    args.config, args.output, args.resume = config, str(output), resume
-    return args
+def tally(loss: torch.Tensor, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """Sums over images: of the loss, of right answers, of one."""
+    right = (logits.argmax(1) == labels).sum()
+    return torch.stack([loss.detach() * len(labels), right, torch.full_like(right, len(labels))])
 
 
 @torch.no_grad()
-def evaluate(accelerator: accelerate.Accelerator, model: torch.nn.Module, loader: Any, loss_function: Callable):
+def evaluate(accelerator: Any, model: torch.nn.Module, loader: Any, loss_function: torch.nn.Module):
     """Mean loss and accuracy over the images that can be read, and the others with the reason."""
-    totals, skipped = torch.zeros(3, device=accelerator.device), {}
+    sums, unread = torch.zeros(3, device=accelerator.device), []
     model.eval()
-    for images, labels, unread in loader:
-        skipped.update(unread)
+    for images, labels, skipped in loader:
+        unread += skipped
         if len(labels):
             with accelerator.autocast():
                 logits = model(images).float()
-            count, correct = labels.new_tensor(len(labels)), (logits.argmax(1) == labels).sum()
-            totals += torch.stack([loss_function(logits, labels) * count, correct, count])
-    loss, correct, count = accelerator.reduce(totals).tolist()  # type: ignore[union-attr]
-    return loss / max(count, 1), correct / max(count, 1), skipped
+            sums += tally(loss_function(logits, labels), logits, labels)
+    loss, right, count = accelerator.reduce(sums).tolist()
+    return loss / max(count, 1), right / max(count, 1), unread
 
 
-def check_images(model: torch.nn.Module, images: torch.Tensor, num_classes: int) -> None:
-    """See that the model takes the images, before anything is written."""
-    if len(images) == 0:
-        raise RunError("--data: none of the test images can be read")
-    low, high = images.min().item(), images.max().item()
-    if hasattr(model, "explain") and (low < -0.001 or high > 1.001):
-        raise RunError(f"images reach from {low:.2f} to {high:.2f}, but {type(model).__name__} wants [0, 1]: are they "
-                       "normalised? mean and std in the config of --model must be 0 and 1")  # fmt: skip
-    with hub.blame(f"--model does not take images of shape {tuple(images.shape[1:])}"), torch.no_grad():
-        shape = tuple(model.eval()(images).shape)
-    if shape != (len(images), num_classes):
-        raise RunError(f"--model gives an output of shape {shape}, not {(len(images), num_classes)}")
-
-
-def train(args: argparse.Namespace, stop: list[int]) -> int:
-    """One run, from top to bottom, or until a signal is in `stop`. Returns the exit code."""
-    output, options = Path(args.output), {name: value for name, value in vars(args).items() if name not in RUN_ONLY}
+def train(args: argparse.Namespace, stop: list[int]) -> None:
+    """One run, from top to bottom, or until a signal is in `stop`."""
+    output, options = Path(args.output), runs.run_options(args)
     if args.resume and (output / "summary.json").exists():
-        print(f"{output} is finished: there is nothing to go on with")
-        return 0
+        raise runs.Stopped(f"{output} is finished: there is nothing to go on with", code=0)
 
-    def select(names: str) -> dict[str, Any]:
+    def chosen(names: str) -> dict[str, Any]:
         return {name: options[name] for name in names.split()}
 
-    with hub.blame(f"--mixed-precision {args.mixed_precision} or --report-to {args.report_to}"):
-        accelerator = accelerate.Accelerator(
+    with hub.blame(f"--mixed-precision {args.mixed_precision} or --report-to {args.report_to}", runs.RunError):
+        accelerator: Any = Accelerator(
             mixed_precision=args.mixed_precision,
             gradient_accumulation_steps=args.grad_accum,
             log_with=None if args.report_to == "none" else args.report_to,
             project_dir=output,
-            dataloader_config=accelerate.DataLoaderConfiguration(even_batches=False),  # no test image counts twice
+            dataloader_config=DataLoaderConfiguration(even_batches=False),  # so that no test image counts twice
         )
-    if args.report_to != "none" and not accelerator.log_with:
-        raise RunError(f"--report-to {args.report_to}: its package is not installed")
-    main, say, processes = accelerator.is_main_process, accelerator.print, accelerator.num_processes
+    main, processes, device = accelerator.is_main_process, accelerator.num_processes, accelerator.device
     set_seed(args.seed)
 
     # Data and model
     names = "subset image_column label_column train_split test_split val_fraction num_classes"
-    source = data.load_data(args.data[0] if len(args.data) == 1 else args.data, **select(names))
+    source = data.load_data(args.data, **chosen(names))
     classes = source.label_names
-    network = hub.create_model(args.model, num_classes=len(classes), **select("pretrained model_args"))
-    with hub.blame("--img-size, --interpolation, --crop-pct or the random changes of images"):
-        config = resolve_input_data_config(network, select("img_size interpolation crop_pct"))
-        names = "crop_padding scale ratio hflip vflip color_jitter auto_augment erase"
-        transform, test_transform = data.create_transforms(config, **select(names))
+    network: Any = hub.create_model(args.model, num_classes=len(classes), **chosen("pretrained model_args"))
+    with hub.blame("--img-size, --interpolation, --crop-pct or a random change of the images", runs.RunError):
+        config = resolve_input_data_config(network, chosen("img_size interpolation crop_pct"))
+        names = "crop_padding scale ratio hflip color_jitter auto_augment erase"
+        transform, test_transform = data.create_transforms(config, **chosen(names))
     train_set = data.ImageDataset(source.train, transform, seed=args.seed)
     test_set = data.ImageDataset(source.test, test_transform)
-    examples = test_set.examples(max(args.explain_images, 1))
-    check_images(network, examples.images, len(classes))
     sampler = data.EpochSampler(len(train_set), seed=args.seed)
-    loader = data.create_loader(train_set, sampler=sampler, **select("batch_size workers"))
-    test_loader = data.create_loader(test_set, **select("batch_size workers"))
+    loader = data.create_loader(train_set, sampler=sampler, **chosen("batch_size workers"))
+    test_loader = data.create_loader(test_set, **chosen("batch_size workers"))
+    examples = test_set.examples(args.explain_images)
+    data.check_images(network, examples.images)
 
     # Learning
     batches = len(train_set) // (args.batch_size * processes)
     if batches == 0:
-        raise RunError(f"--batch-size {args.batch_size} in {processes} processes: there are {len(train_set)} images")
-    with hub.blame("--opt, --lr, --sched or a number that belongs to them"):
-        optimizer = create_optimizer_v2(network, **select("opt lr weight_decay"))
-        schedule = select("sched decay_epochs decay_rate warmup_epochs min_lr")
+        raise runs.RunError(f"--batch-size {args.batch_size}, {processes} processes: only {len(train_set)} images")
+    with hub.blame("--opt, --lr, --sched or a number that belongs to them", runs.RunError):
+        optimizer = create_optimizer_v2(network, **chosen("opt lr weight_decay"))
+        schedule = chosen("sched decay_epochs decay_rate warmup_epochs min_lr")
         schedule |= {"num_epochs": args.epochs, "updates_per_epoch": math.ceil(batches / args.grad_accum)}
-        scheduler, _ = create_scheduler_v2(optimizer, step_on_epochs=False, **schedule)
-    mixes = {"mixup_alpha": args.mixup, "cutmix_alpha": args.cutmix, "label_smoothing": args.smoothing}
-    mixup = Mixup(**mixes, num_classes=len(classes)) if args.mixup or args.cutmix else None
+        scheduler: Any = create_scheduler_v2(optimizer, step_on_epochs=False, **schedule)[0]
+    mixing = {"mixup_alpha": args.mixup, "cutmix_alpha": args.cutmix, "label_smoothing": args.smoothing}
+    mixup = Mixup(**mixing, num_classes=len(classes)) if args.mixup or args.cutmix else None
     smoothing = 0.0 if mixup else args.smoothing  # mixed labels are smooth already
-    bce = args.loss == "bce"
-    loss_function = BinaryCrossEntropy(smoothing) if bce else torch.nn.CrossEntropyLoss(label_smoothing=smoothing)
-    test_loss = BinaryCrossEntropy(0.0) if bce else torch.nn.CrossEntropyLoss()
-    network.to(accelerator.device)
-    ema = ModelEmaV3(network, args.ema, use_warmup=True) if args.ema else None
+    make_loss = {"bce": BinaryCrossEntropy, "ce": lambda s: torch.nn.CrossEntropyLoss(label_smoothing=s)}[args.loss]
+    loss_function, test_loss = make_loss(smoothing), make_loss(0.0)
+    ema = ModelEmaV3(network.to(device), args.ema, use_warmup=True) if args.ema else None
     model, optimizer, loader, test_loader = accelerator.prepare(network, optimizer, loader, test_loader)
     if ema is not None:
         accelerator.register_for_checkpointing(ema)
-    published = network if ema is None else ema.module
+    published: Any = network if ema is None else ema.module
 
-    # How far the run has come: with the states of model and optimiser, all it takes to go on exactly
-    progress = {"epoch": 0, "batch": 0, "update": 0, "seconds": 0.0, "best": None, "history": [], "curve": [], "skipped": {}}
-    progress |= {"window": [0.0] * 3, "totals": [0.0] * 4}  # loss, correct, images (, seconds): since the last point of the curve, in this epoch
-    states = hub.find_states(output / "checkpoints") if args.resume else []
-    if states:
-        record = json.loads((states[-1] / "record.json").read_text())
-        now = options | {"processes": processes}
-        changed = [f"{name} was {value}, is {now.get(name)}" for name, value in record["options"].items() if name not in FREE_ON_RESUME and now.get(name) != value]
-        if changed:
-            raise RunError(f"--resume {output} goes on with the same options: {'; '.join(changed)}")
-        with hub.blame(f"--resume: {states[-1]} cannot be read"):
-            accelerator.load_state(str(states[-1]))
-        progress = record["progress"]
-        say(f"going on with {output} after update {progress['update']}")
+    # Begin, or go on
+    runs.start_trackers(accelerator, args.report_to, options)
+    progress = runs.load_state(accelerator, output / "checkpoints", options) if args.resume else runs.Progress()
+    if progress.update:
+        accelerator.print(f"going on with {output} after update {progress.update}")
+    elif main:
+        runs.start_folder(output, options)
+    silent, parameters = runs.no_pictures(network), sum(parameter.numel() for parameter in network.parameters())
+    accelerator.print(f"{args.model}, {parameters:,} parameters, on {device}; results go to {output}")
+    about = f"{len(train_set)} training and {len(test_set)} {source.test.name} images of {len(classes)} classes"
+    accelerator.print(about, *(f"note: {note}" for note in (*source.notes, silent) if note), sep="\n")
+    window = torch.tensor(progress.window if main else [0.0] * 3, device=device)
+    before = time.perf_counter() - progress.seconds
+
+    def explain(path: Path) -> None:
+        """Draw where the evidence for the two likeliest classes of the examples is."""
+        if main and not silent:
+            explanation = published.eval().explain(examples.images.to(device), top=min(2, len(classes)))
+            explanation.save(path, label_names=classes, true_labels=examples.labels)
+            runs.log_picture(accelerator, path, step=progress.update)
+
+    def add_point() -> dict[str, float]:
+        means = progress.add_point(*accelerator.reduce(window.clone()).tolist())
+        window.zero_()
+        accelerator.log({**means, "lr": optimizer.param_groups[0]["lr"]}, step=progress.update)
+        return means
+
+    def stopping() -> bool:  # all processes or none
+        return bool(stop if processes == 1 else accelerator.reduce(torch.tensor(len(stop), device=device)).item())
+
+    def save() -> None:
+        progress.window, progress.seconds = accelerator.reduce(window.clone()).tolist(), time.perf_counter() - before
+        runs.save_state(accelerator, output / "checkpoints", progress, options)
+        if stopping():
+            accelerator.end_training()
+            raise runs.Stopped(f"stopped and saved; to go on: python train.py --resume {output}", code=130)
+
+    while progress.epoch < args.epochs:
+        model.train()
+        sampler.seek(progress.epoch, progress.batch * args.batch_size * processes)
+        look = {"ncols": 80, "bar_format": "{desc} |{bar}| {n_fmt}/{total_fmt}{postfix}, {remaining} left"}
+        look |= {"leave": False, "file": sys.stdout, "disable": not (main and sys.stdout.isatty())}
+        bar = tqdm(loader, f"epoch {progress.epoch + 1}/{args.epochs}", batches, initial=progress.batch, **look)
+        clock, seen = time.perf_counter(), 0
+        for images, labels, skipped in bar:
+            progress.batch += 1
+            set_seed(data.derive_seed(args.seed, progress.epoch, progress.batch, accelerator.process_index))
+            progress.skip(skipped)
+            weight = float(len(labels) > 0)
+            if not weight:  # all images are broken; other processes wait for this one, so it learns nothing from others
+                images, labels = examples.images.to(device), examples.labels.to(device)
+            if mixup and len(labels) % 2:  # it mixes pairs
+                images, labels = torch.cat([images, images[-1:]]), torch.cat([labels, labels[-1:]])
+            images, targets = mixup(images, labels) if mixup else (images, labels)
+            with accelerator.accumulate(model):
+                logits = model(images)
+                loss = loss_function(logits, targets) * weight
+                accelerator.backward(loss)
+                if args.clip_grad and accelerator.sync_gradients:
+                    accelerator.clip_grad_norm_(model.parameters(), args.clip_grad)
+                optimizer.step()
+                optimizer.zero_grad()
+            window += weight * tally(loss, logits, labels)
+            seen += len(labels) * processes
+            if not accelerator.sync_gradients:
+                continue
+            progress.update += 1
+            scheduler.step_update(progress.update)
+            if ema is not None:
+                ema.update(network, step=progress.update)
+            if progress.update % args.log_every == 0:
+                means, speed = add_point(), seen / (time.perf_counter() - clock)
+                bar.set_postfix_str("loss {:.3f} acc {:.3f} {:.0f} img/s".format(*means.values(), speed), refresh=False)
+            due = args.save_every > 0 and progress.update % args.save_every == 0
+            if progress.batch < batches and (due or stopping()):
+                save()
+
+        means, speed = add_point(), seen / (time.perf_counter() - clock)
+        loss, accuracy, unread = evaluate(accelerator, published, test_loader, test_loss)
+        progress.skip(unread)
+        accelerator.log({"test_loss": loss, "test_accuracy": accuracy}, step=progress.update)
+        numbers = {"loss": loss, "accuracy": accuracy, **means, "images_per_second": speed}
+        if progress.add_epoch(numbers) and main:
+            hub.save_model(published, output, label_names=classes, data_config=config)
+        shown = f"loss {means['train_loss']:.4f}, test loss {loss:.4f}, accuracy {accuracy:.4f}, {speed:.0f} img/s"
+        accelerator.print(f"epoch {progress.epoch:3}/{args.epochs}: {shown}")
+        if args.explain_every and progress.epoch % args.explain_every == 0:
+            explain(output / "explanations" / f"epoch-{progress.epoch:04}.png")
+        save()
+
+    if main:
+        published = timm.create_model(f"local-dir:{output}", pretrained=True).to(device)  # as anyone loads it
+        explain(output / "explanation.png")
+        facts = {"options": options, "parameters": parameters, "processes": processes, "label_names": classes}
+        facts |= {"training_images": len(train_set), "test_images": len(test_set)}
+        runs.save_summary(output, progress, facts)
+        best, note = progress.best, f"; {len(progress.skipped)} images could not be read" if progress.skipped else ""
+        print(f"\naccuracy {best['accuracy']:.4f} in epoch {best['epoch']}, {progress.seconds:.0f} s in all{note}")
+        print("" if silent else f"explanations: {output / 'explanation.png'}\n")
+        print(f'import timm, timm_coda\nmodel = timm.create_model("local-dir:{output}", pretrained=True).eval()')
+    accelerator.end_training()
+
+
+def main() -> int:
+    try:
+        train(runs.parse_options(make_parser(), sys.argv[1:], DEFAULT_RECIPE), stop=runs.watch_signals())
+        return 0
+    except (runs.RunError, data.DataError, hub.HubError) as error:
+        print(f"train.py: error: {error}", file=sys.stderr)
+        return 1 if isinstance(error, (hub.SaveError, runs.Diverged)) else 2
+    except (runs.Stopped, KeyboardInterrupt) as stopped:
+        print(stopped)
+        return getattr(stopped, "code", 130)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

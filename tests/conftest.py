@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # the CUDA kernels, on small problems, in Python
 torch.set_num_threads(1)  # the problems here are tiny
 
 SHARED = Path(__file__).parents[1].parent / "shared"

@@ -11,7 +11,7 @@ from dau_cases import CASES, problem
 
 import timm_coda
 from timm_coda import functional, reference
-from timm_coda.kernels import cpu
+from timm_coda.kernels import convolution, cpu
 
 NAMES = ("x", "down", "up", "up_bias")
 FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
@@ -148,7 +148,7 @@ def test_the_switch(monkeypatch):
         with timm_coda.use_backend("torch"):
             assert run() == "torch"
         assert run() == "reference"
-        with pytest.raises(ValueError, match=r"backend 'cudnn': choose one of reference, torch, cpu"):
+        with pytest.raises(ValueError, match=r"backend 'cudnn': choose one of reference, torch, cpu, triton"):
             timm_coda.set_backend("cudnn")
         assert run() == "reference"
     assert run() == "cpu"
@@ -168,3 +168,97 @@ def test_environment_variable():
     environment = os.environ | {"TIMM_CODA_BACKEND": "fast"}
     run = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
     assert "backend 'fast': choose one of" in run.stderr
+
+
+# name: input (B, C, H, W), units, rank, kernel, stride, padding, dilation: none of them a multiple of a tile
+TRITON_CASES = {
+    "odd": ((2, 6, 9, 7), 5, 16, 3, 1, 1, 1),
+    "stride": ((1, 4, 11, 6), 3, 32, 3, 2, 1, 1),
+    "1x1": ((3, 8, 5, 5), 10, 16, 1, 1, 0, 1),
+    "one_unit_a_tile": ((1, 2, 5, 4), 2, 128, 3, 1, 1, 1),
+    "dilated": ((1, 3, 9, 8), 4, 16, 3, 1, 2, 2),
+    "one_position": ((1, 2, 3, 3), 1, 16, 3, 1, 0, 1),
+}
+
+
+@pytest.fixture
+def cuda_kernels():
+    return pytest.importorskip("timm_coda.kernels.cuda", reason="Triton is not installed: it comes with CUDA builds")
+
+
+@pytest.mark.parametrize("activation", ["squash", "l2"])
+@pytest.mark.parametrize("case", TRITON_CASES)
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 1e-5), (torch.float16, 5e-3), (torch.bfloat16, 2e-2)])
+def test_triton_equals_reference(cuda_kernels, case, activation, dtype, bound):
+    """On the GPU where there is one, else in Triton's interpreter."""
+    if dtype == torch.bfloat16 and not torch.cuda.is_available():
+        pytest.skip("Triton's interpreter has no bfloat16 products: this one needs a GPU, float16 stands for it")
+    shape, units, rank, kernel, *pairs = TRITON_CASES[case]
+    generator = torch.Generator().manual_seed(0)
+    inputs = shape[1] * kernel**2
+    sizes = [
+        (shape, 1),
+        ((rank, shape[1], kernel, kernel), inputs**-0.5),
+        ((units * rank, shape[1], kernel, kernel), rank**-0.5),
+    ]
+    sizes.append(((units, shape[1], kernel, kernel), 0.5))
+    exact = [(scale * torch.randn(size, generator=generator)).double().requires_grad_() for size, scale in sizes]
+    options = [*((n, n) for n in pairs), activation]
+    expected = reference.dau_conv2d(*exact, *options)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    tensors = [t.detach().to(device, dtype).requires_grad_() for t in exact]
+    y = cuda_kernels.dau_conv2d(*tensors, *options, frozen=False)
+    assert y.dtype == dtype
+    assert relative_error(y, expected) < bound
+    for name, actual, right in zip(NAMES, gradients(y, tensors), gradients(expected, exact), strict=True):
+        assert relative_error(actual, right) < bound, name
+    frozen = cuda_kernels.dau_conv2d(tensors[0], *(t.detach() for t in tensors[1:]), *options, frozen=True)
+    assert torch.equal(frozen, y)
+    right = gradients(reference.dau_conv2d(*exact, *options, frozen=True), exact[:1])[0]
+    assert relative_error(gradients(frozen, tensors[:1])[0], right) < bound
+
+
+def test_triton_leaves_odd_cases_to_convolutions(cuda_kernels, monkeypatch):
+    assert cuda_kernels.supports(torch.bfloat16, 64)
+    called = []
+    monkeypatch.setattr(convolution, "dau_conv2d", lambda *args: called.append(args[1].shape[0]))
+    for dtype, case in ((torch.float64, "3x3"), (torch.float32, "1x1")):
+        tensors, options = problem(case, dtype)
+        with timm_coda.use_backend("triton"):
+            functional.dau_conv2d(*tensors, **options)
+    assert called == [4, 6]
+
+
+@pytest.mark.parametrize("architecture", [80, 90])
+def test_triton_kernels_compile(cuda_kernels, architecture):
+    """For GPUs that need not be here: every kernel and rank to machine code, within the shared memory of a block."""
+    code = f"""
+import os
+os.environ["TRITON_INTERPRET"] = "0"  # all configurations are there, the second one is compiled
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from timm_coda.kernels import cuda
+
+low = {{"p_ptr", "a_ptr", "y_ptr", "base_ptr", "right_ptr"}}
+for kernel in (cuda._forward_kernel, cuda._data_kernel, cuda._code_kernel, cuda._weight_kernel):
+    for rank in (64, 256):
+        names, fitting = kernel.arg_names, 0
+        for config in kernel.configs[1:2]:
+            constants = config.kwargs | {{"RANK": rank, "L2": False, "PRECISION": "tf32", "NORM_PRECISION": "tf32"}}
+            constants = {{(names.index(n),): v for n, v in constants.items() if n in names}}
+            types = {{
+                n: "constexpr" if (i,) in constants else "i32" if n.isupper() else "*bf16" if n in low else "*fp32"
+                for i, n in enumerate(names)
+            }}
+            if kernel is cuda._data_kernel:
+                types["out_ptr"] = "*bf16"
+            source = ASTSource(kernel.fn, types, constants)
+            options = {{"num_warps": config.num_warps, "num_stages": config.num_stages}}
+            built = triton.compile(source, target=GPUTarget("cuda", {architecture}, 32), options=options)
+            fitting += built.metadata.shared <= 160 * 1024
+        assert fitting, (kernel.fn.__name__, rank, built.metadata.shared)
+print("compiled")
+"""
+    run = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, check=False)
+    assert "compiled" in run.stdout, run.stderr[-3000:]

@@ -11,6 +11,7 @@ A_d (r, K) unit d's rows of `up` and b_d (K) its `up_bias`,
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.util import find_spec
 
 import torch
 from torch import Tensor
@@ -21,11 +22,22 @@ from .kernels import convolution, cpu
 __all__ = ["ACTIVATIONS", "BACKENDS", "dau_conv2d", "dau_linear", "set_backend", "use_backend"]
 
 ACTIVATIONS = ("squash", "l2")
+
+
+def _triton(x: Tensor, down: Tensor, *others) -> Tensor:
+    from .kernels import cuda  # Triton comes with PyTorch for CUDA only
+
+    supported = cuda.supports(x.dtype, down.shape[0])
+    return (cuda.dau_conv2d if supported else convolution.dau_conv2d)(x, down, *others)
+
+
 BACKENDS = {
     "reference": reference.dau_conv2d,  # the published formulation: slow, the truth
     "torch": convolution.dau_conv2d,  # convolutions: every device, exports, any order of derivative
     "cpu": cpu.dau_conv2d,  # blocks of matrix products
+    "triton": _triton,  # CUDA kernels; 'torch' for ranks and dtypes that they do not take
 }
+_BEST = {"cpu": "cpu", "cuda": "triton" if find_spec("triton") else "torch"}
 
 
 def _checked(name: str | None) -> str | None:
@@ -97,10 +109,11 @@ def dau_conv2d(
         if torch.jit.is_tracing() or x.is_meta:
             name = "torch"
         elif name is None:
-            name = "cpu" if x.device.type == "cpu" else "torch"
+            name = _BEST.get(x.device.type, "torch")
         if frozen:
             down, up, up_bias = down.detach(), up.detach(), up_bias.detach()
-        if name == "cpu" and torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
+        # The others' convolutions follow autocast by themselves; like these, leave float64 alone.
+        if name in ("cpu", "triton") and torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
             low = torch.get_autocast_dtype(x.device.type)
             x, down, up, up_bias = x.to(low), down.to(low), up.to(low), up_bias.to(low)
         return BACKENDS[name](x, down, up, up_bias, stride, padding, dilation, activation, frozen)

@@ -1,0 +1,403 @@
+"""Speed and memory of a model against the published formulation and against the machine's own matrix products.
+
+What is compared is measured side by side: a round takes every (dtype, backend, operation) and a square matrix product
+(GEMM) once, in random order, and a ratio is formed within a round before its median over the rounds is taken.
+"""
+
+import contextlib
+import ctypes
+import functools
+import gc
+import json
+import math
+import random
+import signal
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from tqdm import tqdm
+
+from .explain import explain
+from .functional import use_backend
+from .hub import create_model
+from .macs import Call, Macs, count_macs, layer_calls
+from .runs import environment
+
+__all__ = ["BenchmarkError", "Macs", "Setup", "count_macs", "measure"]
+
+OPERATIONS = ("forward", "train", "explain", "explain-all")
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+BEST = "best"  # stands for whatever backend `functional` chooses for the device
+PUBLISHED = "reference"
+_SAMPLE_SECONDS = 0.1  # shorter operations are repeated until a sample lasts as long
+# What the published formulation holds at its peak, as measured, in arrays of the size of a layer's dynamic weights: of
+# its largest layer always, of all layers where a backward pass follows.
+_LARGEST_COPIES, _KEPT_COPIES = 3, {"forward": 0, "train": 2, "explain": 1, "explain-all": 1}
+
+
+class BenchmarkError(ValueError):
+    """A benchmark that cannot be run as asked; the message says how to mend it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setup:
+    """What to measure.
+
+    Raises:
+        BenchmarkError: a number that makes no sense, or a device that is not there.
+    """
+
+    model: str
+    model_args: tuple[str, ...] = ()
+    """NAME=JSON, arguments of the model."""
+    batch_size: int = 16
+    img_size: int | None = None
+    """Pixels a side; None for the model's own."""
+    num_classes: int | None = None
+    dtypes: tuple[str, ...] = ("float32",)
+    """Of `DTYPES`; model and images are cast to it, there is no autocast."""
+    device: str = "cpu"
+    channels_last: bool = False
+    compile: bool = False
+    """torch.compile forward and training, but not of the published formulation."""
+    backends: tuple[str, ...] = (BEST, PUBLISHED)
+    operations: tuple[str, ...] = OPERATIONS
+    repeats: int = 5
+    """Rounds."""
+    threads: int | None = None
+    seed: int = 0
+    memory: bool = True
+    layers: bool = False
+
+    def __post_init__(self) -> None:
+        for name, least in {"batch_size": 1, "img_size": 1, "num_classes": 1, "repeats": 2, "threads": 1}.items():
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise BenchmarkError(f"{name}={value}: must be at least {least}")
+        if ":" in self.model and self.num_classes is None:
+            raise BenchmarkError(f"num_classes=None: {self.model} is in no registry, so say how many classes it has")
+        if self.device not in ("cpu", "cuda"):
+            raise BenchmarkError(f"device={self.device!r}: choose cpu or cuda (CUDA_VISIBLE_DEVICES says which)")
+        if self.device == "cuda" and not torch.cuda.is_available():
+            raise BenchmarkError(f"device='cuda': PyTorch {torch.__version__} finds no CUDA device; choose cpu")
+
+
+class _Problem:
+    """The model of a setup in one dtype, a batch of images, and the operations on them."""
+
+    def __init__(self, setup: Setup, dtype: str) -> None:
+        self.setup, self.dtype = setup, dtype
+        torch.manual_seed(setup.seed)
+        config = timm.get_pretrained_cfg(setup.model) if timm.is_model(setup.model) else None
+        classes = setup.num_classes or (config.num_classes if config else 1)  # create_model says it if there is none
+        model: Any = create_model(setup.model, num_classes=classes, model_args=setup.model_args)
+        size = setup.img_size or model.pretrained_cfg["input_size"][-1]
+        self.calls = layer_calls(model, size)
+        self.format = torch.channels_last if setup.channels_last else torch.contiguous_format
+        self.model = model.to(setup.device, DTYPES[dtype], memory_format=self.format)
+        self.images = self._random(model.in_chans, size, size)
+        self.macs = sum((call.macs for call in self.calls), Macs())
+        self.targets = min(classes, 10)
+
+    def _random(self, *shape: int) -> Tensor:
+        x = torch.rand(self.setup.batch_size, *shape).to(self.setup.device, DTYPES[self.dtype])
+        return x.contiguous(memory_format=self.format) if x.dim() == 4 else x
+
+    def operation(
+        self, name: str, backend: str, images: Tensor, *, keep_gradients: bool = False
+    ) -> Callable[[], object]:
+        """What is timed, as a function; without an optimiser, and with parameter gradients set to None."""
+        model = self.model
+        run = torch.compile(model) if self.setup.compile and backend != PUBLISHED else model
+        truth = F.one_hot(torch.arange(len(images)) % model.num_classes, model.num_classes).float().to(images.device)
+
+        def forward() -> None:
+            model.eval()
+            with torch.no_grad():
+                run(images)
+
+        def train() -> None:
+            model.train()
+            if not keep_gradients:
+                model.zero_grad()
+            F.binary_cross_entropy_with_logits(run(images).float(), truth).backward()
+
+        targets = {"explain": 1, "explain-all": self.targets}.get(name)
+        return {"forward": forward, "train": train}.get(name) or (lambda: explain(model.eval(), images, top=targets))
+
+    def layer_operation(self, name: str, call: Call) -> Callable[[], object]:
+        """The same for one layer alone, on random input of its shape; backward as in the model."""
+        layer, parameters = call.layer, list(call.layer.parameters())
+        x = self._random(*call.input_shape[1:]).requires_grad_()
+        with torch.no_grad():
+            grad = torch.rand_like(layer(x))
+        inner = x if call is not self.calls[0] else x.detach()  # training needs no gradient of the images
+
+        def forward() -> None:
+            with torch.no_grad():
+                layer(x)
+
+        def train() -> None:
+            torch.autograd.grad(layer(inner), parameters + [inner] * inner.requires_grad, grad)
+
+        def explain() -> None:
+            with layer.frozen_dynamics:
+                torch.autograd.grad(layer(x), x, grad)
+
+        return {"forward": forward, "train": train, "explain": explain}[name]
+
+    def cells(self) -> list["_Cell"]:
+        """All that is to be timed."""
+        setup, cells = self.setup, []
+        for backend in dict.fromkeys(setup.backends):
+            for name in dict.fromkeys(setup.operations):
+                missing = self._too_large(name) if backend == PUBLISHED else ""
+                cells.append(_Cell(self, name, backend, self.operation(name, backend, self.images), missing=missing))
+                if setup.layers and backend != PUBLISHED and name != "explain-all":
+                    for call in self.calls:
+                        cells.append(_Cell(self, name, backend, self.layer_operation(name, call), call))
+        return cells
+
+    def _too_large(self, operation: str) -> str:
+        """Why the published formulation is not run: the memory it would need and what is free; empty if it fits."""
+        sizes = [call.macs.bias for call in self.calls]  # as many dynamic weights as products with the bias
+        copies = _KEPT_COPIES[operation] * sum(sizes) + _LARGEST_COPIES * max(sizes)
+        needed = copies * self.setup.batch_size * DTYPES[self.dtype].itemsize
+        free = _free_memory(self.setup.device)
+        return f"needs about {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free" if needed > 0.9 * free else ""
+
+
+@dataclass
+class _Cell:
+    """One thing to time in every round: an operation of the model, or of one layer of it."""
+
+    problem: _Problem
+    operation: str
+    backend: str
+    run: Callable[[], object]
+    call: Call | None = None
+    calls: int = 1
+    samples: list[float] = field(default_factory=list)
+    """Seconds of one call, one a round."""
+    missing: str = ""
+    """Why there are none."""
+
+    def seconds(self) -> float:
+        with use_backend(None if self.backend == BEST else self.backend):
+            return _seconds(self.run, self.calls, self.problem.setup.device)
+
+    def warm_up(self) -> None:
+        try:
+            self.seconds()  # compiles, tunes, fills caches
+            self.calls = math.ceil(min(_SAMPLE_SECONDS / self.seconds(), 1000))
+        except (RuntimeError, ValueError) as error:  # out of memory, or a backend that cannot do this
+            self.missing = (str(error).strip().splitlines() or [repr(error)])[0]
+
+    def sample(self) -> None:
+        self.samples.append(self.seconds())
+
+    def row(self, cells: list["_Cell"], gemms: dict[str, "_Gemm"]) -> dict[str, Any]:
+        """What the report says of it."""
+        batch, macs = self.problem.setup.batch_size, self.call.macs if self.call else self.problem.macs
+        count = batch * macs.counts(self.problem.targets)[self.operation]
+        row = {"dtype": self.problem.dtype, "backend": self.backend, "operation": self.operation, "macs": count}
+        row |= {"layer": self.call.name} if self.call else {}
+        if self.missing:
+            return row | {"missing": self.missing}
+        row |= {"seconds": _spread(self.samples), "images_per_second": _spread([batch / s for s in self.samples])}
+        rates = gemms[self.problem.dtype].samples
+        row["gemm_fraction"] = _spread([count / s / rate for s, rate in zip(self.samples, rates, strict=True)])
+        row["times_published"] = {
+            other.problem.dtype: _spread([b / a for a, b in zip(self.samples, other.samples, strict=True)])
+            for other in cells
+            if other.backend == PUBLISHED and other.operation == self.operation and other.samples and not self.call
+        }
+        return row
+
+
+class _Gemm:
+    """The rate of this machine's square matrix products in a dtype: the best of some sizes in each round."""
+
+    def __init__(self, dtype: torch.dtype, device: str) -> None:
+        self.device = device
+        self.samples: list[float] = []
+        """Multiply-accumulates a second, one a round."""
+        self.products: list[tuple[int, Callable[[], object], int]] = []
+        for size in (1024, 2048, 4096, 8192):
+            a = torch.rand(size, size, device=device).to(dtype)
+            run = functools.partial(torch.mm, a, a, out=torch.empty_like(a))
+            _seconds(run, 1, device)
+            once = _seconds(run, 1, device)
+            self.products.append((size, run, math.ceil(_SAMPLE_SECONDS / once)))
+            if once > _SAMPLE_SECONDS:  # the next size takes a second
+                break
+
+    def sample(self) -> None:
+        # CUDA convolutions may round float32 to TF32 by PyTorch's default; so does what they are measured by.
+        before = torch.get_float32_matmul_precision()
+        try:
+            if self.device == "cuda" and torch.backends.cudnn.allow_tf32:
+                torch.set_float32_matmul_precision("high")
+            self.samples.append(max(n**3 / _seconds(run, calls, self.device) for n, run, calls in self.products))
+        finally:
+            torch.set_float32_matmul_precision(before)
+
+
+def _seconds(run: Callable[[], object], calls: int, device: str) -> float:
+    wait = torch.cuda.synchronize if device == "cuda" else int
+    wait()
+    start = time.perf_counter()
+    for _ in range(calls):
+        run()
+    wait()
+    return (time.perf_counter() - start) / calls
+
+
+def _spread(samples: list[float]) -> dict[str, Any]:
+    low, median, high = statistics.quantiles(samples, n=4, method="inclusive")
+    return {"median": median, "low": low, "high": high, "samples": samples}
+
+
+def measure(setup: Setup) -> dict[str, Any]:
+    """Time the setup's operations in rounds, measure their memory, and report it all as JSON knows it.
+
+    Of every number: `median`, the quartiles `low` and `high`, and `samples`, one a round. Seconds are of a batch;
+    `gemm_fraction` is the factorised count over time over the rate of matrix products, for every backend;
+    `times_published` the published formulation's time over this one, by the former's dtype; `extra_bytes` the peak
+    memory beyond what stood there before, the model, its parameter gradients and the images (on a CPU: resident).
+
+    Raises:
+        BenchmarkError: nothing could be measured.
+        ValueError: no such model, or the image is too small for it.
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(setup.threads or threads)
+    try:
+        with torch.random.fork_rng(devices=[]), torch._dynamo.config.patch(recompile_limit=64):
+            problems = [_Problem(setup, dtype) for dtype in dict.fromkeys(setup.dtypes)]
+            cells = [cell for problem in problems for cell in problem.cells()]
+            gemms = {problem.dtype: _Gemm(DTYPES[problem.dtype], setup.device) for problem in problems}
+            _sample(cells, list(gemms.values()), setup)
+        rows = [cell.row(cells, gemms) for cell in cells]
+        for cell, row in zip(tqdm(cells, "memory", disable=None, leave=False), rows, strict=True):
+            if setup.memory and not cell.call and not cell.missing:
+                row |= _extra_memory(cell)
+        machine = environment()
+    finally:
+        torch.set_num_threads(threads)
+    problem = problems[0]
+    return {
+        "setup": asdict(setup),
+        "image": list(problem.images.shape[1:]),
+        "classes": problem.model.num_classes,
+        "targets": problem.targets,
+        "environment": machine,
+        "tf32": torch.backends.cudnn.allow_tf32,
+        "macs_an_image": {"model": problem.macs.counts(problem.targets)}
+        | {call.name: call.macs.counts(problem.targets) for call in problem.calls},
+        "gemm_macs_per_second": {dtype: _spread(gemm.samples) for dtype, gemm in gemms.items()},
+        "rows": [row for row in rows if "layer" not in row],
+        "layers": [row for row in rows if "layer" in row],
+    }
+
+
+def _sample(cells: list[_Cell], gemms: list[_Gemm], setup: Setup) -> None:
+    for cell in tqdm(cells, "warming up", disable=None, leave=False):
+        if not cell.missing:
+            cell.warm_up()
+    jobs: list[Any] = [cell for cell in cells if not cell.missing]
+    if not jobs:
+        raise BenchmarkError(f"nothing could be measured: {cells[0].missing}")
+    jobs += gemms
+    order = random.Random(setup.seed)
+    for _ in tqdm(range(setup.repeats), "rounds", disable=None, leave=False):
+        order.shuffle(jobs)
+        for job in jobs:
+            job.sample()
+
+
+def _extra_memory(cell: _Cell) -> dict[str, Any]:
+    """`extra_bytes` of an operation, or `memory_missing`, why not; on a CPU a process of its own tells."""
+    if cell.problem.setup.device == "cuda":
+        try:
+            return {"extra_bytes": _peak(cell.problem, cell.operation, cell.backend)}
+        except torch.OutOfMemoryError:
+            return {"memory_missing": "out of memory beside the parameter gradients"}
+    order = {"setup": asdict(cell.problem.setup), "dtype": cell.problem.dtype}
+    order |= {"operation": cell.operation, "backend": cell.backend, "threads": torch.get_num_threads()}
+    command = [sys.executable, "-c", "from timm_coda.benchmark import _memory_process; _memory_process()"]
+    done = subprocess.run(command, input=json.dumps(order), capture_output=True, text=True)
+    if done.returncode == 0:
+        return {"extra_bytes": json.loads(done.stdout.splitlines()[-1])}
+    if done.returncode < 0:
+        return {"memory_missing": f"killed by {signal.Signals(-done.returncode).name}"}
+    return {"memory_missing": (done.stderr.strip().splitlines() or ["failed"])[-1]}
+
+
+def _memory_process() -> None:
+    order = json.load(sys.stdin)
+    torch.set_num_threads(order["threads"])
+    problem = _Problem(Setup(**order["setup"]), order["dtype"])
+    print(json.dumps(_peak(problem, order["operation"], order["backend"])))
+
+
+def _peak(problem: _Problem, operation: str, backend: str) -> int:
+    for parameter in problem.model.parameters():
+        parameter.grad = torch.ones_like(parameter)  # a page of zeros would take its place only once it is written to
+    run = problem.operation(operation, backend, problem.images, keep_gradients=True)
+    with use_backend(None if backend == BEST else backend):
+        # The first call also sets libraries up, or compiles for this shape. Less than a batch leaves less behind.
+        few = problem.images[: None if problem.setup.compile else 1]
+        problem.operation(operation, backend, few, keep_gradients=True)()
+        return peak_growth(run, problem.setup.device)
+
+
+def peak_growth(run: Callable[[], object], device: str) -> int:
+    """Bytes by which a call's peak exceeds what is there before it: allocated on CUDA, resident on a CPU."""
+    gc.collect()
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        run()
+        return torch.cuda.max_memory_allocated() - before
+    with contextlib.suppress(AttributeError, OSError, TypeError):  # glibc: give back what is free
+        ctypes.CDLL(None).malloc_trim(0)
+    try:
+        Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+    except OSError:  # not Linux: the growth of the process's peak, which is less if that was reached before
+        import resource
+
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        run()
+        growth = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+        return growth if sys.platform == "darwin" else growth * 1024
+    before = _kilobytes("/proc/self/status", "VmRSS")
+    run()
+    return (_kilobytes("/proc/self/status", "VmHWM") - before) * 1024
+
+
+def _free_memory(device: str) -> float:
+    """Bytes; infinite where nobody says."""
+    if device == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    free = math.inf
+    with contextlib.suppress(OSError):
+        free = _kilobytes("/proc/meminfo", "MemAvailable") * 1024
+    with contextlib.suppress(OSError, ValueError):  # a container's own limit; no number if it has none
+        limit, used = (int(Path(f"/sys/fs/cgroup/memory.{name}").read_text()) for name in ("max", "current"))
+        free = min(free, limit - used)
+    return free
+
+
+def _kilobytes(path: str, name: str) -> int:
+    return next(int(line.split()[1]) for line in Path(path).read_text().splitlines() if line.startswith(f"{name}:"))

@@ -1,0 +1,237 @@
+"""The `timm-coda` command: parses, calls, prints.
+
+A subcommand is a pair of functions, `_add_NAME(subcommands)` with its options and `_NAME(args)` that does it, imports
+what it needs itself and returns the exit code; `make_parser` lists them.
+"""
+
+import argparse
+import json
+import os
+import shlex
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from . import __version__
+
+if TYPE_CHECKING:
+    from argparse import _SubParsersAction
+
+__all__ = ["main", "make_parser"]
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        "timm-coda",
+        description="Image classifiers that explain themselves, exactly. timm-coda COMMAND --help says more.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--version", action="version", version=f"timm_coda {__version__}")
+    subcommands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    _add_benchmark(subcommands)
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command; returns its exit code: 2 for what the user can mend, 130 for Ctrl-C."""
+    argv = sys.argv[1:] if argv is None else argv
+    try:
+        args = make_parser().parse_args(argv)
+        args.command_line = shlex.join(["timm-coda", *argv])
+        return args.run(args)
+    except BrokenPipeError:  # as in `timm-coda ... | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except (ValueError, OSError) as error:  # our own errors say what is wrong and how to mend it
+        print(f"timm-coda: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+
+
+_BENCHMARK = """\
+Time and memory of a model, side by side with the published formulation of its layers (which writes every dynamic
+weight to memory) and with this machine's own matrix products.
+
+  timm-coda benchmark coda_net_s                                   # the published CIFAR-10 network, on this machine
+  timm-coda benchmark coda_net_s --repeats 7 --output s.json       # more rounds, and every number in a file
+  timm-coda benchmark coda_net_s --layers --no-memory              # which layer takes the time
+  timm-coda benchmark coda_net_s --batch-size 256 --dtype float32 bfloat16 --device cuda
+  timm-coda benchmark coda_net_l --img-size 240 --batch-size 1 --backend best --operations explain
+
+A round takes every operation of every backend once, in random order, so a busy machine disturbs all of them alike;
+stop other work for numbers to publish. The table has medians over the rounds and, in brackets, quartiles.
+
+  forward      without gradients, in eval mode
+  train        forward, binary cross entropy, backward; no optimiser
+  explain      explain(), the predicted class; explain-all: the 10 (or all) highest classes, from one forward pass
+  x published  times as fast as the published formulation in the same dtype, in the same round
+  GEMM         counted multiply-accumulates a second, in parts of what a square matrix product reaches in that round;
+               counted is the factorised form, for the published one too; a training step counts as three forwards
+  + MB         peak memory beyond the model, its parameter gradients and the images. On a CPU: resident memory of a
+               process of its own
+"""
+
+
+def _add_benchmark(subcommands: "_SubParsersAction[Any]") -> None:
+    parser = subcommands.add_parser(
+        "benchmark",
+        help="speed and memory against the published formulation and the machine's limit",
+        description=_BENCHMARK,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.set_defaults(run=_benchmark)
+    add = parser.add_argument_group("what").add_argument
+    add("model", help="a name in timm's registry, such as coda_net_s; weights do not change the time, so none are read")
+    add("--model-args", nargs="+", default=[], metavar="NAME=JSON", help="of its constructor, as rank=16")
+    add("--img-size", type=int, help="pixels a side (default: the model's)")
+    add("--num-classes", type=int, help="(default: the model's)")
+    add("--batch-size", type=int, default=16, help="images at once (default: 16, the papers' for training)")
+    dtypes, operations = ["float32", "bfloat16", "float16"], ["forward", "train", "explain", "explain-all"]
+    hint = "what model and images are cast to; several are compared (default: float32, what training starts in)"
+    add("--dtype", nargs="+", default=["float32"], choices=dtypes, help=hint)
+    add("--operations", nargs="+", default=operations, choices=operations, help="see above (default: all)")
+    add = parser.add_argument_group("how").add_argument
+    add("--device", help="cpu or cuda (default: cuda where there is one)")
+    add("--threads", type=int, help="of the CPU (default: PyTorch's choice, every core)")
+    add(
+        "--backend",
+        action="append",
+        help="repeat for several: best, the device's; reference, the published formulation; or any other in "
+        "timm_coda.functional.BACKENDS (default: best and reference, this one if it fits into memory)",
+    )
+    add("--channels-last", action="store_true", help="model and images in this memory format (default: contiguous)")
+    add("--compile", action="store_true", help="torch.compile forward and train, but not the published formulation")
+    add("--repeats", type=int, default=5, help="rounds (default: 5, the least that quartiles say something of)")
+    add("--seed", type=int, default=0, help="of weights, images and the order within rounds (default: 0)")
+    add("--no-memory", action="store_true", help="skip + MB: on a CPU each takes a process, some seconds")
+    add("--layers", action="store_true", help="also time each layer alone, on random input of its shape")
+    add("--output", type=Path, metavar="FILE", help="write every number, and what ran where, as JSON")
+
+
+def _benchmark(args: argparse.Namespace) -> int:
+    import torch
+
+    from .benchmark import BEST, PUBLISHED, Setup, measure
+    from .functional import BACKENDS
+    from .runs import write_text
+
+    if args.output and (args.output.is_dir() or not os.access(args.output.absolute().parent, os.W_OK)):
+        raise ValueError(f"--output {args.output}: cannot be written; name a file in a folder that is there")
+    backends = args.backend or [BEST, PUBLISHED]
+    for name in backends:
+        if name not in (BEST, *BACKENDS):
+            raise ValueError(f"--backend {name}: choose among {', '.join((BEST, *BACKENDS))}")
+    setup = Setup(
+        model=args.model,
+        model_args=tuple(args.model_args),
+        batch_size=args.batch_size,
+        img_size=args.img_size,
+        num_classes=args.num_classes,
+        dtypes=tuple(args.dtype),
+        device=args.device or ("cuda" if torch.cuda.is_available() else "cpu"),
+        channels_last=args.channels_last,
+        compile=args.compile,
+        backends=tuple(backends),
+        operations=tuple(args.operations),
+        repeats=args.repeats,
+        threads=args.threads,
+        seed=args.seed,
+        memory=not args.no_memory,
+        layers=args.layers,
+    )
+    report = {"command": args.command_line, **measure(setup)}
+    print(benchmark_table(report))
+    if args.output:
+        write_text(args.output, json.dumps(report, indent=1) + "\n")
+        print(f"\n{args.output}: every number")
+    return 0
+
+
+def benchmark_table(report: dict[str, Any]) -> str:
+    """What `benchmark.measure` reports as text, 80 columns wide."""
+    setup, environment, macs = report["setup"], report["environment"], report["macs_an_image"]["model"]
+    size, machine = "x".join(map(str, report["image"])), "gpus" if setup["device"] == "cuda" else "cpu"
+    options = [word for word in ("channels_last", "compile") if setup[word]]
+    lines = [
+        " ".join([setup["model"], *setup["model_args"]]) + f", {report['classes']} classes",
+        ", ".join([f"batch of {setup['batch_size']} images {size}", *options, setup["device"]])
+        + f": {environment[machine]}",
+        f"{macs['forward'] / 1e6:.4g} M multiply-accumulates an image forward, {macs['train'] / 1e6:.4g} M to train, "
+        f"{macs['explain'] / 1e6:.4g} M to explain",
+        f"{setup['repeats']} rounds: median (quartiles)",
+    ]
+    for dtype, rate in report["gemm_macs_per_second"].items():
+        unit, name = (1e12, "TFLOP/s") if rate["median"] > 5e11 else (1e9, "GFLOP/s")
+        lines += ["", f"{dtype}; matrix products (GEMM) reach {_with_quartiles(rate, 2 / unit)} {name}"]
+        lines.append(_row("backend", "operation", "ms a batch", "images/s", "x published", "GEMM", "+ MB"))
+        for row in (row for row in report["rows"] if row["dtype"] == dtype):
+            lines.append(_benchmark_row(row))
+            if "memory_missing" in row:
+                lines.append(f"{'':21} extra memory unknown: {row['memory_missing']}"[:80])
+        counts = report["macs_an_image"]
+        lines += _layer_table([row for row in report["layers"] if row["dtype"] == dtype], counts)
+    return "\n".join(lines)
+
+
+def _row(*words: str) -> str:
+    return "{:9} {:11} {:>19} {:>8} {:>16} {:>5} {:>6}".format(*words)
+
+
+def _benchmark_row(row: dict[str, Any]) -> str:
+    if "missing" in row:
+        return f"{row['backend']:9} {row['operation']:11} not run: {row['missing']}"[:80]
+    published = row["times_published"].get(row["dtype"])
+    return _row(
+        row["backend"],
+        row["operation"],
+        _with_quartiles(row["seconds"], 1000),
+        _short(row["images_per_second"]["median"]),
+        "1" if row["backend"] == "reference" else _with_quartiles(published, digits=2) if published else "-",
+        f"{row['gemm_fraction']['median']:.0%}",
+        _short(row["extra_bytes"] / 1e6) if "extra_bytes" in row else "-",
+    )
+
+
+def _layer_table(rows: list[dict[str, Any]], counts: dict[str, dict[str, int]]) -> list[str]:
+    """For each backend a line a layer."""
+    lines = []
+    for backend in dict.fromkeys(row["backend"] for row in rows):
+        mine = [row for row in rows if row["backend"] == backend]
+        operations = list(dict.fromkeys(row["operation"] for row in mine))
+        lines += ["", f"each layer alone, {backend}: forward MMAC an image; ms a batch, part of all layers' ms, GEMM"]
+        lines.append(f"{'layer':12}{'MMAC':>8}" + "".join(f"{name:>20}" for name in operations))
+        total = {name: sum(_milliseconds(row) for row in mine if row["operation"] == name) for name in operations}
+        for layer in dict.fromkeys(row["layer"] for row in mine):
+            line = f"{layer:12}{_short(counts[layer]['forward'] / 1e6):>8}"
+            for row in (row for row in mine if row["layer"] == layer):
+                time = _milliseconds(row)
+                words = (
+                    "not run"
+                    if not time
+                    else (
+                        f"{_short(time):>8} {time / total[row['operation']]:5.0%} {row['gemm_fraction']['median']:5.0%}"
+                    )
+                )
+                line += f"{words:>20}"
+            lines.append(line)
+    return lines
+
+
+def _milliseconds(row: dict[str, Any]) -> float:
+    return 0 if "missing" in row else 1000 * row["seconds"]["median"]
+
+
+def _with_quartiles(spread: dict[str, float], unit: float = 1, digits: int = 3) -> str:
+    median, low, high = (_short(unit * spread[name], digits) for name in ("median", "low", "high"))
+    return f"{median} ({low}-{high})"
+
+
+def _short(number: float, digits: int = 3) -> str:
+    """As many digits or more, never an exponent, at most two behind the point of what is 1 or more."""
+    return f"{number:.0f}" if number >= 100 else f"{number:#.3g}" if number >= 1 else f"{number:.{digits}g}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,112 @@
+"""Counts of multiply-accumulates in the factorised form (`functional.py`) and in the published one."""
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["Call", "Macs", "count_macs", "layer_calls"]
+
+
+@dataclass(frozen=True)
+class Macs:
+    """Multiply-accumulates of an image in matrix products, by factor of the factorised form (`functional.py`).
+
+    Left out is what costs less by a factor of the rank or more: the contraction with z, the cross term 2 c^T z.
+    """
+
+    down: int = 0
+    """z = B p: positions * r * K."""
+    up: int = 0
+    """A_d p: positions * D * r * K."""
+    bias: int = 0
+    """b_d^T p: positions * D * K."""
+    quadratic: int = 0
+    """z^T G_d z: positions * D * r * r."""
+    per_forward: int = 0
+    """Gram matrices G_d, D * r * r * K: once a forward pass whatever the batch, so part of no other number here."""
+
+    def __add__(self, other: "Macs") -> "Macs":
+        return Macs(*(a + b for a, b in zip(vars(self).values(), vars(other).values(), strict=True)))
+
+    @property
+    def forward(self) -> int:
+        return self.down + self.up + self.bias + self.quadratic
+
+    @property
+    def train(self) -> int:
+        """By convention three forward passes: the two gradients of a product cost two such products."""
+        return 3 * self.forward
+
+    def explain(self, targets: int = 1) -> int:
+        """A forward pass and, a target, one product with `up` and one with its bias."""
+        return self.forward + targets * (self.up + self.bias)
+
+    def counts(self, targets: int) -> dict[str, int]:
+        """All there is to count, by name; `explain-all` is the explanation of so many targets."""
+        found = {"forward": self.forward, "train": self.train, "explain": self.explain()}
+        return {**asdict(self), **found, "explain-all": self.explain(targets), "published": self.published}
+
+    @property
+    def published(self) -> int:
+        """Forward pass of the published formulation: z, A_d^T z, and w_d^T p, which costs as much as the bias here."""
+        return self.down + self.up + self.bias
+
+
+@dataclass(frozen=True)
+class Call:
+    """What one image makes of a layer in a forward pass."""
+
+    name: str
+    layer: Any
+    input_shape: torch.Size
+    positions: int
+
+    @property
+    def macs(self) -> Macs:
+        n, r, (d, k) = self.positions, self.layer.rank, self.layer.up.bias.flatten(1).shape
+        return Macs(n * r * k, n * d * r * k, n * d * k, n * d * r * r, d * r * r * k)
+
+
+def layer_calls(model: Any, image_size: int | tuple[int, int]) -> list[Call]:
+    """Calls of dynamic alignment layers, in order, from a forward pass on tensors without data."""
+    calls = []
+
+    def note(name: str, layer: Any, args: Any, output: Tensor) -> None:
+        calls.append(Call(name, layer, args[0].shape, output.numel() // layer.up.bias.shape[0]))
+
+    handles = [
+        layer.register_forward_hook(lambda *seen, name=name: note(name, *seen))
+        for name, layer in model.named_modules()
+        if hasattr(layer, "frozen_dynamics")
+    ]
+    if not handles:
+        raise ValueError(f"{type(model).__name__} has no dynamic alignment layer: choose one of timm_coda's models")
+    try:
+        state = [*model.named_parameters(), *model.named_buffers()]
+        shapes = {name: torch.empty(tensor.shape, device="meta") for name, tensor in state}
+        size = (image_size, image_size) if isinstance(image_size, int) else image_size
+        image = torch.empty(1, model.in_chans, *size, device="meta")
+        with torch.no_grad():
+            torch.func.functional_call(model, shapes, image)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return calls
+
+
+def count_macs(model: nn.Module, image_size: int | tuple[int, int]) -> dict[str, Macs]:
+    """Multiply-accumulates an image of each dynamic alignment layer, by name; in all, `sum(....values(), Macs())`.
+
+    Args:
+        model: one of ours; its weights do not matter, so it may live on the meta device
+        image_size: pixels, of each side or (height, width)
+
+    Raises:
+        ValueError: the model has no such layer, or the image is smaller than its stride.
+    """
+    counts: dict[str, Macs] = {}
+    for call in layer_calls(model, image_size):
+        counts[call.name] = counts.get(call.name, Macs()) + call.macs
+    return counts
