@@ -7,18 +7,20 @@
     python train.py --resume runs/my-run                 # go on exactly where a run was stopped or killed
     accelerate launch --num_processes 2 train.py         # with any of these options
 
-The output folder is a model: after `import timm_coda`, timm.create_model("local-dir:FOLDER", pretrained=True) is the
-network of the best epoch. Beside it are explanation.png, summary.json (options, versions, each epoch's numbers, images
-that could not be read), recipe.yaml (for --config) and checkpoints/ (for --resume).
+The output folder is a model, of the best epoch: timm.create_model("local-dir:FOLDER", pretrained=True) after `import
+timm_coda`. Beside it: explanation.png, summary.json, recipe.yaml (for --config) and checkpoints/ (for --resume).
 """
 
 # pyright: reportPrivateImportUsage=false
 import argparse
 import math
+import os
 import sys
 import time
 from pathlib import Path
 from typing import Any
+
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # before torch: on busy CPUs, threads spinning longer are 10x slower
 
 import timm
 import torch
@@ -149,8 +151,8 @@ def train(args: argparse.Namespace, stop: list[int]) -> None:
     network: Any = hub.create_model(args.model, num_classes=len(classes), **chosen("pretrained model_args"))
     with hub.blame("--img-size, --interpolation, --crop-pct or a random change of the images", runs.RunError):
         config = resolve_input_data_config(network, chosen("img_size interpolation crop_pct"))
-        names = "crop_padding scale ratio hflip color_jitter auto_augment erase"
-        transform, test_transform = data.create_transforms(config, **chosen(names))
+        changes = chosen("crop_padding scale ratio hflip color_jitter auto_augment erase")
+        transform, test_transform = data.create_transforms(config, **changes)
     train_set = data.ImageDataset(source.train, transform, seed=args.seed)
     test_set = data.ImageDataset(source.test, test_transform)
     sampler = data.EpochSampler(len(train_set), seed=args.seed)
@@ -186,7 +188,7 @@ def train(args: argparse.Namespace, stop: list[int]) -> None:
         accelerator.print(f"going on with {output} after update {progress.update}")
     elif main:
         runs.start_folder(output, options)
-    silent, parameters = runs.no_pictures(network), sum(parameter.numel() for parameter in network.parameters())
+    silent, parameters = runs.no_pictures(network), sum(weight.numel() for weight in network.parameters())
     accelerator.print(f"{args.model}, {parameters:,} parameters, on {device}; results go to {output}")
     about = f"{len(train_set)} training and {len(test_set)} {source.test.name} images of {len(classes)} classes"
     accelerator.print(about, *(f"note: {note}" for note in (*source.notes, silent) if note), sep="\n")
@@ -273,8 +275,7 @@ def train(args: argparse.Namespace, stop: list[int]) -> None:
         published = timm.create_model(f"local-dir:{output}", pretrained=True).to(device)  # as anyone loads it
         explain(output / "explanation.png")
         facts = {"options": options, "parameters": parameters, "processes": processes, "label_names": classes}
-        facts |= {"training_images": len(train_set), "test_images": len(test_set)}
-        runs.save_summary(output, progress, facts)
+        runs.save_summary(output, progress, facts | {"training_images": len(train_set), "test_images": len(test_set)})
         best, note = progress.best, f"; {len(progress.skipped)} images could not be read" if progress.skipped else ""
         print(f"\naccuracy {best['accuracy']:.4f} in epoch {best['epoch']}, {progress.seconds:.0f} s in all{note}")
         print("" if silent else f"explanations: {output / 'explanation.png'}\n")

@@ -5,17 +5,15 @@ What is compared is measured side by side: a round takes every (dtype, backend, 
 """
 
 import contextlib
-import ctypes
-import functools
 import gc
 import json
 import math
+import os
 import random
 import signal
 import statistics
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -28,18 +26,17 @@ from torch import Tensor
 from tqdm import tqdm
 
 from .explain import explain
-from .functional import use_backend
-from .hub import create_model
-from .macs import Call, Macs, count_macs, layer_calls
+from .functional import _BEST, BACKENDS, use_backend
+from .hub import blame, create_model
+from .macs import SAMPLE_SECONDS, Call, GemmRate, Macs, count_macs, layer_calls, seconds
 from .runs import environment
 
 __all__ = ["BenchmarkError", "Macs", "Setup", "count_macs", "measure"]
 
 OPERATIONS = ("forward", "train", "explain", "explain-all")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-BEST = "best"  # stands for whatever backend `functional` chooses for the device
 PUBLISHED = "reference"
-_SAMPLE_SECONDS = 0.1  # shorter operations are repeated until a sample lasts as long
+_CLEAR_REFS = Path("/proc/self/clear_refs")
 # What the published formulation holds at its peak, as measured, in arrays of the size of a layer's dynamic weights: of
 # its largest layer always, of all layers where a backward pass follows.
 _LARGEST_COPIES, _KEPT_COPIES = 3, {"forward": 0, "train": 2, "explain": 1, "explain-all": 1}
@@ -54,7 +51,7 @@ class Setup:
     """What to measure.
 
     Raises:
-        BenchmarkError: a number that makes no sense, or a device that is not there.
+        BenchmarkError: a number or a name that makes no sense, or a device that is not there.
     """
 
     model: str
@@ -70,7 +67,8 @@ class Setup:
     channels_last: bool = False
     compile: bool = False
     """torch.compile forward and training, but not of the published formulation."""
-    backends: tuple[str, ...] = (BEST, PUBLISHED)
+    backends: tuple[str, ...] = ()
+    """Empty: the device's best and the published formulation."""
     operations: tuple[str, ...] = OPERATIONS
     repeats: int = 5
     """Rounds."""
@@ -90,6 +88,13 @@ class Setup:
             raise BenchmarkError(f"device={self.device!r}: choose cpu or cuda (CUDA_VISIBLE_DEVICES says which)")
         if self.device == "cuda" and not torch.cuda.is_available():
             raise BenchmarkError(f"device='cuda': PyTorch {torch.__version__} finds no CUDA device; choose cpu")
+        defaults = {"dtypes": (), "backends": (_BEST[self.device], PUBLISHED), "operations": OPERATIONS}
+        for name, choices in {"dtypes": DTYPES, "backends": BACKENDS, "operations": OPERATIONS}.items():
+            values = tuple(dict.fromkeys(getattr(self, name) or defaults[name]))
+            for value in values or (None,):
+                if value not in choices:
+                    raise BenchmarkError(f"{name}: there is no {value!r}; choose among {', '.join(choices)}")
+            object.__setattr__(self, name, values)
 
 
 class _Problem:
@@ -98,7 +103,8 @@ class _Problem:
     def __init__(self, setup: Setup, dtype: str) -> None:
         self.setup, self.dtype = setup, dtype
         torch.manual_seed(setup.seed)
-        config = timm.get_pretrained_cfg(setup.model) if timm.is_model(setup.model) else None
+        with blame(f"no pretrained configuration of {setup.model}", BenchmarkError):
+            config = timm.get_pretrained_cfg(setup.model) if timm.is_model(setup.model) else None
         classes = setup.num_classes or (config.num_classes if config else 1)  # create_model says it if there is none
         model: Any = create_model(setup.model, num_classes=classes, model_args=setup.model_args)
         size = setup.img_size or model.pretrained_cfg["input_size"][-1]
@@ -113,11 +119,9 @@ class _Problem:
         x = torch.rand(self.setup.batch_size, *shape).to(self.setup.device, DTYPES[self.dtype])
         return x.contiguous(memory_format=self.format) if x.dim() == 4 else x
 
-    def operation(
-        self, name: str, backend: str, images: Tensor, *, keep_gradients: bool = False
-    ) -> Callable[[], object]:
+    def operation(self, name: str, backend: str, *, keep_gradients: bool = False) -> Callable[[], object]:
         """What is timed, as a function; without an optimiser, and with parameter gradients set to None."""
-        model = self.model
+        model, images = self.model, self.images
         run = torch.compile(model) if self.setup.compile and backend != PUBLISHED else model
         truth = F.one_hot(torch.arange(len(images)) % model.num_classes, model.num_classes).float().to(images.device)
 
@@ -159,10 +163,10 @@ class _Problem:
     def cells(self) -> list["_Cell"]:
         """All that is to be timed."""
         setup, cells = self.setup, []
-        for backend in dict.fromkeys(setup.backends):
-            for name in dict.fromkeys(setup.operations):
+        for backend in setup.backends:
+            for name in setup.operations:
                 missing = self._too_large(name) if backend == PUBLISHED else ""
-                cells.append(_Cell(self, name, backend, self.operation(name, backend, self.images), missing=missing))
+                cells.append(_Cell(self, name, backend, self.operation(name, backend), missing=missing))
                 if setup.layers and backend != PUBLISHED and name != "explain-all":
                     for call in self.calls:
                         cells.append(_Cell(self, name, backend, self.layer_operation(name, call), call))
@@ -192,21 +196,21 @@ class _Cell:
     missing: str = ""
     """Why there are none."""
 
-    def seconds(self) -> float:
-        with use_backend(None if self.backend == BEST else self.backend):
-            return _seconds(self.run, self.calls, self.problem.setup.device)
+    def time(self) -> float:
+        with use_backend(self.backend):
+            return seconds(self.run, self.calls, self.problem.setup.device)
 
     def warm_up(self) -> None:
         try:
-            self.seconds()  # compiles, tunes, fills caches
-            self.calls = math.ceil(min(_SAMPLE_SECONDS / self.seconds(), 1000))
+            self.time()  # compiles, tunes, fills caches
+            self.calls = math.ceil(min(SAMPLE_SECONDS / self.time(), 1000))
         except (RuntimeError, ValueError) as error:  # out of memory, or a backend that cannot do this
             self.missing = (str(error).strip().splitlines() or [repr(error)])[0]
 
     def sample(self) -> None:
-        self.samples.append(self.seconds())
+        self.samples.append(self.time())
 
-    def row(self, cells: list["_Cell"], gemms: dict[str, "_Gemm"]) -> dict[str, Any]:
+    def row(self, cells: list["_Cell"], gemms: dict[str, GemmRate]) -> dict[str, Any]:
         """What the report says of it."""
         batch, macs = self.problem.setup.batch_size, self.call.macs if self.call else self.problem.macs
         count = batch * macs.counts(self.problem.targets)[self.operation]
@@ -215,7 +219,7 @@ class _Cell:
         if self.missing:
             return row | {"missing": self.missing}
         row |= {"seconds": _spread(self.samples), "images_per_second": _spread([batch / s for s in self.samples])}
-        rates = gemms[self.problem.dtype].samples
+        rates = gemms[self.problem.dtype].best
         row["gemm_fraction"] = _spread([count / s / rate for s, rate in zip(self.samples, rates, strict=True)])
         row["times_published"] = {
             other.problem.dtype: _spread([b / a for a, b in zip(self.samples, other.samples, strict=True)])
@@ -223,44 +227,6 @@ class _Cell:
             if other.backend == PUBLISHED and other.operation == self.operation and other.samples and not self.call
         }
         return row
-
-
-class _Gemm:
-    """The rate of this machine's square matrix products in a dtype: the best of some sizes in each round."""
-
-    def __init__(self, dtype: torch.dtype, device: str) -> None:
-        self.device = device
-        self.samples: list[float] = []
-        """Multiply-accumulates a second, one a round."""
-        self.products: list[tuple[int, Callable[[], object], int]] = []
-        for size in (1024, 2048, 4096, 8192):
-            a = torch.rand(size, size, device=device).to(dtype)
-            run = functools.partial(torch.mm, a, a, out=torch.empty_like(a))
-            _seconds(run, 1, device)
-            once = _seconds(run, 1, device)
-            self.products.append((size, run, math.ceil(_SAMPLE_SECONDS / once)))
-            if once > _SAMPLE_SECONDS:  # the next size takes a second
-                break
-
-    def sample(self) -> None:
-        # CUDA convolutions may round float32 to TF32 by PyTorch's default; so does what they are measured by.
-        before = torch.get_float32_matmul_precision()
-        try:
-            if self.device == "cuda" and torch.backends.cudnn.allow_tf32:
-                torch.set_float32_matmul_precision("high")
-            self.samples.append(max(n**3 / _seconds(run, calls, self.device) for n, run, calls in self.products))
-        finally:
-            torch.set_float32_matmul_precision(before)
-
-
-def _seconds(run: Callable[[], object], calls: int, device: str) -> float:
-    wait = torch.cuda.synchronize if device == "cuda" else int
-    wait()
-    start = time.perf_counter()
-    for _ in range(calls):
-        run()
-    wait()
-    return (time.perf_counter() - start) / calls
 
 
 def _spread(samples: list[float]) -> dict[str, Any]:
@@ -272,7 +238,7 @@ def measure(setup: Setup) -> dict[str, Any]:
     """Time the setup's operations in rounds, measure their memory, and report it all as JSON knows it.
 
     Of every number: `median`, the quartiles `low` and `high`, and `samples`, one a round. Seconds are of a batch;
-    `gemm_fraction` is the factorised count over time over the rate of matrix products, for every backend;
+    `gemm_fraction` is the factorised count over time over the rate of the faster matrix product, for every backend;
     `times_published` the published formulation's time over this one, by the former's dtype; `extra_bytes` the peak
     memory beyond what stood there before, the model, its parameter gradients and the images (on a CPU: resident).
 
@@ -283,10 +249,12 @@ def measure(setup: Setup) -> dict[str, Any]:
     threads = torch.get_num_threads()
     torch.set_num_threads(setup.threads or threads)
     try:
-        with torch.random.fork_rng(devices=[]), torch._dynamo.config.patch(recompile_limit=64):
-            problems = [_Problem(setup, dtype) for dtype in dict.fromkeys(setup.dtypes)]
+        # Beyond the limit torch.compile falls back to plain PyTorch; there is one compilation a cell.
+        limit = torch._dynamo.config.patch(recompile_limit=64) if setup.compile else contextlib.nullcontext()
+        with torch.random.fork_rng(devices=[]), limit:
+            problems = [_Problem(setup, dtype) for dtype in setup.dtypes]
             cells = [cell for problem in problems for cell in problem.cells()]
-            gemms = {problem.dtype: _Gemm(DTYPES[problem.dtype], setup.device) for problem in problems}
+            gemms = {problem.dtype: GemmRate(DTYPES[problem.dtype], setup.device) for problem in problems}
             _sample(cells, list(gemms.values()), setup)
         rows = [cell.row(cells, gemms) for cell in cells]
         for cell, row in zip(tqdm(cells, "memory", disable=None, leave=False), rows, strict=True):
@@ -305,13 +273,15 @@ def measure(setup: Setup) -> dict[str, Any]:
         "tf32": torch.backends.cudnn.allow_tf32,
         "macs_an_image": {"model": problem.macs.counts(problem.targets)}
         | {call.name: call.macs.counts(problem.targets) for call in problem.calls},
-        "gemm_macs_per_second": {dtype: _spread(gemm.samples) for dtype, gemm in gemms.items()},
+        "gemm_macs_per_second": {
+            dtype: {kind: _spread(samples) for kind, samples in gemm.rates.items()} for dtype, gemm in gemms.items()
+        },
         "rows": [row for row in rows if "layer" not in row],
         "layers": [row for row in rows if "layer" in row],
     }
 
 
-def _sample(cells: list[_Cell], gemms: list[_Gemm], setup: Setup) -> None:
+def _sample(cells: list[_Cell], gemms: list[GemmRate], setup: Setup) -> None:
     for cell in tqdm(cells, "warming up", disable=None, leave=False):
         if not cell.missing:
             cell.warm_up()
@@ -336,7 +306,9 @@ def _extra_memory(cell: _Cell) -> dict[str, Any]:
     order = {"setup": asdict(cell.problem.setup), "dtype": cell.problem.dtype}
     order |= {"operation": cell.operation, "backend": cell.backend, "threads": torch.get_num_threads()}
     command = [sys.executable, "-c", "from timm_coda.benchmark import _memory_process; _memory_process()"]
-    done = subprocess.run(command, input=json.dumps(order), capture_output=True, text=True)
+    # Large blocks leave the process when they are freed. What glibc keeps of them otherwise varies from run to run.
+    variables = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "131072"}
+    done = subprocess.run(command, input=json.dumps(order), capture_output=True, text=True, env=variables)
     if done.returncode == 0:
         return {"extra_bytes": json.loads(done.stdout.splitlines()[-1])}
     if done.returncode < 0:
@@ -354,11 +326,10 @@ def _memory_process() -> None:
 def _peak(problem: _Problem, operation: str, backend: str) -> int:
     for parameter in problem.model.parameters():
         parameter.grad = torch.ones_like(parameter)  # a page of zeros would take its place only once it is written to
-    run = problem.operation(operation, backend, problem.images, keep_gradients=True)
-    with use_backend(None if backend == BEST else backend):
-        # The first call also sets libraries up, or compiles for this shape. Less than a batch leaves less behind.
-        few = problem.images[: None if problem.setup.compile else 1]
-        problem.operation(operation, backend, few, keep_gradients=True)()
+    run = problem.operation(operation, backend, keep_gradients=True)
+    with use_backend(backend):
+        if problem.setup.device == "cuda" or _CLEAR_REFS.exists():
+            run()  # sets libraries up, compiles
         return peak_growth(run, problem.setup.device)
 
 
@@ -370,11 +341,9 @@ def peak_growth(run: Callable[[], object], device: str) -> int:
         before = torch.cuda.memory_allocated()
         run()
         return torch.cuda.max_memory_allocated() - before
-    with contextlib.suppress(AttributeError, OSError, TypeError):  # glibc: give back what is free
-        ctypes.CDLL(None).malloc_trim(0)
     try:
-        Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
-    except OSError:  # not Linux: the growth of the process's peak, which is less if that was reached before
+        _CLEAR_REFS.write_text("5")  # the peak starts anew
+    except OSError:  # not Linux: the growth of the peak of the process's whole life
         import resource
 
         before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -50,26 +50,34 @@ def main(argv: list[str] | None = None) -> int:
 
 
 _BENCHMARK = """\
-Time and memory of a model, side by side with the published formulation of its layers (which writes every dynamic
-weight to memory) and with this machine's own matrix products.
+Time and memory of a model, side by side with the published formulation of its
+layers (which writes every dynamic weight to memory) and with this machine's own
+matrix products.
 
-  timm-coda benchmark coda_net_s                                   # the published CIFAR-10 network, on this machine
-  timm-coda benchmark coda_net_s --repeats 7 --output s.json       # more rounds, and every number in a file
-  timm-coda benchmark coda_net_s --layers --no-memory              # which layer takes the time
-  timm-coda benchmark coda_net_s --batch-size 256 --dtype float32 bfloat16 --device cuda
-  timm-coda benchmark coda_net_l --img-size 240 --batch-size 1 --backend best --operations explain
+  timm-coda benchmark coda_net_s                       # the CIFAR-10 network
+  timm-coda benchmark coda_net_s --repeats 7 --output s.json
+  timm-coda benchmark coda_net_s --layers --no-memory  # who takes the time?
+  timm-coda benchmark coda_net_s --batch-size 256 --dtype float32 bfloat16
+  timm-coda benchmark coda_net_l --batch-size 1 --operations explain
 
-A round takes every operation of every backend once, in random order, so a busy machine disturbs all of them alike;
-stop other work for numbers to publish. The table has medians over the rounds and, in brackets, quartiles.
+A round takes every operation of every backend once, in random order, so that a
+busy machine disturbs all of them alike; still, stop other work for numbers to
+publish. The table has medians over the rounds and, in brackets, quartiles.
 
   forward      without gradients, in eval mode
   train        forward, binary cross entropy, backward; no optimiser
-  explain      explain(), the predicted class; explain-all: the 10 (or all) highest classes, from one forward pass
-  x published  times as fast as the published formulation in the same dtype, in the same round
-  GEMM         counted multiply-accumulates a second, in parts of what a square matrix product reaches in that round;
-               counted is the factorised form, for the published one too; a training step counts as three forwards
-  + MB         peak memory beyond the model, its parameter gradients and the images. On a CPU: resident memory of a
-               process of its own
+  explain      explain() the highest class; explain-all: the 10 highest (or all)
+  x published  times as fast as the published formulation, in the same dtype and
+               the same round
+  GEMM         counted multiply-accumulates a second, in parts of what the
+               faster square matrix product reaches in that round: torch.mm or,
+               for float32 on a CPU, oneDNN's, which convolutions use. What is
+               counted is the factorised form, for the published one too; a
+               training step counts as three forwards, an explanation of T
+               classes as one and T products with the large weight
+  + MB         peak memory beyond the model, its parameter gradients and the
+               images; on a CPU resident memory of a process of its own, which
+               gives back what it frees at once (glibc by default keeps some)
 """
 
 
@@ -85,26 +93,36 @@ def _add_benchmark(subcommands: "_SubParsersAction[Any]") -> None:
     add = parser.add_argument_group("what").add_argument
     add("model", help="a name in timm's registry, such as coda_net_s; weights do not change the time, so none are read")
     add("--model-args", nargs="+", default=[], metavar="NAME=JSON", help="of its constructor, as rank=16")
-    add("--img-size", type=int, help="pixels a side (default: the model's)")
-    add("--num-classes", type=int, help="(default: the model's)")
-    add("--batch-size", type=int, default=16, help="images at once (default: 16, the papers' for training)")
+    add("--img-size", type=int, metavar="N", help="pixels a side (default: the model's)")
+    add("--num-classes", type=int, metavar="N", help="(default: the model's)")
+    add(
+        "--batch-size", type=int, metavar="N", default=16, help="images at once (default: 16, the papers' for training)"
+    )
     dtypes, operations = ["float32", "bfloat16", "float16"], ["forward", "train", "explain", "explain-all"]
     hint = "what model and images are cast to; several are compared (default: float32, what training starts in)"
-    add("--dtype", nargs="+", default=["float32"], choices=dtypes, help=hint)
-    add("--operations", nargs="+", default=operations, choices=operations, help="see above (default: all)")
+    add("--dtype", nargs="+", default=["float32"], choices=dtypes, metavar="DTYPE", help=f"{', '.join(dtypes)}: {hint}")
+    hint = f"of {', '.join(operations)} (default: all)"
+    add("--operations", nargs="+", default=operations, choices=operations, metavar="NAME", help=hint)
     add = parser.add_argument_group("how").add_argument
     add("--device", help="cpu or cuda (default: cuda where there is one)")
-    add("--threads", type=int, help="of the CPU (default: PyTorch's choice, every core)")
+    add("--threads", type=int, metavar="N", help="of the CPU (default: PyTorch's choice, every core)")
     add(
         "--backend",
         action="append",
-        help="repeat for several: best, the device's; reference, the published formulation; or any other in "
-        "timm_coda.functional.BACKENDS (default: best and reference, this one if it fits into memory)",
+        metavar="NAME",
+        help="repeat for several: reference (the published formulation, run if it fits into memory), torch (plain "
+        "convolutions), cpu, triton (default: the device's best, and reference)",
     )
     add("--channels-last", action="store_true", help="model and images in this memory format (default: contiguous)")
     add("--compile", action="store_true", help="torch.compile forward and train, but not the published formulation")
-    add("--repeats", type=int, default=5, help="rounds (default: 5, the least that quartiles say something of)")
-    add("--seed", type=int, default=0, help="of weights, images and the order within rounds (default: 0)")
+    add(
+        "--repeats",
+        type=int,
+        metavar="N",
+        default=5,
+        help="rounds (default: 5, the least that quartiles say something of)",
+    )
+    add("--seed", type=int, metavar="N", default=0, help="of weights, images and the order within rounds (default: 0)")
     add("--no-memory", action="store_true", help="skip + MB: on a CPU each takes a process, some seconds")
     add("--layers", action="store_true", help="also time each layer alone, on random input of its shape")
     add("--output", type=Path, metavar="FILE", help="write every number, and what ran where, as JSON")
@@ -113,16 +131,11 @@ def _add_benchmark(subcommands: "_SubParsersAction[Any]") -> None:
 def _benchmark(args: argparse.Namespace) -> int:
     import torch
 
-    from .benchmark import BEST, PUBLISHED, Setup, measure
-    from .functional import BACKENDS
+    from .benchmark import Setup, measure
     from .runs import write_text
 
     if args.output and (args.output.is_dir() or not os.access(args.output.absolute().parent, os.W_OK)):
         raise ValueError(f"--output {args.output}: cannot be written; name a file in a folder that is there")
-    backends = args.backend or [BEST, PUBLISHED]
-    for name in backends:
-        if name not in (BEST, *BACKENDS):
-            raise ValueError(f"--backend {name}: choose among {', '.join((BEST, *BACKENDS))}")
     setup = Setup(
         model=args.model,
         model_args=tuple(args.model_args),
@@ -133,7 +146,7 @@ def _benchmark(args: argparse.Namespace) -> int:
         device=args.device or ("cuda" if torch.cuda.is_available() else "cpu"),
         channels_last=args.channels_last,
         compile=args.compile,
-        backends=tuple(backends),
+        backends=tuple(args.backend or ()),
         operations=tuple(args.operations),
         repeats=args.repeats,
         threads=args.threads,
@@ -154,17 +167,18 @@ def benchmark_table(report: dict[str, Any]) -> str:
     setup, environment, macs = report["setup"], report["environment"], report["macs_an_image"]["model"]
     size, machine = "x".join(map(str, report["image"])), "gpus" if setup["device"] == "cuda" else "cpu"
     options = [word for word in ("channels_last", "compile") if setup[word]]
+    counts = [f"{macs[name] / 1e6:.4g} {name}" for name in setup["operations"]]
     lines = [
         " ".join([setup["model"], *setup["model_args"]]) + f", {report['classes']} classes",
-        ", ".join([f"batch of {setup['batch_size']} images {size}", *options, setup["device"]])
-        + f": {environment[machine]}",
-        f"{macs['forward'] / 1e6:.4g} M multiply-accumulates an image forward, {macs['train'] / 1e6:.4g} M to train, "
-        f"{macs['explain'] / 1e6:.4g} M to explain",
+        ", ".join([f"batches of {setup['batch_size']} images {size}", *options]),
+        f"{setup['device']}: {environment[machine]}",
+        f"million multiply-accumulates an image: {', '.join(counts)}",
         f"{setup['repeats']} rounds: median (quartiles)",
     ]
-    for dtype, rate in report["gemm_macs_per_second"].items():
-        unit, name = (1e12, "TFLOP/s") if rate["median"] > 5e11 else (1e9, "GFLOP/s")
-        lines += ["", f"{dtype}; matrix products (GEMM) reach {_with_quartiles(rate, 2 / unit)} {name}"]
+    for dtype, rates in report["gemm_macs_per_second"].items():
+        unit, name = (1e12, "TFLOP/s") if rates["mm"]["median"] > 5e11 else (1e9, "GFLOP/s")
+        reached = [f"{kind} {_with_quartiles(rate, 2 / unit)}" for kind, rate in rates.items()]
+        lines += ["", f"{dtype}; GEMM in {name}: {', '.join(reached)}"]
         lines.append(_row("backend", "operation", "ms a batch", "images/s", "x published", "GEMM", "+ MB"))
         for row in (row for row in report["rows"] if row["dtype"] == dtype):
             lines.append(_benchmark_row(row))
@@ -200,7 +214,7 @@ def _layer_table(rows: list[dict[str, Any]], counts: dict[str, dict[str, int]]) 
     for backend in dict.fromkeys(row["backend"] for row in rows):
         mine = [row for row in rows if row["backend"] == backend]
         operations = list(dict.fromkeys(row["operation"] for row in mine))
-        lines += ["", f"each layer alone, {backend}: forward MMAC an image; ms a batch, part of all layers' ms, GEMM"]
+        lines += ["", f"layers alone, {backend}: forward MMAC an image; ms, part of all layers' ms, GEMM"]
         lines.append(f"{'layer':12}{'MMAC':>8}" + "".join(f"{name:>20}" for name in operations))
         total = {name: sum(_milliseconds(row) for row in mine if row["operation"] == name) for name in operations}
         for layer in dict.fromkeys(row["layer"] for row in mine):

@@ -1,12 +1,20 @@
-"""Counts of multiply-accumulates in the factorised form (`functional.py`) and in the published one."""
+"""Multiply-accumulates: how many a model needs an image, and how many a second this machine does."""
 
+import contextlib
+import functools
+import math
+import time
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-__all__ = ["Call", "Macs", "count_macs", "layer_calls"]
+__all__ = ["SAMPLE_SECONDS", "Call", "GemmRate", "Macs", "count_macs", "layer_calls", "seconds"]
+
+SAMPLE_SECONDS = 0.1  # what is shorter is repeated until a sample lasts as long
 
 
 @dataclass(frozen=True)
@@ -110,3 +118,64 @@ def count_macs(model: nn.Module, image_size: int | tuple[int, int]) -> dict[str,
     for call in layer_calls(model, image_size):
         counts[call.name] = counts.get(call.name, Macs()) + call.macs
     return counts
+
+
+def seconds(run: Callable[[], object], calls: int, device: str) -> float:
+    """Time of a call, the mean of some."""
+    wait = torch.cuda.synchronize if device == "cuda" else int
+    wait()
+    start = time.perf_counter()
+    for _ in range(calls):
+        run()
+    wait()
+    return (time.perf_counter() - start) / calls
+
+
+class GemmRate:
+    """The rate of this machine's square matrix products in a dtype: the best of some sizes in each round."""
+
+    def __init__(self, dtype: torch.dtype, device: str) -> None:
+        self.device = device
+        # Of torch.mm, and of oneDNN, which convolutions use: twice as fast where MKL does not know the processor.
+        kinds = ["mm"] + ["onednn"] * (
+            device == "cpu" and dtype == torch.float32 and torch.backends.mkldnn.is_available()
+        )
+        self.rates: dict[str, list[float]] = {kind: [] for kind in kinds}
+        """Multiply-accumulates a second, one a round."""
+        self.products: list[tuple[str, int, Callable[[], object], int]] = []
+        with self._precision():
+            for kind in kinds:
+                for size in (1024, 2048, 4096, 8192):
+                    a = torch.rand(size, size, device=device).to(dtype)
+                    run = functools.partial(torch.mm, a, a)
+                    if kind == "onednn":
+                        run = functools.partial(F.linear, a.to_mkldnn(), a)
+                    seconds(run, 1, device)
+                    once = seconds(run, 1, device)
+                    self.products.append((kind, size, run, math.ceil(SAMPLE_SECONDS / once)))
+                    if once > SAMPLE_SECONDS:  # the next size takes a second
+                        break
+
+    @contextlib.contextmanager
+    def _precision(self) -> Iterator[None]:
+        """CUDA convolutions round float32 to TF32 unless PyTorch is told not to; so does what they are measured by."""
+        if self.device == "cpu":
+            yield
+            return
+        before = torch.get_float32_matmul_precision()
+        try:
+            torch.set_float32_matmul_precision("high" if torch.backends.cudnn.allow_tf32 else before)
+            yield
+        finally:
+            torch.set_float32_matmul_precision(before)
+
+    def sample(self) -> None:
+        with self._precision(), torch.no_grad():
+            rates = [(kind, n**3 / seconds(run, calls, self.device)) for kind, n, run, calls in self.products]
+        for kind, samples in self.rates.items():
+            samples.append(max(rate for name, rate in rates if name == kind))
+
+    @property
+    def best(self) -> list[float]:
+        """One a round."""
+        return [max(rates) for rates in zip(*self.rates.values(), strict=True)]

@@ -1,0 +1,50 @@
+"""Every code block of the README runs as printed, in a copy of the repository."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+BLOCKS = re.findall(r"```(\w+)\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+
+
+def commands() -> list[str]:
+    return [line for kind, code in BLOCKS if kind == "bash" for line in code.splitlines()]
+
+
+@pytest.fixture(scope="module")
+def clone(tmp_path_factory):
+    """What a clone holds, without the tests' own leftovers."""
+    folder = tmp_path_factory.mktemp("readme") / "clone"
+    shutil.copytree(ROOT, folder, ignore=shutil.ignore_patterns(".git", "runs", "__pycache__", "*.egg-info", ".venv"))
+    return folder
+
+
+def run(command: list[str], folder: Path) -> str:
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "PYTHONPATH": str(folder)}
+    environment.pop("TRITON_INTERPRET", None)
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    return done.stdout
+
+
+def test_commands_are_known():
+    assert commands() == ["pip install -e '.[test]'", "python train.py", "python -m pytest", "python train.py --help"]
+    assert "explain-every" in run([sys.executable, "train.py", "--help"], ROOT)
+
+
+def test_first_command_then_every_python_block(clone):
+    said = run([sys.executable, "train.py"], clone)
+    output = clone / "runs/coda_net_xs.digits"
+    assert "accuracy" in said
+    assert json.loads((output / "summary.json").read_text())["best"]["accuracy"] >= 0.97
+    assert (output / "explanation.png").read_bytes().startswith(b"\x89PNG")
+    code = "\n".join(code for kind, code in BLOCKS if kind == "python")
+    run([sys.executable, "-W", "error", "-c", code], clone)
+    assert (clone / "explanation.png").read_bytes().startswith(b"\x89PNG")
