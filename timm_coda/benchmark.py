@@ -26,7 +26,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from .explain import explain
-from .functional import _BEST, BACKENDS, use_backend
+from .functional import BACKENDS, BEST_BACKEND, use_backend
 from .hub import blame, create_model
 from .macs import SAMPLE_SECONDS, Call, GemmRate, Macs, count_macs, layer_calls, seconds
 from .runs import environment
@@ -88,7 +88,7 @@ class Setup:
             raise BenchmarkError(f"device={self.device!r}: choose cpu or cuda (CUDA_VISIBLE_DEVICES says which)")
         if self.device == "cuda" and not torch.cuda.is_available():
             raise BenchmarkError(f"device='cuda': PyTorch {torch.__version__} finds no CUDA device; choose cpu")
-        defaults = {"dtypes": (), "backends": (_BEST[self.device], PUBLISHED), "operations": OPERATIONS}
+        defaults = {"dtypes": (), "backends": (BEST_BACKEND[self.device], PUBLISHED), "operations": OPERATIONS}
         for name, choices in {"dtypes": DTYPES, "backends": BACKENDS, "operations": OPERATIONS}.items():
             values = tuple(dict.fromkeys(getattr(self, name) or defaults[name]))
             for value in values or (None,):

@@ -220,6 +220,7 @@ class ExplainMixin:
         batch = _as_batch(images)
         count = len(batch)
         step = count if batch_size is None else batch_size
+        place = (unit,) if isinstance(unit, int) else None if unit is None else tuple(unit)
         with torch.inference_mode(False), torch.enable_grad(), explanation_mode(model):
             targets = _as_classes("target", target, count, model.num_classes)
             others = _as_classes("versus", versus, count, model.num_classes)
@@ -229,7 +230,7 @@ class ExplainMixin:
                 encoded = _encode(model, batch[now])
                 goal = None if targets is None else targets[now]
                 other = None if others is None else others[now]
-                parts.append(_explain_batch(model, encoded, goal, top, other, layer, unit))
+                parts.append(_explain_batch(model, encoded, goal, top, other, layer, place))
         return _concatenate(parts)
 
 
@@ -240,27 +241,22 @@ def _explain_batch(
     top: int | None,
     versus: Tensor | None,
     layer: str | None,
-    unit: int | tuple[int, int, int] | None,
+    unit: tuple[int, ...] | None,
 ) -> Explanation:
     encoded.requires_grad_()
     with nullcontext() if layer is None else _output_of(model, layer) as outputs:
         logits = model(encoded)
-    inner = None
-    if layer is not None:
-        inner = _only_map(outputs, layer)
+    inner = None if layer is None else _only_map(outputs or [], layer)
 
     prediction = logits.argmax(1)
-    if top is not None:
-        target = logits.topk(top, 1).indices
-    elif target is None:
-        target = prediction
-    target = target.to(logits.device)
+    chosen: Tensor = prediction if top is None else logits.topk(top, 1).indices
+    if target is not None:
+        chosen = target.to(logits.device)
     exact = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    several = target.reshape(len(encoded), -1)  # (B, T)
+    several = chosen.reshape(len(encoded), -1)  # (B, T)
     bias = model.logits.bias
     source = encoded
     if unit is not None and inner is not None:
-        unit = (unit,) if isinstance(unit, int) else tuple(unit)
         value, bias = _unit_output(inner, unit, layer), 0.0
     else:
         value = exact.gather(1, several)
@@ -268,7 +264,7 @@ def _explain_batch(
         if versus is not None:
             versus = versus.to(logits.device).reshape(len(encoded), -1).expand_as(several)
             value, bias = value - exact.gather(1, versus), 0.0
-            versus = versus.reshape(target.shape)
+            versus = versus.reshape(chosen.shape)
 
     weights = []
     for t in range(value.shape[1]):
@@ -278,12 +274,12 @@ def _explain_batch(
     contributions = (weights * source.detach().to(exact.dtype).unsqueeze(1)).sum(2)
     colours = encoded.detach()[:, : encoded.shape[1] // 2].to(exact.dtype)
     names = model.pretrained_cfg.get("label_names") if hasattr(model, "pretrained_cfg") else None
-    shape = target.shape
+    shape = chosen.shape
     return Explanation(
         images=colours,
         logits=logits.detach(),
         prediction=prediction,
-        target=target,
+        target=chosen,
         value=value.detach().reshape(shape),
         contributions=contributions.reshape(shape + contributions.shape[2:]),
         weights=weights.reshape(shape + weights.shape[2:]),

@@ -19,7 +19,7 @@ from torch import Tensor
 from . import reference
 from .kernels import convolution, cpu
 
-__all__ = ["ACTIVATIONS", "BACKENDS", "dau_conv2d", "dau_linear", "set_backend", "use_backend"]
+__all__ = ["ACTIVATIONS", "BACKENDS", "BEST_BACKEND", "dau_conv2d", "dau_linear", "set_backend", "use_backend"]
 
 ACTIVATIONS = ("squash", "l2")
 
@@ -37,7 +37,7 @@ BACKENDS = {
     "cpu": cpu.dau_conv2d,  # blocks of matrix products
     "triton": _triton,  # CUDA kernels; 'torch' for ranks and dtypes that they do not take
 }
-_BEST = {"cpu": "cpu", "cuda": "triton" if find_spec("triton") else "torch"}
+BEST_BACKEND = {"cpu": "cpu", "cuda": "triton" if find_spec("triton") else "torch"}
 
 
 def _checked(name: str | None) -> str | None:
@@ -109,7 +109,7 @@ def dau_conv2d(
         if torch.jit.is_tracing() or x.is_meta:
             name = "torch"
         elif name is None:
-            name = _BEST.get(x.device.type, "torch")
+            name = BEST_BACKEND.get(x.device.type, "torch")
         if frozen:
             down, up, up_bias = down.detach(), up.detach(), up_bias.detach()
         # The others' convolutions follow autocast by themselves; like these, leave float64 alone.

@@ -3,13 +3,16 @@
 import threading
 
 import torch
-from timm.layers import to_2tuple
 from timm.models import register_notrace_module
 from torch import Tensor, nn
 
 from .functional import ACTIVATIONS, dau_conv2d, dau_linear
 
 __all__ = ["DAUConv2d", "DAULinear", "DynamicLinear", "FrozenDynamics", "GlobalPool", "InverseEncoding", "Logits"]
+
+
+def _pair(size: int | tuple[int, int]) -> tuple[int, int]:
+    return (size, size) if isinstance(size, int) else (size[0], size[1])
 
 
 class FrozenDynamics:
@@ -54,13 +57,21 @@ class DynamicLinear(nn.Module):
         self.frozen_dynamics = FrozenDynamics()
 
 
-class _Factor(nn.Module):
-    """Holds the parameters of one factor of a DAU under the names timm expects of a layer."""
+class _Down(nn.Module):
+    """Holds B under the name timm expects of a layer."""
 
-    def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
+    def __init__(self, weight: Tensor) -> None:
         super().__init__()
         self.weight = nn.Parameter(weight)
-        self.bias = nn.Parameter(bias) if bias is not None else None
+
+
+class _Up(nn.Module):
+    """Holds A and b under the names timm expects of a layer."""
+
+    def __init__(self, weight: Tensor, bias: Tensor) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(weight)
+        self.bias = nn.Parameter(bias)
 
 
 class _DAU(DynamicLinear):
@@ -76,8 +87,8 @@ class _DAU(DynamicLinear):
         dd = {"device": device, "dtype": dtype}
         self.rank = rank
         self.activation = activation
-        self.down = _Factor(torch.empty(rank, *seen, **dd))
-        self.up = _Factor(torch.empty(units * rank, *seen, **dd), torch.empty(units, *seen, **dd))
+        self.down = _Down(torch.empty(rank, *seen, **dd))
+        self.up = _Up(torch.empty(units * rank, *seen, **dd), torch.empty(units, *seen, **dd))
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -86,7 +97,7 @@ class _DAU(DynamicLinear):
         nn.init.uniform_(self.down.weight, -bound, bound)
         bound = self.rank**-0.5
         nn.init.uniform_(self.up.weight, -bound, bound)
-        nn.init.uniform_(self.up.bias, -bound, bound)  # pyright: ignore[reportArgumentType]
+        nn.init.uniform_(self.up.bias, -bound, bound)
 
     def extra_repr(self) -> str:
         return f"{self.down.weight.shape[1]}, {self.up.bias.shape[0]}, rank={self.rank}, activation={self.activation!r}"
@@ -123,13 +134,13 @@ class DAUConv2d(_DAU):
         device=None,
         dtype=None,
     ) -> None:
-        super().__init__(out_channels, (in_channels, *to_2tuple(kernel_size)), rank, activation, device, dtype)
+        super().__init__(out_channels, (in_channels, *_pair(kernel_size)), rank, activation, device, dtype)
         self.in_channels = in_channels
         self.out_channels = out_channels
-        self.kernel_size: tuple[int, int] = to_2tuple(kernel_size)
-        self.stride: tuple[int, int] = to_2tuple(stride)
-        self.padding: tuple[int, int] = to_2tuple(padding)
-        self.dilation: tuple[int, int] = to_2tuple(dilation)
+        self.kernel_size: tuple[int, int] = _pair(kernel_size)
+        self.stride: tuple[int, int] = _pair(stride)
+        self.padding: tuple[int, int] = _pair(padding)
+        self.dilation: tuple[int, int] = _pair(dilation)
 
     def forward(self, x: Tensor) -> Tensor:
         frozen = False

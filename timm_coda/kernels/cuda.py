@@ -10,6 +10,10 @@ written once a layer. Products take the tensors' own precision and sum in float3
     _weight_kernel    (alpha (x) z)^T R for R = P (of A) and R = z (of the norm), positions split over programs
 """
 
+# pyright: reportArgumentType=false, reportAssignmentType=false, reportAttributeAccessIssue=false
+# pyright: reportOperatorIssue=false
+# Triton's language has types of its own.
+
 import torch
 import triton
 import triton.language as tl
@@ -102,7 +106,7 @@ def _forward_kernel(
     num = aligned + tl.load(plain_ptr + at, mask=inside, other=0.0)
     s = norm + tl.load(square_ptr + units, mask=units < D, other=0.0)[None, :]
     clamped = tl.maximum(s, 1e-20)
-    if L2:
+    if L2:  # noqa: SIM108, Triton decides it when it compiles
         h = 1 / tl.sqrt(clamped)
     else:
         h = tl.sqrt(clamped) / (1 + clamped)

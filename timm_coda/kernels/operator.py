@@ -109,7 +109,7 @@ def make_operator(name: str, forward: Callable, data_gradient: Callable, backwar
         if torch.is_grad_enabled():  # create_graph=True: the gradient is to be differentiated again
             inputs = (x, down, up, up_bias)
             wanted = [i for i in range(4) if ctx.needs_input_grad[i]]
-            y = convolution.dau_conv2d(*inputs, *ctx.options, ctx.frozen)
+            y = convolution.dau_conv2d(*inputs, *ctx.options, ctx.frozen)  # pyright: ignore[reportCallIssue]
             found = torch.autograd.grad(y, [inputs[i] for i in wanted], grad, create_graph=True)
             gradients = dict(zip(wanted, found, strict=True))
             return *(gradients.get(i) for i in range(4)), *no_options

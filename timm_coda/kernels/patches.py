@@ -104,8 +104,8 @@ def geometry(x: Tensor, up: Tensor, stride: list[int], padding: list[int], dilat
     there are more positions than rows of `up`."""
     rows, columns = output_size(x, up.shape[2:], stride, padding, dilation)
     channels_last = up.is_contiguous(memory_format=torch.channels_last) or x.shape[0] * rows * columns > up.shape[0]
-    kernel, *others = ((int(a), int(b)) for a, b in (up.shape[2:], stride, padding, dilation))
-    return Geometry(x.shape[0], rows, columns, kernel, *others, channels_last)
+    kernel, step, pad, spread = ((int(a), int(b)) for a, b in (up.shape[2:], stride, padding, dilation))
+    return Geometry(x.shape[0], rows, columns, kernel, step, pad, spread, channels_last)
 
 
 def as_rows(y: Tensor) -> Tensor:

@@ -8,6 +8,9 @@ by pixel. Written from the paper's formulas; S and L have the published layouts 
 for 64x64 images because the published one was not released.
 """
 
+# torch.jit.ignore is declared for a flag only:
+# pyright: reportArgumentType=false
+
 from collections.abc import Sequence
 from math import log
 from typing import Any
