@@ -29,7 +29,6 @@ def gradients(y, tensors):
 def test_cpu_equals_reference(case, activation, layout, block, monkeypatch):
     if block == "tiny":  # blocks of one image's rows, and of a few positions
         monkeypatch.setattr(cpu, "_positions", lambda width: 5)
-        monkeypatch.setattr(cpu, "_BLOCK", 1)
     exact, options = problem(case)
     options = [*options.values(), activation]
     expected = reference.dau_conv2d(*exact, *options)
