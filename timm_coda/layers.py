@@ -36,10 +36,12 @@ class FrozenDynamics:
         with self._lock:
             self._holders -= 1
 
-    def __bool__(self) -> bool:
+    def held(self) -> bool:
         if torch.compiler.is_compiling():  # dynamo guards a plain number, not a thread's own
             return self._holders > 0
         return getattr(self._thread, "depth", 0) > 0
+
+    __bool__ = held  # dynamo before torch 2.15 cannot trace bool() of it
 
     def __reduce__(self) -> tuple[type, tuple]:
         return FrozenDynamics, ()
@@ -145,7 +147,7 @@ class DAUConv2d(_DAU):
     def forward(self, x: Tensor) -> Tensor:
         frozen = False
         if not torch.jit.is_scripting():
-            frozen = bool(self.frozen_dynamics)
+            frozen = self.frozen_dynamics.held()
         return dau_conv2d(
             x,
             self.down.weight,
@@ -184,7 +186,7 @@ class DAULinear(_DAU):
     def forward(self, x: Tensor) -> Tensor:
         frozen = False
         if not torch.jit.is_scripting():
-            frozen = bool(self.frozen_dynamics)
+            frozen = self.frozen_dynamics.held()
         return dau_linear(x, self.down.weight, self.up.weight, self.up.bias, self.activation, frozen)
 
 
