@@ -36,8 +36,9 @@ class CodaStage(nn.Sequential):
 
     def forward(self, x: Tensor) -> Tensor:
         # Recomputation in backward may run in another thread, where no explanation mode is on.
-        if not torch.jit.is_scripting():  # noqa: SIM102, TorchScript leaves out only a branch of its own
-            if self.grad_checkpointing and not self[0].frozen_dynamics.held():
+        if not torch.jit.is_scripting():
+            frozen: Any = self[0].frozen_dynamics
+            if self.grad_checkpointing and not frozen.held():
                 return checkpoint_seq(self, x)
         for layer in self:
             x = layer(x)
