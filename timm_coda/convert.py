@@ -201,18 +201,25 @@ def check_fit(state_dict: Mapping[str, Tensor], model: nn.Module) -> None:
         for shapes in (there, wanted):
             for name in [name for name in shapes if name.startswith(skip)]:
                 del shapes[name]
-    wrong = [f"{name} is missing" for name in wanted if name not in there]
-    wrong += [f"{name} is in the checkpoint only" for name in there if name not in wanted]
-    wrong += [
-        f"size mismatch for {name}: {there[name]} in the checkpoint, {wanted[name]} in the model"
-        for name in wanted
-        if name in there and there[name] != wanted[name]
+    shared = [name for name in wanted if name in there]
+    differences = {
+        "missing": [name for name in wanted if name not in there],
+        "only in the checkpoint": [name for name in there if name not in wanted],
+        "size mismatch": [
+            f"{name} {there[name]} in the checkpoint, {wanted[name]} in the model"
+            for name in shared
+            if there[name] != wanted[name]
+        ],
+    }
+    said = [
+        f"{what}: {', '.join(names[:2])}" + (f" and {len(names) - 2} more" if len(names) > 2 else "")
+        for what, names in differences.items()
+        if names
     ]
-    if wrong:
-        more = f"; and {len(wrong) - 3} more" if len(wrong) > 3 else ""
+    if said:
         raise ConvertError(
-            f"the checkpoint is not of this {type(model).__name__}: {'; '.join(wrong[:3])}{more}. Was it trained with "
-            "other arguments (rank, ...) or another number of classes?"
+            f"the checkpoint is not of this {type(model).__name__}: {'; '.join(said)}. Was it trained with other "
+            "arguments (rank, ...) or another number of classes?"
         )
 
 
@@ -250,8 +257,10 @@ def convert_checkpoint(
     if used and not (overwrite and output.is_file() == weights_only):
         raise ConvertError(f"{output} is in use: name another folder (or FILE.safetensors), or give --overwrite")
     with blame(f"cannot make the model {name}", HubError):
-        known = timm.get_pretrained_cfg_value(name, "num_classes")
-    model: Any = create_model(name, num_classes=known if num_classes is None else num_classes, model_args=model_args)
+        known = timm.get_pretrained_cfg(name)
+    if num_classes is None:
+        num_classes = known.num_classes if known else 0  # then there is no such model
+    model: Any = create_model(name, num_classes=num_classes, model_args=model_args)
     config = model.pretrained_cfg
     if model.num_classes != config["num_classes"]:  # those of the checkpoint, here
         config.update(num_classes=model.num_classes, label_names=None, label_descriptions=None)
