@@ -6,6 +6,7 @@ Links are those of a small server of this file's own, in the shape of the author
 import http.server
 import json
 import os
+import pickle
 import socket
 import threading
 from pathlib import Path
@@ -69,7 +70,7 @@ def test_golden_numbers_through_the_command(golden, case, tmp_path, capsys):
     assert relative_error(explanation.contributions, expected["contributions"][:, :1]) < 1e-9
 
 
-@pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
+@pytest.mark.parametrize("suffix", [".pt", ".pth.tar", ".safetensors"])
 @pytest.mark.parametrize("prefix", ["", "module."])
 @pytest.mark.parametrize("wrapping", [None, "state_dict", "model"])
 def test_authors_format_however_it_is_wrapped(wrapping, prefix, suffix, tmp_path):
@@ -83,7 +84,10 @@ def test_authors_format_however_it_is_wrapped(wrapping, prefix, suffix, tmp_path
     if suffix == ".safetensors" and wrapping:
         return
     file = tmp_path / f"checkpoint{suffix}"
-    save_file(checkpoint, file) if suffix == ".safetensors" else torch.save(wrapped, file)
+    if suffix == ".safetensors":
+        save_file(checkpoint, file)
+    else:
+        torch.save(wrapped, file, _use_new_zipfile_serialization=suffix == ".pt")
     overlay = {"file": str(file)}
     model = timm.create_model("coda_net_s", pretrained=True, pretrained_cfg_overlay=overlay, **SMALL)
     assert_converted(model, weights)
@@ -348,6 +352,9 @@ def test_command_overwrites_only_what_it_is_told_to(tmp_path, capsys):
         (["ftp://a/b.pt", "--model", "coda_net_s"], "ftp://a/b.pt: only https:// and http://"),
         (["cut.safetensors", "--model", "coda_net_s"], "cut.safetensors cannot be read as a checkpoint"),
         (["harm.pt", "--model", "coda_net_s"], "mkdir), and to load these would run code in it"),
+        (["old_harm.pt", "--model", "coda_net_s"], "mkdir), and to load these would run code in it"),
+        (["harm.pickle", "--model", "coda_net_s"], "and to load these would run code in it"),
+        (["empty.pt", "--model", "coda_net_s"], "empty.pt is empty"),
     ],
 )
 def test_command_errors(words, message, tmp_path, capsys, monkeypatch):
@@ -355,7 +362,11 @@ def test_command_errors(words, message, tmp_path, capsys, monkeypatch):
     Path("page.pt").write_bytes(PAGE)
     save_file({"weight": torch.ones(999)}, "whole.safetensors")
     Path("cut.safetensors").write_bytes(Path("whole.safetensors").read_bytes()[:999])
-    torch.save({"state_dict": Harm(tmp_path / "harm")}, "harm.pt")
+    harm = {"state_dict": Harm(tmp_path / "harm")}
+    torch.save(harm, "harm.pt")
+    torch.save(harm, "old_harm.pt", _use_new_zipfile_serialization=False)
+    Path("harm.pickle").write_bytes(pickle.dumps(harm, protocol=2))
+    Path("empty.pt").touch()
     error = run(*words, "--output", "out", code=2, capsys=capsys)
     assert message in error
     assert not Path("harm").exists() and not Path("out").exists()

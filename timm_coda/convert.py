@@ -8,6 +8,7 @@ import http.client
 import logging
 import os
 import pickle
+import re
 import shutil
 import sys
 import tempfile
@@ -150,16 +151,19 @@ def read_checkpoint(file: str | os.PathLike) -> dict[str, Tensor]:
     try:
         with file.open("rb") as opened:
             start = opened.read(64).lstrip()
+        if not start:
+            raise ConvertError(f"{file} is empty")
         if start.startswith(b"<"):
             raise ConvertError(f"{file} is a web page, not a checkpoint: a browser shows what it says")
         state_dict: Any = load_state_dict(str(file), weights_only=True)
     except ConvertError:
         raise
     except Exception as error:  # damaged files make the readers raise nearly anything
-        if isinstance(error.__cause__, pickle.UnpicklingError) and (names := _code_in(file)):
+        if isinstance(error.__cause__, pickle.UnpicklingError):
+            found = re.search(r"GLOBAL ([\w.]+)", str(error.__cause__))
             raise ConvertError(
-                f"{file} holds more than weights ({names}), and to load these would run code in it: it was not loaded. "
-                "Ask whoever made it for the weights alone, as safetensors"
+                f"{file} holds more than weights ({found[1] if found else 'or is damaged'}), and to load these would "
+                "run code in it: it was not loaded. Ask whoever made it for the weights alone, as safetensors"
             ) from error
         said = str(error.__cause__ or error).split("\n")[0] or type(error).__name__
         raise ConvertError(f"{file} cannot be read as a checkpoint: {said}") from error
@@ -169,14 +173,6 @@ def read_checkpoint(file: str | os.PathLike) -> dict[str, Tensor]:
         if not isinstance(value, Tensor):
             raise ConvertError(f"{file} holds more than weights: {name} is {value!r:.60}; save the state_dict alone")
     return state_dict
-
-
-def _code_in(file: Path) -> str:
-    """What a PyTorch file would call when loaded as a whole pickle; empty if that cannot be told."""
-    try:
-        return ", ".join(torch.serialization.get_unsafe_globals_in_checkpoint(str(file)))
-    except Exception:  # not a zip archive, or a damaged one
-        return ""
 
 
 def unwrap(state_dict: Mapping[str, Any]) -> dict[str, Tensor]:
