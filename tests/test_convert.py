@@ -104,7 +104,7 @@ class Server(http.server.ThreadingHTTPServer):
         class Handler(http.server.BaseHTTPRequestHandler):
             def do_GET(handler):
                 self.requests.append(handler.path)
-                body = self.files.get(handler.path)
+                body = self.files.get(handler.path.split("?")[0])
                 if body is None:
                     return handler.send_error(404)
                 handler.send_response(200)
@@ -298,6 +298,14 @@ def test_command_from_a_link(server, tmp_path, capsys):
     model = timm.create_model(f"local-dir:{output}", pretrained=True)
     assert_converted(model, weights)
     assert model.logits.temperature == 500
+    server.files["/model.safetensors"] = (output / "model.safetensors").read_bytes()
+    safe = f"http://127.0.0.1:{server.server_port}/model.safetensors?a=b"
+    base = ["--model", "coda_net_s.mpi_t500_cifar10", "--model-args", "rank=2"]
+    run(safe, *base, "--output", tmp_path / "again", capsys=capsys)
+    assert_converted(timm.create_model(f"local-dir:{tmp_path}/again", pretrained=True), weights)
+    url = server.put("page", PAGE, folder=tmp_path)
+    error = run(url, *base, "--output", tmp_path / "page", code=2, capsys=capsys)
+    assert f"what {url} sends is no checkpoint: it is a web page" in error
 
 
 def test_command_with_ones_own_classes(tmp_path, capsys):

@@ -108,19 +108,15 @@ def fetch(url: str, filename: str, cache_dir: str | os.PathLike | None = None) -
     with tempfile.TemporaryDirectory(prefix=f".{filename}-", dir=folder) as temporary:
         new = Path(temporary) / filename
         download(url, new)
-        try:
-            read_checkpoint(new)
-        except ConvertError as error:
-            raise ConvertError(f"what {url} sends is no checkpoint: {error}") from error
         os.replace(new, file)
     return file
 
 
 def download(url: str, file: Path) -> None:
-    """Download a file.
+    """Download a checkpoint, and see that it is one.
 
     Raises:
-        ConvertError: No connection, another answer than the file, or not all of it.
+        ConvertError: No connection, another answer than a checkpoint, or not all of it.
     """
     if not url.startswith(("https://", "http://")):
         raise ConvertError(f"cannot download {url}: only https:// and http://")
@@ -137,6 +133,10 @@ def download(url: str, file: Path) -> None:
     size = file.stat().st_size
     if length is not None and size != int(length):
         raise ConvertError(f"cannot download {url}: the connection broke after {size:,} of {int(length):,} bytes")
+    try:
+        read_checkpoint(file)
+    except ConvertError as error:
+        raise ConvertError(f"what {url} sends is no checkpoint: {error}".replace(str(file), "it")) from error
 
 
 def read_checkpoint(file: str | os.PathLike) -> dict[str, Tensor]:
@@ -273,7 +273,8 @@ def convert_checkpoint(
     with tempfile.TemporaryDirectory() as temporary:
         file = Path(source)
         if "://" in str(source):
-            file = Path(temporary) / "checkpoint.pt"
+            safe = str(source).split("?")[0].endswith(".safetensors")
+            file = Path(temporary) / ("checkpoint.safetensors" if safe else "checkpoint.pt")
             download(str(source), file)
         model.load_state_dict(convert(read_checkpoint(file), model))
     model = model.half() if half else model
