@@ -110,8 +110,6 @@ def dau_conv2d(
             name = "torch"
         elif name is None:
             name = BEST_BACKEND.get(x.device.type, "torch")
-        if frozen:
-            down, up, up_bias = down.detach(), up.detach(), up_bias.detach()
         # The others' convolutions follow autocast by themselves; like these, leave float64 alone.
         if name in ("cpu", "triton") and torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
             low = torch.get_autocast_dtype(x.device.type)
