@@ -6,6 +6,7 @@ from timm.models import register_notrace_module
 from torch import Tensor, nn
 
 from .functional import bcos_conv2d, bcos_linear
+from .kernels.normalisation import channel_variance, rescale_channels, uncentered_batch_norm
 from .layers import DynamicLinear, InverseEncoding
 
 __all__ = ["BatchNormUncentered2d", "BcosConv2d", "BcosLinear", "EncodedBcosConv2d", "PositionNorm2d"]
@@ -194,14 +195,13 @@ class BatchNormUncentered2d(DynamicLinear):
         frozen = False
         if not torch.jit.is_scripting():
             frozen = self.frozen_dynamics.held()
-        var = self.running_var
-        if self.training:
-            var = torch.var((x.detach() if frozen else x).to(var.dtype), dim=[0, 2, 3], unbiased=False)
-            if not frozen:
-                self.running_var.copy_(torch.lerp(self.running_var, var.detach(), self.momentum))
-        weight = self.weight.detach() if frozen else self.weight
-        factor = (weight * (var + self.eps).rsqrt())[:, None, None]
-        return (x * factor).to(x.dtype)
+        if not self.training:
+            return rescale_channels(x, self.weight.detach() if frozen else self.weight, self.running_var, self.eps)
+        if frozen:
+            return rescale_channels(x, self.weight.detach(), channel_variance(x.detach()), self.eps)
+        y, var = uncentered_batch_norm(x, self.weight, self.eps)
+        self.running_var.copy_(torch.lerp(self.running_var, var.detach().to(self.running_var.dtype), self.momentum))
+        return y
 
     def extra_repr(self) -> str:
         return f"{self.num_features}, eps={self.eps}, momentum={self.momentum}"

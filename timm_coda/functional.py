@@ -204,8 +204,10 @@ def bcos_conv2d(
     if frozen:
         weight = weight.detach()
     if unit_norm:
-        weight = alignment.unit_norm_weight(weight)
-    linear = alignment.max_out_units(torch.conv2d(x, weight, None, stride, padding, dilation, groups), max_out, 1)
+        linear = alignment.unit_norm_conv2d(x, weight, stride, padding, dilation, groups)
+    else:
+        linear = torch.conv2d(x, weight, None, stride, padding, dilation, groups)
+    linear = alignment.max_out_units(linear, max_out, 1)
     if b == 1.0:
         return linear / scale if scale != 1.0 else linear
     kernel_size = (weight.shape[2], weight.shape[3])
@@ -240,7 +242,7 @@ def bcos_linear(
     if frozen:
         weight = weight.detach()
     if unit_norm:
-        weight = alignment.unit_norm_weight(weight)
+        weight = weight / alignment.weight_norm(weight)
     linear = alignment.max_out_units(torch.nn.functional.linear(x, weight), max_out, x.dim() - 1)
     if b == 1.0:
         return linear / scale if scale != 1.0 else linear

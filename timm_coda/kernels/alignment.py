@@ -11,19 +11,37 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["NORM_EPS", "align", "channel_squares", "max_out_units", "patch_squares", "unit_norm_weight"]
+__all__ = ["NORM_EPS", "align", "channel_squares", "max_out_units", "patch_squares", "unit_norm_conv2d", "weight_norm"]
 
 NORM_EPS = 1e-6
 """Added to |p|^2 under the root, and to |cos| where B is not 2: the published models' constants."""
 
 
-def unit_norm_weight(weight: Tensor) -> Tensor:
-    """w / |w| of each unit (the first axis); 0 stays 0."""
+def weight_norm(weight: Tensor) -> Tensor:
+    """|w| of each unit (the first axis), other axes kept; never 0."""
     if weight.dim() == 2:
         norm = torch.linalg.vector_norm(weight, 2, [1], True)
     else:
         norm = torch.linalg.vector_norm(weight, 2, [1, 2, 3], True)
-    return weight / norm.clamp_min(1e-12)
+    return norm.clamp_min(1e-12)
+
+
+def unit_norm_conv2d(
+    x: Tensor,
+    weight: Tensor,
+    stride: tuple[int, int],
+    padding: tuple[int, int],
+    dilation: tuple[int, int],
+    groups: int,
+) -> Tensor:
+    """Convolution with w / |w|."""
+    norm = weight_norm(weight)
+    if not torch.jit.is_scripting() and not torch.jit.is_tracing() and not torch.compiler.is_compiling():
+        positions = x.shape[0] * (x.shape[2] // stride[0]) * (x.shape[3] // stride[1])
+        if weight.numel() > weight.shape[0] * positions:  # divide what is smaller, the weights or the output
+            linear = torch.conv2d(x, weight, None, stride, padding, dilation, groups)
+            return (linear / norm.view(-1, 1, 1)).to(linear.dtype)
+    return torch.conv2d(x, weight / norm, None, stride, padding, dilation, groups)
 
 
 def max_out_units(linear: Tensor, max_out: int, dim: int) -> Tensor:
@@ -89,6 +107,11 @@ def patch_squares(
     return F.conv2d(squares, window, None, stride, padding, dilation, groups)
 
 
+def _times(own: Tensor, factor: Tensor) -> Tensor:
+    """own * factor in the memory of `own`, a temporary, unless autograd watches: fresh memory costs more than a pass."""
+    return own * factor if torch.is_grad_enabled() else own.mul_(factor)
+
+
 class _Align(torch.autograd.Function):
     """y = lin |lin| r for r = 1 / (|p| s); keeps lin and the small r."""
 
@@ -96,7 +119,7 @@ class _Align(torch.autograd.Function):
 
     @staticmethod
     def forward(linear: Tensor, reciprocal: Tensor) -> Tensor:
-        return (linear.abs() * reciprocal).mul_(linear).to(linear.dtype)
+        return linear.abs().mul_(reciprocal).mul_(linear)
 
     @staticmethod
     def setup_context(ctx, inputs, output) -> None:
@@ -105,12 +128,14 @@ class _Align(torch.autograd.Function):
     @staticmethod
     def backward(ctx, *grads):
         linear, reciprocal = ctx.saved_tensors
-        aligned = grads[0] * linear.abs()
-        d_reciprocal = (aligned * linear).to(reciprocal.dtype).sum_to_size(reciprocal.shape)
-        return (aligned * (2 * reciprocal)).to(linear.dtype), d_reciprocal
+        aligned = _times(linear.abs(), grads[0])
+        d_reciprocal = (aligned * linear).sum_to_size(reciprocal.shape)
+        return _times(aligned, 2 * reciprocal).to(linear.dtype), d_reciprocal.to(reciprocal.dtype)
 
 
-def align(linear: Tensor, squares: Tensor, b: float, scale: float, frozen: bool) -> Tensor:
+def align(
+    linear: Tensor, squares: Tensor, b: float, scale: float, frozen: bool, eps: float = NORM_EPS
+) -> Tensor:
     """lin |cos|^(B-1) / s of lin = w^T p, any shape, and |p|^2, which broadcasts against it.
 
     Args:
@@ -119,18 +144,21 @@ def align(linear: Tensor, squares: Tensor, b: float, scale: float, frozen: bool)
         b: B, other than 1
         scale: s
         frozen: backward treats |cos|^(B-1) as a constant
+        eps: of the published models
     """
-    reciprocal = (squares + NORM_EPS).rsqrt()
+    reciprocal = (squares + eps).rsqrt()
     if b == 2.0:
         reciprocal = reciprocal / scale
         if torch.jit.is_scripting() or torch.jit.is_tracing():
             factor = linear.abs() * reciprocal
         elif frozen:
-            factor = linear.detach().abs() * reciprocal.detach()
+            factor = linear.detach().abs().mul_(reciprocal)
+            # Nobody else reads lin: its convolution keeps the input only. A view would drag its base along.
+            return linear * factor if linear._is_view() else linear.mul_(factor)
         else:
             return _Align.apply(linear, reciprocal)
     else:
-        factor = ((linear.detach() if frozen else linear) * reciprocal).abs() + NORM_EPS
+        factor = ((linear.detach() if frozen else linear) * reciprocal).abs() + eps
         factor = factor ** (b - 1.0) / scale
     if frozen:
         factor = factor.detach()
