@@ -180,9 +180,7 @@ class BatchNormUncentered2d(DynamicLinear):
     Source: Böhle et al., TPAMI 2024 (arXiv 2306.10898), section 3.
     """
 
-    def __init__(
-        self, num_features: int, eps: float = 1e-5, momentum: float = 0.1, *, device=None, dtype=None
-    ) -> None:
+    def __init__(self, num_features: int, eps: float = 1e-5, momentum: float = 0.1, *, device=None, dtype=None) -> None:
         super().__init__()
         self.num_features = num_features
         self.eps = eps
@@ -209,7 +207,7 @@ class BatchNormUncentered2d(DynamicLinear):
 
 @register_notrace_module
 class PositionNorm2d(DynamicLinear):
-    """Layer normalisation of each position's channels without bias, (B, C, H, W): (x - mean) / sqrt(var + eps) * weight.
+    """Layer normalisation of each position, (B, C, H, W): (x - mean) / sqrt(var + eps) * weight, over its channels.
 
     Subtracting the mean is linear; the variance is a constant while `frozen_dynamics` is held.
     """

@@ -108,7 +108,7 @@ def patch_squares(
 
 
 def _times(own: Tensor, factor: Tensor) -> Tensor:
-    """own * factor in the memory of `own`, a temporary, unless autograd watches: fresh memory costs more than a pass."""
+    """own * factor in the memory of `own`, a temporary, unless autograd watches: fresh memory is slower than a pass."""
     return own * factor if torch.is_grad_enabled() else own.mul_(factor)
 
 
@@ -133,9 +133,7 @@ class _Align(torch.autograd.Function):
         return _times(aligned, 2 * reciprocal).to(linear.dtype), d_reciprocal.to(reciprocal.dtype)
 
 
-def align(
-    linear: Tensor, squares: Tensor, b: float, scale: float, frozen: bool, eps: float = NORM_EPS
-) -> Tensor:
+def align(linear: Tensor, squares: Tensor, b: float, scale: float, frozen: bool, eps: float = NORM_EPS) -> Tensor:
     """lin |cos|^(B-1) / s of lin = w^T p, any shape, and |p|^2, which broadcasts against it.
 
     Args:
@@ -153,8 +151,8 @@ def align(
             factor = linear.abs() * reciprocal
         elif frozen:
             factor = linear.detach().abs().mul_(reciprocal)
-            # Nobody else reads lin: its convolution keeps the input only. A view would drag its base along.
-            return linear * factor if linear._is_view() else linear.mul_(factor)
+            # Nobody else reads lin, its convolution keeps the input only; with groups it is a view, dear to change.
+            return linear * factor if linear.dim() == 5 else linear.mul_(factor)
         else:
             return _Align.apply(linear, reciprocal)
     else:
