@@ -9,7 +9,6 @@ from conftest import relative_error
 
 from timm_coda import BcosConv2d, BcosLinear, bcos_conv2d, bcos_linear, explanation_mode, reference
 from timm_coda.bcos import BatchNormUncentered2d, EncodedBcosConv2d, PositionNorm2d
-from timm_coda.layers import InverseEncoding
 
 # name: input (B, C, H, W), outputs, kernel, options
 CASES = {
@@ -169,7 +168,7 @@ def test_channels_last_changes_nothing():
     [
         BcosConv2d(4, 6, 3, padding=1, max_out=2),
         BcosConv2d(4, 6, 3, groups=2, b=1.5, scale=0.5),
-        EncodedBcosConv2d(InverseEncoding(2), 4, 3, dilation=2),
+        EncodedBcosConv2d(2, 4, 3, dilation=2),
         torch.nn.Sequential(BcosConv2d(4, 4), BatchNormUncentered2d(4), PositionNorm2d(4)),
     ],
     ids=["max_out", "groups_b1.5", "encoded_dilated", "norms"],

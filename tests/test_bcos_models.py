@@ -14,6 +14,7 @@ from conftest import SHARED, relative_error
 
 import timm_coda
 from timm_coda.bcos import BatchNormUncentered2d, BcosConv2d, EncodedBcosConv2d
+from timm_coda.bcosify import replace_modules
 from timm_coda.models import bcos_resnet
 
 MODELS = ["resnet18", "resnet34", "resnet50", "resnet101", "resnet152", "resnext50_32x4d"]
@@ -198,6 +199,21 @@ def test_classifier_and_its_bias_follow_the_classes():
         timm.create_model("bcos_resnet18", global_pool="max")
     with pytest.raises(TypeError):
         timm.create_model("bcos_resnet18", temperature=3)
+
+
+@pytest.mark.parametrize(
+    ("module", "message"),
+    [
+        (torch.nn.GroupNorm(2, 4), r"1 \(GroupNorm\) has no B-cos counterpart"),
+        (torch.nn.Conv2d(4, 4, 3, padding="same"), r"1 \(Conv2d, padding='same', zeros\)"),
+        (torch.nn.Conv2d(4, 4, 3, padding=1, padding_mode="reflect"), "reflect"),
+        (torch.nn.BatchNorm2d(4, affine=False), "needs a weight and running statistics"),
+    ],
+)
+def test_what_has_no_counterpart_is_named(module, message):
+    network = torch.nn.Sequential(torch.nn.Conv2d(6, 4, 3), module)
+    with pytest.raises(ValueError, match=message):
+        replace_modules(network, "0")
 
 
 def test_compiled_model_follows_explanation_mode():

@@ -1,5 +1,7 @@
 """B-cos layers and the normalisations of B-cos networks: y = W(x) x, with all their statistics detachable."""
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from timm.models import register_notrace_module
@@ -44,7 +46,6 @@ class _Bcos(DynamicLinear):
         return options if self.unit_norm else f"{options}, unit_norm=False"
 
 
-@register_notrace_module
 class BcosConv2d(_Bcos):
     """B-cos convolution without bias: (B, C, H, W) to (B, D, H', W'), y = w^T p |cos(w, p)|^(B-1) / s.
 
@@ -124,22 +125,26 @@ class BcosConv2d(_Bcos):
         return f"{conv}, {super().extra_repr()}"
 
 
-@register_notrace_module
 class EncodedBcosConv2d(BcosConv2d):
     """The first layer of a network: encodes images (B, C, H, W) as (B, 2C, H, W), then as `BcosConv2d`.
 
-    With the encoding inside, the network around it stays as it is. `in_channels` is 2C.
+    With the encoding inside, the network around it stays as it is. Errors also as `InverseEncoding`.
+
+    Args:
+        in_chans: C, colours of an image; `in_channels` is 2C
+        out_channels, kernel_size, options: as `BcosConv2d`
     """
 
-    def __init__(self, encoding: InverseEncoding, out_channels: int, kernel_size: int | tuple[int, int], **options):
-        super().__init__(2 * encoding.in_chans, out_channels, kernel_size, **options)
-        self.encoding = encoding
+    def __init__(
+        self, in_chans: int, out_channels: int, kernel_size: int | tuple[int, int] = 1, **options: Any
+    ) -> None:
+        super().__init__(2 * in_chans, out_channels, kernel_size, **options)
+        self.encoding = InverseEncoding(in_chans)
 
     def forward(self, x: Tensor) -> Tensor:
         return self._convolve(self.encoding(x))
 
 
-@register_notrace_module
 class BcosLinear(_Bcos):
     """B-cos units on the last axis: (..., K) to (..., D), no bias. Arguments and errors as `BcosConv2d`."""
 
@@ -169,7 +174,6 @@ class BcosLinear(_Bcos):
         return f"{self.in_features}, {self.out_features}, {super().extra_repr()}"
 
 
-@register_notrace_module
 class BatchNormUncentered2d(DynamicLinear):
     """Batch normalisation that only rescales, (B, C, H, W): x * weight / sqrt(var + eps), var about the batch's mean.
 
@@ -205,7 +209,6 @@ class BatchNormUncentered2d(DynamicLinear):
         return f"{self.num_features}, eps={self.eps}, momentum={self.momentum}"
 
 
-@register_notrace_module
 class PositionNorm2d(DynamicLinear):
     """Layer normalisation of each position, (B, C, H, W): (x - mean) / sqrt(var + eps) * weight, over its channels.
 
@@ -231,3 +234,7 @@ class PositionNorm2d(DynamicLinear):
 
     def extra_repr(self) -> str:
         return f"{self.num_features}, eps={self.eps}"
+
+
+for layer in (BcosConv2d, EncodedBcosConv2d, BcosLinear, BatchNormUncentered2d, PositionNorm2d):
+    register_notrace_module(layer)  # as a decorator it would hide their types

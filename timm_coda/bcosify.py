@@ -9,50 +9,49 @@ from math import log
 
 from torch import nn
 
-from .bcos import BatchNormUncentered2d, BcosConv2d, EncodedBcosConv2d, PositionNorm2d
-from .layers import DynamicLinear, InverseEncoding, Logits
+from .bcos import BatchNormUncentered2d, BcosConv2d, EncodedBcosConv2d
+from .layers import DynamicLinear, Logits
 
-__all__ = ["NORMS", "bcos_classifier", "bcos_logits", "replace_modules"]
-
-NORMS = {"bnu": BatchNormUncentered2d, "pn": PositionNorm2d}
-"""Normalisations by the published models' names: uncentred BatchNorm and position norm."""
+__all__ = ["bcos_classifier", "bcos_logits", "replace_modules"]
 
 
-def replace_modules(network: nn.Module, first_conv: str, encoding: InverseEncoding, *, b: float = 2.0) -> None:
+def replace_modules(network: nn.Module, first_conv: str, *, b: float = 2.0) -> None:
     """Replace, in place, every module inside `network` that has a B-cos counterpart; parameters are carried over.
 
     Args:
         network: with a first convolution for the encoded image's channels
-        first_conv: name of that convolution, which takes `encoding` up
-        encoding: of the image
+        first_conv: name of that convolution, which takes the encoding up
         b: B of all layers
 
     Raises:
         ValueError: a layer with parameters that has no counterpart here.
     """
     for name, module in list(network.named_modules()):
-        replaced = _counterpart(name, module, encoding if name == first_conv else None, b)
+        replaced = _counterpart(name, module, name == first_conv, b)
         if replaced is not module:
             network.set_submodule(name, replaced.train(module.training))
 
 
-def _counterpart(name: str, module: nn.Module, encoding: InverseEncoding | None, b: float) -> nn.Module:
+def _counterpart(name: str, module: nn.Module, encode: bool, b: float) -> nn.Module:
     if isinstance(module, nn.Conv2d):
-        return _bcos_conv(name, module, encoding, b)
+        return _bcos_conv(name, module, encode, b)
     if isinstance(module, nn.BatchNorm2d):
-        norm = BatchNormUncentered2d(module.num_features, module.eps, module.momentum or 0.1, device="meta")
+        if module.running_var is None or not module.affine or module.momentum is None:
+            raise ValueError(f"{name} ({module}) needs a weight and running statistics with a momentum")
+        norm = BatchNormUncentered2d(module.num_features, module.eps, module.momentum, device="meta")
         norm.weight, norm.running_var = module.weight, module.running_var
         return norm
     if isinstance(module, nn.MaxPool2d):
         return nn.AvgPool2d(module.kernel_size, module.stride, module.padding, module.ceil_mode)
     if isinstance(module, (nn.ReLU, nn.GELU)):
         return nn.Identity()
-    if not isinstance(module, DynamicLinear) and any(True for _ in module.parameters(recurse=False)):
+    leaf = next(module.children(), None) is None
+    if leaf and not isinstance(module, DynamicLinear) and next(module.parameters(), None) is not None:
         raise ValueError(f"{name} ({type(module).__name__}) has no B-cos counterpart: replace it before")
     return module
 
 
-def _bcos_conv(name: str, conv: nn.Conv2d, encoding: InverseEncoding | None, b: float) -> BcosConv2d:
+def _bcos_conv(name: str, conv: nn.Conv2d, encode: bool, b: float) -> BcosConv2d:
     if isinstance(conv.padding, str) or conv.padding_mode != "zeros" or type(conv) is not nn.Conv2d:
         raise ValueError(
             f"{name} ({type(conv).__name__}, padding={conv.padding!r}, {conv.padding_mode}): only plain convolutions "
@@ -66,10 +65,10 @@ def _bcos_conv(name: str, conv: nn.Conv2d, encoding: InverseEncoding | None, b: 
         "b": b,
         "device": "meta",
     }
-    if encoding is None:
-        layer = BcosConv2d(conv.in_channels, conv.out_channels, conv.kernel_size, **options)
+    if encode:
+        layer = EncodedBcosConv2d(conv.in_channels // 2, conv.out_channels, conv.kernel_size, **options)
     else:
-        layer = EncodedBcosConv2d(encoding, conv.out_channels, conv.kernel_size, **options)
+        layer = BcosConv2d(conv.in_channels, conv.out_channels, conv.kernel_size, **options)
     layer.weight = conv.weight
     return layer
 

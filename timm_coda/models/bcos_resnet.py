@@ -22,7 +22,7 @@ from torch import Tensor
 from ..bcosify import bcos_classifier, bcos_logits, replace_modules
 from ..convert import from_bcos_v2
 from ..explain import ExplainMixin
-from ..layers import GlobalPool, InverseEncoding
+from ..layers import GlobalPool
 
 __all__ = ["BcosResNet"]
 
@@ -75,8 +75,7 @@ class BcosResNet(ExplainMixin, ResNet):
             zero_init_last=zero_init_last,
             **dd,
         )
-        encoding = InverseEncoding(in_chans)
-        replace_modules(self, "conv1", encoding, b=b)
+        replace_modules(self, "conv1", b=b)
         self.in_chans = in_chans
         self.num_classes = num_classes
         self._head_args = {"b": b}
@@ -84,7 +83,7 @@ class BcosResNet(ExplainMixin, ResNet):
         self.global_pool = GlobalPool(global_pool)
         self.fc = bcos_classifier(self.num_features, num_classes, b=b, **dd)
         self.logits = bcos_logits(num_classes, logit_temperature, logit_bias)
-        self.encoding = encoding
+        self.encoding = self.conv1.encoding
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
         self.num_classes = num_classes
