@@ -39,7 +39,7 @@ def _counterpart(name: str, module: nn.Module, encode: bool, b: float) -> nn.Mod
         if module.running_var is None or not module.affine or module.momentum is None:
             raise ValueError(f"{name} ({module}) needs a weight and running statistics with a momentum")
         norm = BatchNormUncentered2d(module.num_features, module.eps, module.momentum, device="meta")
-        norm.weight, norm.running_var = module.weight, module.running_var
+        norm.weight, norm.running_var = nn.Parameter(module.weight), module.running_var
         return norm
     if isinstance(module, nn.MaxPool2d):
         return nn.AvgPool2d(module.kernel_size, module.stride, module.padding, module.ceil_mode)
@@ -57,6 +57,7 @@ def _bcos_conv(name: str, conv: nn.Conv2d, encode: bool, b: float) -> BcosConv2d
             f"{name} ({type(conv).__name__}, padding={conv.padding!r}, {conv.padding_mode}): only plain convolutions "
             "with a number of zeros around the image have a B-cos counterpart"
         )
+    rows, columns = conv.kernel_size
     options = {
         "stride": conv.stride,
         "padding": conv.padding,
@@ -66,10 +67,10 @@ def _bcos_conv(name: str, conv: nn.Conv2d, encode: bool, b: float) -> BcosConv2d
         "device": "meta",
     }
     if encode:
-        layer = EncodedBcosConv2d(conv.in_channels // 2, conv.out_channels, conv.kernel_size, **options)
+        layer = EncodedBcosConv2d(conv.in_channels // 2, conv.out_channels, (rows, columns), **options)
     else:
-        layer = BcosConv2d(conv.in_channels, conv.out_channels, conv.kernel_size, **options)
-    layer.weight = conv.weight
+        layer = BcosConv2d(conv.in_channels, conv.out_channels, (rows, columns), **options)
+    layer.weight = nn.Parameter(conv.weight)
     return layer
 
 
