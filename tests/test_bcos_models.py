@@ -201,6 +201,17 @@ def test_classifier_and_its_bias_follow_the_classes():
         timm.create_model("bcos_resnet18", temperature=3)
 
 
+def test_modules_inside_a_replaced_one_go_with_it():
+    block = torch.nn.Sequential(torch.nn.Conv2d(6, 4, 3, groups=2), timm.layers.BatchNormAct2d(4))
+    network = torch.nn.Sequential(block, torch.nn.MaxPool2d(3, 2, 1), torch.nn.GELU()).eval()
+    weight = block[0].weight
+    replace_modules(network, "0.0")
+    kinds = ["Sequential", "EncodedBcosConv2d", "InverseEncoding", "BatchNormUncentered2d", "AvgPool2d", "Identity"]
+    assert [type(m).__name__ for m in network.modules()][1:] == kinds
+    assert torch.equal(network[0][0].weight, weight)
+    assert not any(m.training for m in network.modules())
+
+
 @pytest.mark.parametrize(
     ("module", "message"),
     [

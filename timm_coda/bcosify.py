@@ -26,10 +26,17 @@ def replace_modules(network: nn.Module, first_conv: str, *, b: float = 2.0) -> N
     Raises:
         ValueError: a layer with parameters that has no counterpart here.
     """
-    for name, module in list(network.named_modules()):
+    _replace_children(network, "", first_conv, b)
+
+
+def _replace_children(parent: nn.Module, prefix: str, first_conv: str, b: float) -> None:
+    for child, module in list(parent.named_children()):
+        name = prefix + child
         replaced = _counterpart(name, module, name == first_conv, b)
-        if replaced is not module:
-            network.set_submodule(name, replaced.train(module.training))
+        if replaced is module:
+            _replace_children(module, f"{name}.", first_conv, b)
+        else:
+            setattr(parent, child, replaced.train(module.training))
 
 
 def _counterpart(name: str, module: nn.Module, encode: bool, b: float) -> nn.Module:
