@@ -236,7 +236,7 @@ def _convert(args: argparse.Namespace) -> int:
     count = f"{len(weights)} tensors, {sum(value.numel() for value in weights.values()):,} parameters"
     print(f"{args.model}: {count}, {model.num_classes} classes; licence: {config.get('license', 'unknown')}")
     if "description" in config:
-        print(f"{config['description']}.")
+        print(config["description"].rstrip(".") + ".")
     if args.output.is_file():
         print(f"wrote {args.output}, {args.output.stat().st_size / 1e6:.1f} MB")
         return 0

@@ -1,6 +1,6 @@
 """Published checkpoints to ours: fetched, read without running code in them, checked, and saved in timm's format.
 
-What a family's published keys mean stands in its model file, in `checkpoint_filter_fn`, which timm calls on every load.
+What published keys mean, `checkpoint_filter_fn` in each family's model file says; timm calls it on every load.
 """
 
 import functools
@@ -22,7 +22,7 @@ from typing import Any
 import safetensors.torch
 import timm
 import torch
-from timm.models import PretrainedCfg, clean_state_dict, load_state_dict, resolve_pretrained_cfg
+from timm.models import PretrainedCfg, adapt_input_conv, clean_state_dict, load_state_dict, resolve_pretrained_cfg
 from torch import Tensor, nn
 
 from .hub import HubError, SaveError, blame, create_model, save_model
@@ -220,6 +220,27 @@ def check_fit(state_dict: Mapping[str, Tensor], model: nn.Module) -> None:
             f"the checkpoint is not of this {type(model).__name__}: {'; '.join(said)}. Was it trained with other "
             "arguments (rank, ...) or another number of classes?"
         )
+
+
+def from_bcos_v2(state_dict: dict[str, Tensor], in_chans: int = 3, first_conv: str = "conv1") -> dict[str, Tensor]:
+    """Weights of B-cos v2 (torchvision's names, `.linear.` inside each B-cos layer) under torchvision's names alone.
+
+    Left out is what the networks never read: the running mean of normalisations that subtract none, and the count of
+    batches. A state dict in our own names comes back as it is.
+
+    Args:
+        state_dict: as published, or ours
+        in_chans: colours of the target's images; weights of both halves of the encoding are adapted by timm's rule
+        first_conv: name of the first layer, which sees (rgb, 1 - rgb)
+    """
+    unread = ("running_mean", "num_batches_tracked")
+    converted = {k.replace(".linear.", "."): v for k, v in state_dict.items() if not k.endswith(unread)}
+    name = f"{first_conv}.weight"
+    weight = converted.get(name)
+    if weight is not None and weight.shape[1] == 6 and in_chans != 3:
+        halves = [adapt_input_conv(in_chans, half, base_chans=3) for half in weight.chunk(2, 1)]
+        converted[name] = torch.cat(halves, 1)
+    return converted
 
 
 def convert_checkpoint(
