@@ -5,6 +5,7 @@ Importing this package registers every model in timm.
 
 from .explain import ExplainMixin, Explanation, explain, explanation_mode
 from .functional import dau_conv2d, dau_linear, set_backend, use_backend
+from .hub import HubMixin
 from .layers import DAUConv2d, DAULinear, InverseEncoding
 from .models import CodaNet
 
@@ -16,6 +17,7 @@ __all__ = [
     "DAULinear",
     "ExplainMixin",
     "Explanation",
+    "HubMixin",
     "InverseEncoding",
     "__version__",
     "dau_conv2d",

@@ -22,6 +22,7 @@ from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
 from ..explain import ExplainMixin
+from ..hub import HubMixin
 from ..layers import DAUConv2d, GlobalPool, InverseEncoding, Logits
 
 __all__ = ["CodaNet"]
@@ -45,7 +46,7 @@ class CodaStage(nn.Sequential):
         return x
 
 
-class CodaNet(ExplainMixin, nn.Module):
+class CodaNet(ExplainMixin, HubMixin, nn.Module):
     """CoDA-Net. RGB images in [0, 1] (B, 3, H, W), or encoded ones (B, 6, H, W), to logits (B, num_classes).
 
     Args:
