@@ -253,13 +253,12 @@ class Handler(BaseHTTPRequestHandler):
     def preupload(self, repo_id: str, revision: str) -> None:
         self.repo(repo_id, write="create_pr=1" not in self.query)
         there = self.commit_at(repo_id, revision).files
-        self.answer({"files": [
-            {
-                "path": file["path"], "shouldIgnore": False, "uploadMode": "lfs" if is_large(file["path"]) else "regular",
-                "oid": there[file["path"]].oid if file["path"] in there else None,
-            }
-            for file in json.loads(self.body)["files"]
-        ]})  # fmt: skip
+        about = []
+        for file in json.loads(self.body)["files"]:
+            path, mode = file["path"], "lfs" if is_large(file["path"]) else "regular"
+            oid = there[path].oid if path in there else None
+            about.append({"path": path, "shouldIgnore": False, "uploadMode": mode, "oid": oid})
+        self.answer({"files": about})
 
     def batch(self, repo_id: str) -> None:
         self.repo(repo_id)
@@ -321,7 +320,9 @@ class Handler(BaseHTTPRequestHandler):
     def resolve(self, repo_id: str, revision: str, name: str) -> None:
         commit = self.commit_at(repo_id, revision)
         if name not in commit.files:
-            self.answer({"error": "Entry not found"}, 404, {"X-Error-Code": "EntryNotFound", "X-Repo-Commit": commit.oid})
+            self.answer(
+                {"error": "Entry not found"}, 404, {"X-Error-Code": "EntryNotFound", "X-Repo-Commit": commit.oid}
+            )
             return
         file = commit.files[name]
         content, status, headers = file.content, 200, {"ETag": f'"{file.oid}"', "X-Repo-Commit": commit.oid}

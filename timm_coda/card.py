@@ -63,15 +63,15 @@ def _metadata(name: str, source: Mapping[str, Any], summary: Mapping[str, Any], 
                 metric_value=value,
             )
         ]
-    license = source.get("license")
-    known = license is None or license.lower() in _HUB_LICENSES
+    license = str(source.get("license", "")).lower()
+    other = bool(license) and license not in _HUB_LICENSES
     return ModelCardData(
         library_name="timm",
         pipeline_tag="image-classification",
         tags=["image-classification", "timm", "transformers", *(["timm_coda"] if explains else [])],
-        license=license.lower() if license and known else None if known else "other",
-        license_name=None if known else re.sub(r"[^a-z0-9.]+", "-", license.lower()).strip("-"),
-        license_link=None if known else source.get("origin_url"),
+        license="other" if other else license or None,
+        license_name=re.sub(r"[^a-z0-9.]+", "-", license).strip("-") if other else None,
+        license_link=source.get("origin_url") if other else None,
         datasets=[data_set] if data_set else None,
         metrics=["accuracy"] if results else None,
         model_name=name if results else None,

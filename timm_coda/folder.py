@@ -78,11 +78,12 @@ def model_config(
 ) -> dict[str, Any]:
     """What `config.json` says of a model; arguments and errors as `save_model`."""
     shown = type(model).__name__
-    if not hasattr(model, "pretrained_cfg"):
+    known: Any = getattr(model, "pretrained_cfg", None)
+    if known is None:
         raise HubError(f"this {shown} cannot be saved: make it with timm.create_model, which remembers its arguments")
     classes: Any = model.num_classes
-    if label_names is None and model.pretrained_cfg.get("num_classes") == classes:
-        label_names = model.pretrained_cfg.get("label_names")
+    if label_names is None and known.get("num_classes") == classes:
+        label_names = known.get("label_names")
     if label_names is not None and len(label_names) != classes:
         raise HubError(f"{len(label_names)} label names for the {classes} classes of this {shown}: give one a class")
     with blame(f"timm cannot describe this {shown}", HubError), tempfile.TemporaryDirectory() as temporary:

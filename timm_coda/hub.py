@@ -9,6 +9,7 @@ import json
 import os
 import tempfile
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any, TypeVar
 
@@ -72,7 +73,7 @@ class HubMixin(ModelHubMixin):
     """Adds `save_pretrained`, `push_to_hub` and `from_pretrained`, in timm's format, to a model that timm registers."""
 
     # ModelHubMixin would keep the constructor's arguments here if nothing were there; timm remembers them already.
-    _hub_mixin_config: Mapping[str, Any] = MappingProxyType({})  # pyright: ignore[reportIncompatibleVariableOverride]
+    _hub_mixin_config: Mapping[str, Any] = MappingProxyType({})
 
     def save_pretrained(
         self,
@@ -139,7 +140,7 @@ class HubMixin(ModelHubMixin):
         *,
         revision: str | None = None,
         token: str | bool | None = None,
-        cache_dir: str | os.PathLike | None = None,
+        cache_dir: str | Path | None = None,
         force_download: bool = False,
         local_files_only: bool = False,
         **model_args: Any,
@@ -177,11 +178,10 @@ class HubMixin(ModelHubMixin):
         name = check_folder(folder)["architecture"]
         said = "".join(f", {key}={value!r}" for key, value in model_args.items())
         with blame(f"cannot make the {name} in {source}{said}", HubError):
-            model: Any = timm.create_model(f"local-dir:{os.fspath(folder)}", pretrained=True, **model_args)
+            model: Any = timm.create_model(f"local-dir:{os.fspath(folder)}", pretrained=True, **model_args).eval()
         if not isinstance(model, cls):
             kind = type(model).__name__
             raise HubError(f"{source} makes a {kind}, no {cls.__name__}: load it with {kind}, or timm.create_model")
-        model.eval()  # pyright: ignore[reportAttributeAccessIssue]
         return model
 
     def generate_model_card(self, *, repo_id: str) -> ModelCard:

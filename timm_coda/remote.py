@@ -153,7 +153,7 @@ def fetch(
     *,
     revision: str | None = None,
     token: str | bool | None = None,
-    cache_dir: str | os.PathLike | None = None,
+    cache_dir: str | Path | None = None,
     force_download: bool = False,
     local_files_only: bool = False,
 ) -> Path:
@@ -271,7 +271,8 @@ def _explain(error: BaseException, repo_id: str, api: HfApi, revision: str | Non
     if is_any(LocalTokenNotFoundError):
         return f"{repo_id}: there is no token for {hub}: {login}"
     if is_any(OfflineModeIsEnabled):
-        return f"{repo_id} is not in the cache, and HF_HUB_OFFLINE is set, so {hub} is not asked: unset it"
+        missing = " is not in the cache, and" if is_any(LocalEntryNotFoundError) else ":"
+        return f"{repo_id}{missing} HF_HUB_OFFLINE (or local_files_only) is set, so {hub} is not asked: unset it"
     if is_any(RevisionNotFoundError):
         return f"{repo_id} has no revision {revision!r}: make it with `hf repos branch create {repo_id} {revision}`"
     if is_any(RemoteEntryNotFoundError):
@@ -294,7 +295,7 @@ def _explain(error: BaseException, repo_id: str, api: HfApi, revision: str | Non
         return f"{hub} says that {repo_id} is taken or in use ({_reason(error)}): choose another name, or try again"
     if status >= 500 or (not status and is_any(httpx.TransportError, LocalEntryNotFoundError)):
         return (
-            f"{hub} cannot be reached or answers with errors ({_reason(error)}): no half of {repo_id} was changed; run "
-            "the same again later, what is uploaded already stays"
+            f"{hub} cannot be reached for {repo_id}, or answers with errors ({_reason(error)}): run the same again "
+            "later, what is done already stays"
         )
     return f"{hub} refuses {repo_id}: {_reason(error)}"
