@@ -19,16 +19,18 @@ from huggingface_hub import CommitInfo, ModelCard, ModelHubMixin
 
 from .card import make_card
 from .folder import HubError, SaveError, blame, check_folder, model_config, save_model, temporary_folder
-from .remote import check_access, fetch, push_folder
+from .remote import card_of_folder, check_access, fetch, push_folder
 
 __all__ = [
     "HubError",
     "HubMixin",
     "SaveError",
     "blame",
+    "card_of_folder",
     "check_access",
     "check_folder",
     "create_model",
+    "fetch",
     "push_folder",
     "save_model",
     "temporary_folder",

@@ -270,7 +270,7 @@ def _explain(error: BaseException, repo_id: str, api: HfApi, revision: str | Non
 
     if is_any(LocalTokenNotFoundError):
         return f"{repo_id}: there is no token for {hub}: {login}"
-    if is_any(OfflineModeIsEnabled):
+    if is_any(OfflineModeIsEnabled) or (is_any(LocalEntryNotFoundError) and len(causes) == 1):
         missing = " is not in the cache, and" if is_any(LocalEntryNotFoundError) else ":"
         return f"{repo_id}{missing} HF_HUB_OFFLINE (or local_files_only) is set, so {hub} is not asked: unset it"
     if is_any(RevisionNotFoundError):
