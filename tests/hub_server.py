@@ -21,7 +21,7 @@ from urllib.parse import unquote, urlsplit
 
 import yaml
 
-TOKENS = {"hf_ada": "ada", "hf_bob": "bob"}
+TOKENS = {"hf_ada": "ada", "hf_bob": "bob", "hf_me": "me"}
 
 
 @dataclass
