@@ -27,13 +27,15 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
-from huggingface_hub.utils import httpx, validate_repo_id
+from huggingface_hub.utils import validate_repo_id
 
 from .card import CARD, PICTURE, RECIPE, SUMMARY, make_card
 from .folder import CONFIG, WEIGHTS, HubError, check_folder, read_config
 
 _FILES = (CONFIG, WEIGHTS, CARD, PICTURE, SUMMARY, RECIPE)  # never checkpoints: those are for going on, and pickles
 _WAITS = (1.0, 4.0)  # seconds between tries of what huggingface_hub itself does not try again
+# What the client that huggingface_hub is made with, httpx or httpx2, raises where no answer comes.
+_ClientError: Any = HfHubHTTPError.__bases__[0]
 _logger = logging.getLogger(__name__)
 _T = TypeVar("_T")
 
@@ -225,7 +227,7 @@ def _may_pass(error: BaseException) -> bool:
         if isinstance(cause, HfHubHTTPError):
             status = cause.response.status_code
             return status >= 500 or status in (408, 409, 412, 429)
-        if isinstance(cause, (httpx.TransportError, json.JSONDecodeError)):  # JSON: an error page in its place
+        if isinstance(cause, (_ClientError, json.JSONDecodeError)):  # JSON: an error page in its place
             return True
     return False
 
@@ -255,7 +257,7 @@ def _one_line(repo_id: str, api: HfApi, revision: str | None = None) -> Iterator
         yield
     except HubError:
         raise
-    except (OSError, ValueError, RuntimeError, KeyError, httpx.HTTPError) as error:
+    except (OSError, ValueError, RuntimeError, KeyError, _ClientError) as error:
         raise HubError(_explain(error, repo_id, api, revision)) from error
 
 
@@ -293,7 +295,7 @@ def _explain(error: BaseException, repo_id: str, api: HfApi, revision: str | Non
         return f"{hub} does not accept {shown} for {repo_id} ({_reason(error)}): {login}"
     if status == 409:
         return f"{hub} says that {repo_id} is taken or in use ({_reason(error)}): choose another name, or try again"
-    if status >= 500 or (not status and is_any(httpx.TransportError, LocalEntryNotFoundError)):
+    if status >= 500 or (not status and is_any(_ClientError, LocalEntryNotFoundError)):
         return (
             f"{hub} cannot be reached for {repo_id}, or answers with errors ({_reason(error)}): run the same again "
             "later, what is done already stays"
