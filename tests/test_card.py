@@ -127,6 +127,9 @@ def test_a_model_and_its_folder_have_the_same_card(tmp_path):
     (tmp_path / "explanation.png").write_bytes(b"picture")
     written = hub.card_of_folder(tmp_path, "me/x")
     assert "50.00%" in written and "](explanation.png)" in written
+    (tmp_path / "summary.json").write_text('{"accuracy": "good"}')
+    with pytest.raises(folder.HubError, match=r"no model card can be made of .*summary\.json"):
+        hub.card_of_folder(tmp_path, "me/x")
     (tmp_path / "summary.json").write_text("{")
     with pytest.raises(folder.HubError, match=r"summary\.json is not JSON"):
         hub.card_of_folder(tmp_path, "me/x")

@@ -20,6 +20,10 @@ from safetensors.torch import save_file
 from timm.models._hub import load_model_config_from_path, save_config_for_hf
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
+_WRONG_INPUT = (
+    *(ValueError, TypeError, RuntimeError, LookupError, AttributeError, AssertionError, OSError),
+    SafetensorError,
+)
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.pkl", "*.ckpt", "*.pth.tar")
 
 
@@ -123,12 +127,16 @@ def read_config(folder: str | os.PathLike) -> dict[str, Any]:
             f"or mend the name; there is {', '.join(near)}"
         )
     inner = config.get("pretrained_cfg", {})
+    for key, part in (("pretrained_cfg", inner), ("model_args", config.get("model_args", {}))):
+        if not isinstance(part, dict):
+            raise HubError(f"{path} has {key} {part!r:.60}: expected names and values")
     classes = config.get("num_classes", inner.get("num_classes"))
     if not isinstance(classes, int):
         raise HubError(f"{path} has num_classes {classes!r}: expected a whole number")
     names = config.get("label_names", inner.get("label_names"))
-    if names is not None and len(names) != classes:
-        raise HubError(f"{path} has {len(names)} label names for {classes} classes: give one a class, or none")
+    if names is not None and (not isinstance(names, (list, dict)) or len(names) != classes):
+        count = len(names) if isinstance(names, (list, dict)) else f"{names!r:.60} as"
+        raise HubError(f"{path} has {count} label names for {classes} classes: give one a class, or none")
     return config
 
 
@@ -175,7 +183,7 @@ def blame(what: str, error_class: type[ValueError]) -> Iterator[None]:
     """Turn the errors that libraries raise for wrong input into one that says what it comes from."""
     try:
         yield
-    except (ValueError, TypeError, RuntimeError, KeyError, AssertionError, OSError, SafetensorError) as error:
+    except _WRONG_INPUT as error:
         raise error_class(f"{what}: {error}") from error
 
 

@@ -30,7 +30,7 @@ from huggingface_hub.errors import (
 from huggingface_hub.utils import validate_repo_id
 
 from .card import CARD, PICTURE, RECIPE, SUMMARY, make_card
-from .folder import CONFIG, WEIGHTS, HubError, check_folder, read_config
+from .folder import CONFIG, WEIGHTS, HubError, blame, check_folder, read_config
 
 _FILES = (CONFIG, WEIGHTS, CARD, PICTURE, SUMMARY, RECIPE)  # never checkpoints: those are for going on, and pickles
 _WAITS = (1.0, 4.0)  # seconds between tries of what huggingface_hub itself does not try again
@@ -93,7 +93,8 @@ def card_of_folder(folder: str | os.PathLike, repo_id: str) -> str:
         except ValueError as error:
             raise HubError(f"{folder / SUMMARY} is not JSON: {error}; move it away, or train again") from error
     picture = PICTURE if (folder / PICTURE).is_file() else None
-    return str(make_card(config, repo_id=repo_id, summary=summary, picture=picture))
+    with blame(f"no model card can be made of what {folder / CONFIG} and {SUMMARY} say", HubError):
+        return str(make_card(config, repo_id=repo_id, summary=summary, picture=picture))
 
 
 def push_folder(
