@@ -153,6 +153,8 @@ def test_a_model_pushes_itself_and_comes_back(server):
     for again in (CodaNet.from_pretrained("ada/tiny"), timm.create_model("hf-hub:ada/tiny", pretrained=True).eval()):
         assert torch.equal(again(images), model(images)) and again.pretrained_cfg["label_names"] == NAMES
     assert CodaNet.from_pretrained("ada/tiny", num_classes=5, local_files_only=True)(images).shape == (2, 5)
+    features = timm.create_model("hf-hub:ada/tiny", pretrained=True, features_only=True).eval()(images)
+    assert torch.equal(features[-1], model.forward_features(images))
     first = commit.oid
     timm.create_model("coda_net_xs.digits", num_classes=3, rank=2).push_to_hub("ada/tiny", commit_message="Second")
     assert torch.equal(CodaNet.from_pretrained("ada/tiny", revision=first)(images), model(images))
@@ -169,6 +171,10 @@ def test_branches_and_pull_requests(server, run_folder):
     for branch in ("next", "refs/pr/1"):
         assert "model.safetensors" in server.head("ada/pets", branch).files
     assert isinstance(CodaNet.from_pretrained("ada/pets", revision="next"), CodaNet)
+    server.fail("POST", "/commit/", "lost")
+    with pytest.raises(hub.HubError, match="cannot be reached for ada/pets"):
+        hub.push_folder(run_folder, "ada/pets", create_pr=True)
+    assert "refs/pr/3" not in server.repos["ada/pets"].branches, "no second request for one that was opened already"
 
 
 @pytest.mark.parametrize("kind", ["drop", "lost", 503])
