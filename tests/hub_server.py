@@ -47,6 +47,7 @@ class Commit:
 @dataclass
 class Repo:
     private: bool
+    gated: bool = False
     branches: dict[str, list[Commit]] = field(default_factory=dict)  # the newest last
 
     def find(self, revision: str) -> Commit | None:
@@ -216,6 +217,8 @@ class Handler(BaseHTTPRequestHandler):
         owner = repo_id.split("/")[0]
         if repo is None or (repo.private and user != owner):
             raise Refusal(404 if user else 401, "Repository not found", "RepoNotFound")
+        if repo.gated and user != owner:
+            raise Refusal(403, f"Access to {repo_id} is restricted", "GatedRepo")
         if write and user != owner:
             raise Refusal(403, f"You don't have the rights to write to {repo_id}")
         return repo

@@ -317,11 +317,14 @@ def test_a_push_between_config_and_weights(server, run_folder, monkeypatch):
 
 def test_models_that_are_not_there(server, run_folder, monkeypatch, tmp_path):
     server.add_repo("bob/secret", {"config.json": b"{}"}, private=True)
+    server.add_repo("bob/gated", {"config.json": b"{}"})
+    server.repos["bob/gated"].gated = True
     config = (run_folder / "config.json").read_bytes()
     server.add_repo("ada/pickle", {"config.json": config, "pytorch_model.bin": b"\x80\x02."})
     for name, options, message in (
         ("ada/none", {}, r"has no model 'ada/none'; if it is private, the token may not see it"),
         ("bob/secret", {}, r"has no model 'bob/secret'; if it is private"),
+        ("bob/gated", {}, r"bob/gated is gated \(403 .*: ask for access at http"),
         ("ada/pickle", {}, r"ada/pickle has no model\.safetensors; pickles such as pytorch_model\.bin can run code"),
         ("ada/pickle", {"revision": "v9"}, r"ada/pickle has no revision 'v9'"),
         ("ada/pickle", {"token": "hf_wrong"}, r"does not accept the token hf_wro\.\.\. for ada/pickle"),
@@ -333,6 +336,17 @@ def test_models_that_are_not_there(server, run_folder, monkeypatch, tmp_path):
     server.fail("HEAD", "config.json", 503, times=NEVER)
     with pytest.raises(hub.HubError, match=r"cannot be reached for ada/none, or answers with errors \(503 Service"):
         CodaNet.from_pretrained("ada/none")
+
+
+def test_a_full_disk_is_not_the_hubs_fault(server, run_folder, monkeypatch):
+    hub.push_folder(run_folder, "ada/pets")
+
+    def full_disk(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(remote, "hf_hub_download", full_disk)
+    with pytest.raises(hub.HubError, match=r"^ada/pets: \[Errno 28\] No space left on device$"):
+        CodaNet.from_pretrained("ada/pets")
 
 
 def test_train_publishes(server, tmp_path):

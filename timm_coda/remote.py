@@ -282,7 +282,9 @@ def _explain(error: BaseException, repo_id: str, api: HfApi, revision: str | Non
         name = next((name for name in (CONFIG, WEIGHTS) if name in str(error)), "file")
         pickles = "; pickles such as pytorch_model.bin can run code and are not read" if name == WEIGHTS else ""
         return f"{repo_id} has no {name}{pickles}: push the model again with model.push_to_hub({repo_id!r})"
-    if is_any(GatedRepoError) or status == 403:
+    if is_any(GatedRepoError):
+        return f"{repo_id} is gated ({_reason(error)}): ask for access at {api.endpoint}/{repo_id}; then {login}"
+    if status == 403:
         owner = f"the token {token[:6]}..." if isinstance(token, str) else "without a token one"
         return (
             f"{owner} has no right to do this with {repo_id} ({_reason(error)}): if it is somebody else's, choose "
@@ -301,4 +303,4 @@ def _explain(error: BaseException, repo_id: str, api: HfApi, revision: str | Non
             f"{hub} cannot be reached for {repo_id}, or answers with errors ({_reason(error)}): run the same again "
             "later, what is done already stays"
         )
-    return f"{hub} refuses {repo_id}: {_reason(error)}"
+    return f"{hub} refuses {repo_id}: {_reason(error)}" if status else f"{repo_id}: {_reason(error)}"
