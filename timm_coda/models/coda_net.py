@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from ..convert import ConvertError, check_fit, resolve_weights, unwrap
 from ..explain import ExplainMixin
-from ..hub import blame
+from ..hub import HubMixin, blame
 from ..layers import DAUConv2d, GlobalPool, InverseEncoding, Logits
 
 __all__ = ["CodaNet"]
@@ -50,7 +50,7 @@ class CodaStage(nn.Sequential):
         return x
 
 
-class CodaNet(ExplainMixin, nn.Module):
+class CodaNet(ExplainMixin, HubMixin, nn.Module):
     """CoDA-Net. RGB images in [0, 1] (B, 3, H, W), or encoded ones (B, 6, H, W), to logits (B, num_classes).
 
     Args:
