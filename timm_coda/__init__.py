@@ -1,17 +1,21 @@
-"""Image classifiers that explain themselves, exactly: CoDA-Nets as ordinary timm models.
+"""Image classifiers that explain themselves, exactly: CoDA-Nets and B-cos networks as ordinary timm models.
 
 Importing this package registers every model in timm.
 """
 
+from .bcos import BcosConv2d, BcosLinear
 from .explain import ExplainMixin, Explanation, explain, explanation_mode
-from .functional import dau_conv2d, dau_linear, set_backend, use_backend
+from .functional import bcos_conv2d, bcos_linear, dau_conv2d, dau_linear, set_backend, use_backend
 from .hub import HubMixin
 from .layers import DAUConv2d, DAULinear, InverseEncoding
-from .models import CodaNet
+from .models import BcosResNet, CodaNet
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "BcosConv2d",
+    "BcosLinear",
+    "BcosResNet",
     "CodaNet",
     "DAUConv2d",
     "DAULinear",
@@ -20,6 +24,8 @@ __all__ = [
     "HubMixin",
     "InverseEncoding",
     "__version__",
+    "bcos_conv2d",
+    "bcos_linear",
     "dau_conv2d",
     "dau_linear",
     "explain",

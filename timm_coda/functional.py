@@ -17,9 +17,19 @@ import torch
 from torch import Tensor
 
 from . import reference
-from .kernels import convolution, cpu
+from .kernels import alignment, convolution, cpu
 
-__all__ = ["ACTIVATIONS", "BACKENDS", "BEST_BACKEND", "dau_conv2d", "dau_linear", "set_backend", "use_backend"]
+__all__ = [
+    "ACTIVATIONS",
+    "BACKENDS",
+    "BEST_BACKEND",
+    "bcos_conv2d",
+    "bcos_linear",
+    "dau_conv2d",
+    "dau_linear",
+    "set_backend",
+    "use_backend",
+]
 
 ACTIVATIONS = ("squash", "l2")
 
@@ -110,8 +120,6 @@ def dau_conv2d(
             name = "torch"
         elif name is None:
             name = BEST_BACKEND.get(x.device.type, "torch")
-        if frozen:
-            down, up, up_bias = down.detach(), up.detach(), up_bias.detach()
         # The others' convolutions follow autocast by themselves; like these, leave float64 alone.
         if name in ("cpu", "triton") and torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
             low = torch.get_autocast_dtype(x.device.type)
@@ -149,11 +157,103 @@ def _check_dau(
 ) -> None:
     if activation not in ACTIVATIONS:
         raise ValueError(f"activation={activation!r}: choose one of {', '.join(map(repr, ACTIVATIONS))}")
-    if x.dim() != 4 or x.shape[1] != down.shape[1]:
-        raise ValueError(f"expected input (B, {down.shape[1]}, H, W), got {list(x.shape)}")
+    _check_image(x, down.shape[1], down.shape[2], down.shape[3], padding, dilation)
     if up.shape[0] != down.shape[0] * up_bias.shape[0]:
         raise ValueError(f"up has {up.shape[0]} rows, expected units * rank = {up_bias.shape[0]} * {down.shape[0]}")
-    for axis in range(2):
-        seen = dilation[axis] * (down.shape[2 + axis] - 1) + 1
+
+
+def bcos_conv2d(
+    x: Tensor,
+    weight: Tensor,
+    stride: tuple[int, int] = (1, 1),
+    padding: tuple[int, int] = (0, 0),
+    dilation: tuple[int, int] = (1, 1),
+    groups: int = 1,
+    b: float = 2.0,
+    max_out: int = 1,
+    scale: float = 1.0,
+    unit_norm: bool = True,
+    frozen: bool = False,
+) -> Tensor:
+    """B-cos convolution, equal to `reference.bcos_conv2d`: y = w^T p |w^T p / |p||^(B-1) / s.
+
+    Source: Böhle et al., CVPR 2022 (arXiv 2205.10268), section 3.
+
+    Args:
+        x: input, (B, C, H, W)
+        weight: (D * max_out, C / groups, kh, kw), the candidates of a unit adjacent
+        stride, padding, dilation: rows and columns
+        groups: as `torch.nn.Conv2d`
+        b: B, at least 1; larger ones ask for more alignment of w and patch, 1 is a linear layer
+        max_out: a unit is the largest of so many candidates
+        scale: s, divides the output
+        unit_norm: w is `weight` scaled to norm 1 (else free, as in B-cosification)
+        frozen: backward treats the cosine as a constant: the gradient of `x` is W^T times the output's, and `weight`
+            gets none. The value is the same.
+
+    Returns:
+        (B, D, H', W'), in the autocast dtype under autocast; the patch norm is in float32 or better
+
+    Raises:
+        ValueError: an input of another channel count or smaller than the kernel.
+    """
+    if not torch.jit.is_scripting():
+        _check_image(x, weight.shape[1] * groups, weight.shape[2], weight.shape[3], padding, dilation)
+    if frozen:
+        weight = weight.detach()
+    if unit_norm:
+        linear = alignment.unit_norm_conv2d(x, weight, stride, padding, dilation, groups)
+    else:
+        linear = torch.conv2d(x, weight, None, stride, padding, dilation, groups)
+    linear = alignment.max_out_units(linear, max_out, 1)
+    if b == 1.0:
+        return linear / scale if scale != 1.0 else linear
+    kernel_size = (weight.shape[2], weight.shape[3])
+    seen = x.detach() if frozen else x
+    if torch.jit.is_scripting() or x.is_meta:
+        squares = alignment.patch_squares(seen, kernel_size, stride, padding, dilation, groups)
+    else:
+        with torch.autocast(x.device.type, enabled=False):
+            squares = alignment.patch_squares(seen, kernel_size, stride, padding, dilation, groups)
+    if groups == 1 or groups == linear.shape[1]:
+        return alignment.align(linear, squares, b, scale, frozen)
+    grouped = linear.unflatten(1, (groups, linear.shape[1] // groups))
+    return alignment.align(grouped, squares.unsqueeze(2), b, scale, frozen).flatten(1, 2)
+
+
+def bcos_linear(
+    x: Tensor,
+    weight: Tensor,
+    b: float = 2.0,
+    max_out: int = 1,
+    scale: float = 1.0,
+    unit_norm: bool = True,
+    frozen: bool = False,
+) -> Tensor:
+    """B-cos units on the last axis: (..., K) to (..., D), `weight` (D * max_out, K). Others as `bcos_conv2d`.
+
+    Raises:
+        ValueError: an input of another size of the last axis.
+    """
+    if x.shape[-1] != weight.shape[1]:
+        raise ValueError(f"expected input (..., {weight.shape[1]}), got {list(x.shape)}")
+    if frozen:
+        weight = weight.detach()
+    if unit_norm:
+        weight = weight / alignment.weight_norm(weight)
+    linear = alignment.max_out_units(torch.nn.functional.linear(x, weight), max_out, x.dim() - 1)
+    if b == 1.0:
+        return linear / scale if scale != 1.0 else linear
+    squares = alignment.channel_squares(x.detach() if frozen else x, -1)
+    return alignment.align(linear, squares, b, scale, frozen)
+
+
+def _check_image(
+    x: Tensor, channels: int, rows: int, columns: int, padding: tuple[int, int], dilation: tuple[int, int]
+) -> None:
+    if x.dim() != 4 or x.shape[1] != channels:
+        raise ValueError(f"expected input (B, {channels}, H, W), got {list(x.shape)}")
+    for axis, kernel in enumerate((rows, columns)):
+        seen = dilation[axis] * (kernel - 1) + 1
         if x.shape[2 + axis] + 2 * padding[axis] < seen:
             raise ValueError(f"input {list(x.shape)} is smaller than the {seen} pixels the kernel spans: enlarge it")

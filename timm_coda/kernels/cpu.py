@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from .convolution import rescaling, rescaling_slope
+from .norm import add_norm_gradient, cached_norm_terms
 from .operator import make_operator
 from .patches import as_rows, geometry, memory_format
 
@@ -24,6 +25,9 @@ __all__ = ["dau_conv2d"]
 
 # Numbers in the largest temporary of a block: 8 MB in float32, within a last-level cache, long enough for the products.
 _BLOCK = 2**21
+# glibc hands what is freed back to the system, and fetching zeroed pages again takes as long as the products they hold.
+# Once a program has freed an array of nearly 32 MB, never touched here, it keeps up to 64 MB.
+torch.empty(2**25 - 2**16, dtype=torch.uint8)
 # oneDNN's float32 product is up to twice as fast as the one behind torch.mm (measured on AMD), never slower.
 _ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
@@ -34,7 +38,7 @@ def _forward(x, down, up, up_bias, stride, padding, dilation, activation):
     exact = torch.promote_types(x.dtype, torch.float32)
     a, b = g.flat(up), g.flat(up_bias)
     small = torch.cat([g.flat(down), b])  # (r + D, K)
-    gram, cross, square = gram_of(a.view(units, rank, -1), b, exact)
+    gram, cross, square = cached_norm_terms(up, up_bias, exact)
     gram, cross = gram.view(units * rank, rank), 2 * cross.view(-1)
 
     z, num, s = (x.new_empty(g.positions, n, dtype=exact) for n in (rank, units, units))
@@ -43,10 +47,8 @@ def _forward(x, down, up, up_bias, stride, padding, dilation, activation):
         p = windows[index].reshape(now.stop - now.start, -1)
         low, plain = _product(p, small).split([rank, units], 1)
         z[now] = low
-        u = _product(p, a).view(-1, units, rank).mul_(low.unsqueeze(1))
-        torch.add(u.sum(2, dtype=exact), plain, out=num[now])
-        quadratic = _product(z[now], gram).add_(cross).view(-1, units, rank).mul_(z[now].unsqueeze(1))
-        torch.add(quadratic.sum(2), square, out=s[now])
+        torch.add(_contract(_product(p, a), low), plain, out=num[now])
+        torch.add(_contract(_product(z[now], gram).add_(cross), z[now]), square, out=s[now])
     y = (num * rescaling(s, activation)).to(x.dtype)
     y = y.view(x.shape[0], g.rows, g.columns, units).permute(0, 3, 1, 2)
     return y.contiguous(memory_format=memory_format(x)), z, num, s
@@ -60,8 +62,7 @@ def _data_gradient(grad, x, up, up_bias, z, s, stride, padding, dilation, activa
     dx = g.padded_zeros(x)
     target = g.windows(dx)
     for index, now in g.blocks(_positions(a.shape[0])):
-        outer = (alpha[now].unsqueeze(2) * z[now].unsqueeze(1)).view(-1, a.shape[0])
-        g.fold(target[index], _product(outer, a.t()).addmm_(alpha[now], b))
+        g.fold(target[index], _product(_outer(alpha[now], z[now]), a.t()).addmm_(alpha[now], b))
     return g.cropped(dx, x)
 
 
@@ -71,11 +72,15 @@ def _backward(grad, x, down, up, up_bias, z, num, s, stride, padding, dilation, 
     g = geometry(x, up, stride, padding, dilation)
     a, b = g.flat(up), g.flat(up_bias)
     small = torch.cat([g.flat(down), b])
-    gram, cross, _ = gram_of(a.view(units, rank, -1), b, exact)
+    gram, cross, _ = cached_norm_terms(up, up_bias, exact)
+    gram, cross = gram.view(units * rank, rank), cross.view(-1)
 
     grad = as_rows(grad).to(exact)
-    alpha = grad * rescaling(s, activation)
+    alpha = (grad * rescaling(s, activation)).to(low)
     beta = grad * num * rescaling_slope(s, activation)
+    zl = z.to(low)
+    # A product that sums over positions wants them as columns.
+    alpha_t, beta_t, z_t, zl_t = (rows.t().contiguous() for rows in (alpha, beta, z, zl))
 
     da = torch.zeros(a.shape, dtype=exact)
     dsmall = torch.zeros(small.shape, dtype=exact)
@@ -84,48 +89,37 @@ def _backward(grad, x, down, up, up_bias, z, num, s, stride, padding, dilation, 
     windows, target = g.windows(g.padded(x)), g.windows(dx)
     for index, now in g.blocks(_positions(units * rank)):
         p = windows[index].reshape(now.stop - now.start, -1)
-        zn, bn = z[now], beta[now]
-        zl, al = zn.to(low), alpha[now].to(low)
-        outer = (al.unsqueeze(2) * zl.unsqueeze(1)).view(-1, units * rank)
-        dp = _product(outer, a.t())
-        _accumulate(da, outer, p)
-        outer = (bn.unsqueeze(2) * zn.unsqueeze(1)).view(-1, units * rank)
-        _accumulate(second, outer, zn)
-        dz = _product(bn, gram.view(units, -1).t()).view(-1, rank, rank).mul_(zn.unsqueeze(1)).sum(2)
-        dz.addmm_(bn, cross).mul_(2)
-        u = _product(p, a).view(-1, units, rank)
-        dz += torch.bmm(al.unsqueeze(1), u).squeeze(1)
-        both = torch.cat([dz.to(low), al], 1)
+        half = _product(z[now], gram).add_(cross)  # of the norm's gradient
+        dz = _contract_units(beta[now], half).mul_(2) + _contract_units(alpha[now], _product(p, a))
+        both = torch.cat([dz.to(low), alpha[now]], 1)
+        dp = _product(_outer(alpha[now], zl[now]), a.t())
         g.fold(target[index], dp.addmm_(both, small))
-        _accumulate(dsmall, both, p)
+        da += _product(_outer_t(alpha_t[:, now], zl_t[:, now]), p.t())
+        dsmall += _product(both.t().contiguous(), p.t())
+        second += _product(_outer_t(beta_t[:, now], z_t[:, now]), z_t[:, now].contiguous())
 
-    da, ddown, db = add_norm_gradient(a.view(units, rank, -1), b, da, dsmall, second, beta.t() @ z, beta.sum(0))
+    da, ddown, db = add_norm_gradient(a.view(units, rank, -1), b, da, dsmall, second, beta_t @ z, beta.sum(0))
     return g.cropped(dx, x), *(g.unflat(t, x.shape[1]).to(low) for t in (ddown, da, db))
 
 
-def gram_of(a: Tensor, b: Tensor, exact: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-    """Of a (D, r, K) and b (D, K): G (D, r, r), c (D, r) and |b|^2 (D)."""
-    a, b = a.to(exact), b.to(exact)
-    return a @ a.transpose(1, 2), (a @ b.unsqueeze(2)).squeeze(2), b.square().sum(1)
+def _outer(left: Tensor, right: Tensor) -> Tensor:
+    """(n, D) and (n, r) to (n, D*r)."""
+    return (left.unsqueeze(2) * right.unsqueeze(1)).flatten(1)
 
 
-def add_norm_gradient(
-    a: Tensor, b: Tensor, da: Tensor, dsmall: Tensor, second: Tensor, first: Tensor, zeroth: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of A (D*r, K), B and b, with what comes through s = |A^T z + b|^2 added.
+def _outer_t(left: Tensor, right: Tensor) -> Tensor:
+    """(D, n) and (r, n) to (D*r, n)."""
+    return (left.unsqueeze(1) * right.unsqueeze(0)).flatten(0, 1)
 
-    Args:
-        a, b: (D, r, K) and (D, K)
-        da, dsmall: what comes through v^T p, (D*r, K), and stacked of B and b (r + D, K)
-        second, first, zeroth: sums over positions of beta z z^T (D*r, r), beta z (D, r), beta (D)
-    """
-    units, rank, _ = a.shape
-    a, b = a.to(da.dtype), b.to(da.dtype)
-    da = torch.baddbmm(da.view(a.shape), second.view(units, rank, rank), a, alpha=2)
-    da.addcmul_(first.unsqueeze(2), b.unsqueeze(1), value=2)
-    ddown, db = dsmall.split([rank, units])
-    through_norm = torch.bmm(first.unsqueeze(1), a).squeeze(1) + zeroth.unsqueeze(1) * b
-    return da.view(units * rank, -1), ddown, db + 2 * through_norm
+
+def _contract(u: Tensor, z: Tensor) -> Tensor:
+    """Sum over r: (n, D*r) and (n, r) to (n, D)."""
+    return torch.bmm(z.unsqueeze(1), u.view(len(u), -1, z.shape[1]).transpose(1, 2)).squeeze(1)
+
+
+def _contract_units(left: Tensor, u: Tensor) -> Tensor:
+    """Sum over D: (n, D) and (n, D*r) to (n, r)."""
+    return torch.bmm(left.unsqueeze(1), u.view(*left.shape, -1)).squeeze(1)
 
 
 def _positions(width: int) -> int:
@@ -137,14 +131,6 @@ def _product(left: Tensor, right: Tensor) -> Tensor:
     if _ONEDNN and left.dtype == torch.float32:
         return torch.ops.mkldnn._linear_pointwise(left, right, None, "none", [], "")
     return left @ right.t()
-
-
-def _accumulate(total: Tensor, left: Tensor, right: Tensor) -> None:
-    """total += left^T right, summed over blocks in the precision of `total`."""
-    if left.dtype == torch.float64:
-        total.addmm_(left.t(), right)
-    else:
-        total += _product(left.t(), right.t())
 
 
 dau_conv2d = make_operator("dau_conv2d_cpu", _forward, _data_gradient, _backward)

@@ -20,7 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .convolution import rescaling, rescaling_slope
-from .cpu import add_norm_gradient, gram_of
+from .norm import add_norm_gradient, norm_terms
 from .operator import make_operator
 from .patches import as_rows, geometry, memory_format
 
@@ -262,7 +262,7 @@ def _forward(x, down, up, up_bias, stride, padding, dilation, activation):
     units, rank = up_bias.shape[0], down.shape[0]
     g = geometry(x, up, stride, padding, dilation)
     a, b = g.flat(up), g.flat(up_bias)
-    gram, cross, square = gram_of(a.view(units, rank, -1), b, torch.float32)
+    gram, cross, square = norm_terms(up, up_bias, torch.float32)
     p = g.windows(g.padded(x)).reshape(g.positions, -1)
     z, plain = ((p @ weight.t()).float() for weight in (g.flat(down), b))
     y = x.new_empty(g.positions, units)
@@ -321,7 +321,7 @@ def _backward(grad, x, down, up, up_bias, z, num, s, stride, padding, dilation, 
     units, rank = up_bias.shape[0], down.shape[0]
     g = geometry(x, up, stride, padding, dilation)
     a, b = g.flat(up), g.flat(up_bias)
-    gram, cross, _ = gram_of(a.view(units, rank, -1), b, torch.float32)
+    gram, cross, _ = norm_terms(up, up_bias, torch.float32)
     small = torch.cat([g.flat(down), b])
     grad = as_rows(grad).float()
     alpha = grad * rescaling(s, activation)

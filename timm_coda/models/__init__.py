@@ -1,5 +1,6 @@
 """Model families; importing this package registers all of them in timm."""
 
+from .bcos_resnet import BcosResNet
 from .coda_net import CodaNet
 
-__all__ = ["CodaNet"]
+__all__ = ["BcosResNet", "CodaNet"]

@@ -1,0 +1,69 @@
+"""What is kept of the weights between calls: never older than they are, never longer than they live."""
+
+import gc
+
+import pytest
+import torch
+
+from timm_coda.kernels import norm
+
+
+def weights(dtype: torch.dtype = torch.float32, inputs: int = 10) -> tuple[torch.Tensor, torch.Tensor]:
+    torch.manual_seed(0)
+    return torch.randn(6, inputs, 3, 3, dtype=dtype), torch.randn(2, inputs, 3, 3, dtype=dtype)  # rank 3
+
+
+def assert_current(up: torch.Tensor, up_bias: torch.Tensor) -> None:
+    known = norm.cached_norm_terms(up, up_bias, torch.float64)
+    for kept, new in zip(known, norm.norm_terms(up, up_bias, torch.float64), strict=True):
+        assert torch.equal(kept, new)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("inputs", [9, 10], ids=["odd", "even"])
+def test_terms_follow_every_way_of_writing(dtype, inputs):
+    up, up_bias = weights(dtype, inputs)
+    assert_current(up, up_bias)
+    with torch.no_grad():
+        up.mul_(2)
+    assert_current(up, up_bias)
+    for tensor in (up, up_bias):
+        numbers = tensor.data.view(-1)  # does not count versions
+        for index in (0, 1, len(numbers) - 1):  # the same change, here and then there
+            numbers[index] += 0.25
+            assert_current(up, up_bias)
+            numbers[index] -= 0.25
+        numbers[[0, 1]] = numbers[[1, 0]]
+        assert_current(up, up_bias)
+    with torch.inference_mode():
+        assert_current(up.clone(), up_bias.clone())
+
+
+def test_no_two_small_changes_look_alike():
+    """Finite differences change one number after another by the same amount."""
+    up, _ = weights()
+    numbers, seen = up.data.view(-1), set()
+    for index in range(len(numbers)):
+        before = numbers[index].item()
+        for step in (1e-3, -1e-3):
+            numbers[index] = before + step
+            seen.add(norm._fingerprint(up))
+        numbers[index] = before
+    assert len(seen) == 2 * len(numbers)
+
+
+def test_computed_once_and_gone_with_the_weights():
+    up, up_bias = weights()
+    first = norm.cached_norm_terms(up, up_bias, torch.float32)
+    assert norm.cached_norm_terms(up, up_bias, torch.float32) is first
+    entries = len(norm._cache)
+    del up
+    gc.collect()
+    assert len(norm._cache) == entries - 1
+
+
+def test_strided_weights_are_not_kept():
+    up, up_bias = weights()
+    entries = len(norm._cache)
+    assert_current(up[:, ::2], up_bias[:, ::2])
+    assert len(norm._cache) == entries

@@ -1,0 +1,90 @@
+"""What the norm |v|^2 = z G z + 2 c z + |b|^2 needs of the weights alone: G, c, |b|^2 and their gradients."""
+
+from functools import lru_cache
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
+
+__all__ = ["NormTerms", "add_norm_gradient", "cached_norm_terms", "norm_terms"]
+
+
+class NormTerms(NamedTuple):
+    """Of A (D, r, K) and b (D, K)."""
+
+    gram: Tensor
+    """G = A A^T, (D, r, r)."""
+    cross: Tensor
+    """c = A b, (D, r)."""
+    square: Tensor
+    """|b|^2, (D)."""
+
+
+def norm_terms(up: Tensor, up_bias: Tensor, exact: torch.dtype) -> NormTerms:
+    """In the dtype `exact`, of up (D*r, ...) and up_bias (D, ...)."""
+    units = up_bias.shape[0]
+    a, b = up.reshape(units, up.shape[0] // units, -1).to(exact), up_bias.reshape(units, -1).to(exact)
+    return NormTerms(a @ a.transpose(1, 2), (a @ b.unsqueeze(2)).squeeze(2), b.square().sum(1))
+
+
+_cache = WeakTensorKeyDictionary()  # up: (fingerprint, terms), gone with the weights
+
+
+def cached_norm_terms(up: Tensor, up_bias: Tensor, exact: torch.dtype) -> NormTerms:
+    """`norm_terms` of CPU weights, computed anew only when they have changed.
+
+    For a single image the Gram matrices cost as much as half the layer. Reading the weights to see whether they are
+    the same costs a tenth of that, and sees what the version counter does not: writes through `.data`.
+    """
+    fingerprint = _fingerprint(up), _fingerprint(up_bias), exact
+    if None in fingerprint:
+        return norm_terms(up, up_bias, exact)
+    known = _cache.get(up)
+    if known is None or known[0] != fingerprint:
+        known = _cache[up] = fingerprint, norm_terms(up, up_bias, exact)
+    return known[1]
+
+
+_COLUMNS = 256
+
+
+def _fingerprint(weight: Tensor) -> tuple[int, int] | None:
+    """Version and a hash of all bits and their places, or None where they cannot be read as 64-bit numbers."""
+    if weight.is_contiguous(memory_format=torch.channels_last):
+        weight = weight.permute(0, 2, 3, 1)
+    if not weight.is_contiguous() or weight.storage_offset() * weight.itemsize % 8 or weight.nbytes % 8:
+        return None
+    words = weight.view(-1).view(torch.int64)
+    whole = len(words) // _COLUMNS * _COLUMNS
+    table = words[:whole].view(-1, _COLUMNS)
+    # Each word counts by its row and its column, or one change could make up for another.
+    parts = table.sum(1), table.sum(0), words[whole:]
+    seen = sum(int((part * _odds(len(part), number)).sum()) for number, part in enumerate(parts))
+    return -1 if weight.is_inference() else weight._version, seen
+
+
+@lru_cache
+def _odds(count: int, stream: int) -> Tensor:
+    """Random 64-bit factors."""
+    generator = torch.Generator().manual_seed(stream)
+    return torch.randint(-(2**62), 2**62, (count,), generator=generator)
+
+
+def add_norm_gradient(
+    a: Tensor, b: Tensor, da: Tensor, dsmall: Tensor, second: Tensor, first: Tensor, zeroth: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of A (D*r, K), B and b, with what comes through s = |A^T z + b|^2 added.
+
+    Args:
+        a, b: (D, r, K) and (D, K)
+        da, dsmall: what comes through v^T p, (D*r, K), and stacked of B and b (r + D, K)
+        second, first, zeroth: sums over positions of beta z z^T (D*r, r), beta z (D, r), beta (D)
+    """
+    units, rank, _ = a.shape
+    a, b = a.to(da.dtype), b.to(da.dtype)
+    da = torch.baddbmm(da.view(a.shape), second.view(units, rank, rank), a, alpha=2)
+    da.addcmul_(first.unsqueeze(2), b.unsqueeze(1), value=2)
+    ddown, db = dsmall.split([rank, units])
+    through_norm = torch.bmm(first.unsqueeze(1), a).squeeze(1) + zeroth.unsqueeze(1) * b
+    return da.view(units * rank, -1), ddown, db + 2 * through_norm

@@ -1,0 +1,188 @@
+"""B-cos ResNets and ResNeXts, made of timm's ResNet.
+
+Papers:
+    `B-cos Networks: Alignment is All We Need for Interpretability` - https://arxiv.org/abs/2205.10268
+    `B-cos Alignment for Inherently Interpretable CNNs and Vision Transformers` - https://arxiv.org/abs/2306.10898
+
+The networks of the second paper (B-cos v2) with its authors' ImageNet weights: timm's ResNet with its modules replaced
+(see `bcosify.py`), B = 2, the classifier a 1x1 B-cos convolution in front of the pooling. logits = W(x) x + bias.
+"""
+
+# torch.jit.ignore is declared for a flag only:
+# pyright: reportArgumentType=false
+
+from typing import Any
+
+import torch.nn.functional as F
+from timm.layers import get_device_dtype
+from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from timm.models.resnet import BasicBlock, Bottleneck, ResNet
+from torch import Tensor
+
+from ..bcosify import bcos_classifier, bcos_logits, replace_modules
+from ..convert import from_bcos_v2
+from ..explain import ExplainMixin
+from ..hub import HubMixin
+from ..layers import GlobalPool
+
+__all__ = ["BcosResNet"]
+
+
+class BcosResNet(ExplainMixin, HubMixin, ResNet):
+    """B-cos ResNet. RGB images in [0, 1] (B, 3, H, W), or encoded ones (B, 6, H, W), to logits (B, num_classes).
+
+    Args:
+        block, layers, cardinality, base_width, drop_rate, drop_path_rate, zero_init_last: as timm's `ResNet`
+        b: B of all layers
+        logit_temperature: T; high ones give sharper explanations and start slower
+        logit_bias: b0, the logit of every class where there is no evidence; None for -log(num_classes - 1)
+        num_classes: 0 for pooled features
+        in_chans: colours of an image, encoded as twice as many channels inside
+        output_stride: 32, 16 or 8
+        global_pool: 'avg', 'sum' or '' (a logit map)
+    """
+
+    def __init__(
+        self,
+        block: type[BasicBlock] | type[Bottleneck],
+        layers: tuple[int, ...],
+        cardinality: int = 1,
+        base_width: int = 64,
+        b: float = 2.0,
+        logit_temperature: float = 1.0,
+        logit_bias: float | None = None,
+        num_classes: int = 1000,
+        in_chans: int = 3,
+        output_stride: int = 32,
+        global_pool: str = "avg",
+        drop_rate: float = 0.0,
+        drop_path_rate: float = 0.0,
+        zero_init_last: bool = False,
+        device=None,
+        dtype=None,
+    ) -> None:
+        dd = {"device": device, "dtype": dtype}
+        super().__init__(
+            block,  # pyright: ignore[reportArgumentType]
+            layers,
+            num_classes=0,
+            in_chans=2 * in_chans,
+            output_stride=output_stride,
+            global_pool="",
+            cardinality=cardinality,
+            base_width=base_width,
+            drop_rate=drop_rate,
+            drop_path_rate=drop_path_rate,
+            zero_init_last=zero_init_last,
+            **dd,
+        )
+        replace_modules(self, "conv1", b=b)
+        self.in_chans = in_chans
+        self.num_classes = num_classes
+        self._head_args = {"b": b}
+        self._logit_args = (logit_temperature, logit_bias)
+        self.global_pool = GlobalPool(global_pool)
+        self.fc = bcos_classifier(self.num_features, num_classes, b=b, **dd)
+        self.logits = bcos_logits(num_classes, logit_temperature, logit_bias)
+        self.encoding = self.conv1.encoding
+
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        self.num_classes = num_classes
+        if global_pool is not None:
+            self.global_pool = GlobalPool(global_pool).train(self.training)
+        head = bcos_classifier(self.num_features, num_classes, **self._head_args, **get_device_dtype(self))
+        self.fc = head.train(self.training)
+        self.logits = bcos_logits(num_classes, *self._logit_args).train(self.training)
+
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        if pre_logits or self.num_classes == 0:
+            return self.global_pool(x)
+        if self.drop_rate > 0.0:
+            x = F.dropout(x, p=float(self.drop_rate), training=self.training)
+        x = self.fc(x)
+        x = self.global_pool(x)
+        return self.logits(x)
+
+
+def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: BcosResNet) -> dict[str, Tensor]:
+    return from_bcos_v2(state_dict, model.in_chans)
+
+
+_RELEASE = "https://github.com/B-cos/B-cos-v2/releases/download/v0.0.1-weights/"
+
+
+def _cfg(file: str = "", top1: float = 0.0, **kwargs: Any) -> dict[str, Any]:
+    return {
+        "url": _RELEASE + file,
+        "num_classes": 1000,
+        "input_size": (3, 224, 224),
+        "pool_size": (7, 7),
+        "crop_pct": 224 / 256,
+        "interpolation": "bilinear",
+        "mean": (0.0, 0.0, 0.0),
+        "std": (1.0, 1.0, 1.0),
+        "first_conv": "conv1",
+        "classifier": "fc",
+        "license": "apache-2.0",
+        "description": f"ImageNet-1k top-1 {top1:.2f} % as its authors report.",
+        "origin_url": "https://github.com/B-cos/B-cos-v2",
+        "paper_ids": "arXiv:2306.10898",
+        "paper_name": "B-cos Alignment for Inherently Interpretable CNNs and Vision Transformers",
+        **kwargs,
+    }
+
+
+_LONG = {"crop_pct": 224 / 232}  # the longer training's evaluation resizes to 232 pixels
+
+default_cfgs = generate_default_cfgs(
+    {
+        "bcos_resnet18.v2_in1k": _cfg("resnet_18-68b4160fff.pth", 68.74),
+        "bcos_resnet34.v2_in1k": _cfg("resnet_34-a63425a03e.pth", 72.28),
+        "bcos_resnet50.v2_in1k": _cfg("resnet_50-ead259efe4.pth", 75.88),
+        "bcos_resnet50.v2_long_in1k": _cfg("resnet_50_long-ef38a88533.pth", 79.47, **_LONG),
+        "bcos_resnet101.v2_in1k": _cfg("resnet_101-84c3658278.pth", 76.53),
+        "bcos_resnet152.v2_in1k": _cfg("resnet_152-42051a77c1.pth", 76.48),
+        "bcos_resnet152.v2_long_in1k": _cfg("resnet_152_long-0b4b434939.pth", 80.14, **_LONG),
+        "bcos_resnext50_32x4d.v2_in1k": _cfg("resnext_50_32x4d-57af241ab9.pth", 75.82),
+    }
+)
+
+
+def _create_bcos_resnet(variant: str, pretrained: bool = False, **kwargs: Any) -> BcosResNet:
+    return build_model_with_cfg(BcosResNet, variant, pretrained, pretrained_filter_fn=checkpoint_filter_fn, **kwargs)
+
+
+@register_model
+def bcos_resnet18(pretrained: bool = False, **kwargs: Any) -> BcosResNet:
+    model_args = {"block": BasicBlock, "layers": (2, 2, 2, 2)}
+    return _create_bcos_resnet("bcos_resnet18", pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def bcos_resnet34(pretrained: bool = False, **kwargs: Any) -> BcosResNet:
+    model_args = {"block": BasicBlock, "layers": (3, 4, 6, 3)}
+    return _create_bcos_resnet("bcos_resnet34", pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def bcos_resnet50(pretrained: bool = False, **kwargs: Any) -> BcosResNet:
+    model_args = {"block": Bottleneck, "layers": (3, 4, 6, 3)}
+    return _create_bcos_resnet("bcos_resnet50", pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def bcos_resnet101(pretrained: bool = False, **kwargs: Any) -> BcosResNet:
+    model_args = {"block": Bottleneck, "layers": (3, 4, 23, 3)}
+    return _create_bcos_resnet("bcos_resnet101", pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def bcos_resnet152(pretrained: bool = False, **kwargs: Any) -> BcosResNet:
+    model_args = {"block": Bottleneck, "layers": (3, 8, 36, 3)}
+    return _create_bcos_resnet("bcos_resnet152", pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def bcos_resnext50_32x4d(pretrained: bool = False, **kwargs: Any) -> BcosResNet:
+    model_args = {"block": Bottleneck, "layers": (3, 4, 6, 3), "cardinality": 32, "base_width": 4}
+    return _create_bcos_resnet("bcos_resnext50_32x4d", pretrained, **dict(model_args, **kwargs))
