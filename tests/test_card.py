@@ -103,9 +103,18 @@ def test_a_licence_with_conditions():
     data = made.data.to_dict()
     assert (data["license"], data["license_name"]) == ("other", "non-commercial-research")
     assert data["license_link"] == "https://example.org/weights"
-    assert "Weights of the authors." in made.text
+    assert "Of the weights of `coda_net_xs`: Weights of the authors." in made.text
     said = "Weights: Non-commercial research. They come from https://example.org/weights. Ask them for more. The code"
     assert said in made.text
+    tuned = {"options": {"pretrained": True, "model": "coda_net_xs.old", "data": ["digits"]}}
+    tuned_text = make(CONFIG | {"pretrained_cfg": source}, summary=tuned).text
+    assert "Fine-tuned from `coda_net_xs.old`." in tuned_text and "They started from https://example.org" in tuned_text
+    scratch = {"options": {"pretrained": False, "model": "coda_net_xs.old", "data": ["digits"]}}
+    made = make(CONFIG | {"pretrained_cfg": source}, summary=scratch)
+    assert not {"authors", "Licence", "example.org", "Fine-tuned"} & set(made.text.replace(".", " ").split())
+    assert "license" not in made.data.to_dict(), "other weights had one"
+    made = make(CONFIG | {"pretrained_cfg": source}, summary=scratch, license="MIT")
+    assert made.data.license == "mit" and "Weights: MIT. The code" in made.text
     del source["license"], source["origin_url"], source["notes"]
     made = make(CONFIG | {"pretrained_cfg": source})
     assert "license" not in made.data.to_dict() and "Licence" not in made.text

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import timm_coda
-from timm_coda import CodaNet, folder, hub
+from timm_coda import BcosResNet, CodaNet, folder, hub
 
 
 def tiny(**kwargs) -> torch.nn.Module:
@@ -213,6 +213,15 @@ def test_pickles_are_not_executed(saved, tmp_path):
     assert not (tmp_path / "executed").exists()
     torch.load(saved / "pytorch_model.bin", weights_only=False)["head.up.weight"].close()
     assert (tmp_path / "executed").exists(), "it would have worked"
+
+
+def test_bcos_models_too(tmp_path):
+    model = timm.create_model("bcos_resnet18", num_classes=3).eval()
+    model.save_pretrained(tmp_path, label_names=["cat", "dog", "eel"])
+    images = torch.rand(1, 3, 64, 64)
+    assert torch.equal(BcosResNet.from_pretrained(tmp_path)(images), model(images))
+    with pytest.raises(hub.HubError, match="makes a BcosResNet, no CodaNet: load it with BcosResNet"):
+        CodaNet.from_pretrained(tmp_path)
 
 
 def test_models_of_another_class(tmp_path):

@@ -126,7 +126,7 @@ def test_push_then_load_everywhere_then_offline(run_folder, tmp_path):
 
 
 def test_what_a_push_uploads(server, run_folder, capsys):
-    assert push(run_folder, "pets", "--message", "First try", "--private") == 0
+    assert push(run_folder, "pets", "--message", "First try", "--private", "--license", "mit") == 0
     said = capsys.readouterr().out
     repo, commit = server.repos["ada/pets"], server.head("ada/pets")
     assert repo.private and [made.title for made in repo.branches["main"]] == ["initial commit", "First try"]
@@ -136,11 +136,15 @@ def test_what_a_push_uploads(server, run_folder, capsys):
         assert commit.files[name].content == (run_folder / name).read_bytes()
     card = ModelCard(commit.files["README.md"].content.decode())
     assert card.data.eval_results[0].metric_value == 0.875
-    assert "](explanation.png)" in card.text and 'create_model("hf-hub:ada/pets"' in card.text
+    assert (
+        card.data.license == "mit"
+        and "](explanation.png)" in card.text
+        and 'create_model("hf-hub:ada/pets"' in card.text
+    )
     assert f"{server.endpoint}/ada/pets/commit/{commit.oid}" in said and "model.safetensors" in said
     assert not (run_folder / "README.md").exists(), "nothing is left in the folder"
 
-    assert push(run_folder, "ada/pets") == 0, "again"
+    assert push(run_folder, "ada/pets", "--license", "mit") == 0, "again"
     assert server.head("ada/pets") is commit, "nothing changed, so there is no new commit"
 
 

@@ -15,6 +15,7 @@ _HUB_LICENSES = {  # of those the Hub knows by name, the ones models have; other
     *("apache-2.0", "mit", "bsd-2-clause", "bsd-3-clause", "cc0-1.0", "cc-by-4.0", "cc-by-sa-4.0", "cc-by-nc-4.0"),
     *("cc-by-nc-sa-4.0", "cc-by-nc-nd-4.0", "gpl-3.0", "lgpl-3.0", "agpl-3.0", "mpl-2.0", "openrail", "unlicense"),
 }
+_OF_WEIGHTS = ("license", "description", "origin_url", "notes")
 
 
 def make_card(
@@ -23,6 +24,7 @@ def make_card(
     repo_id: str,
     summary: Mapping[str, Any] | None = None,
     picture: str | None = None,
+    license: str | None = None,
 ) -> ModelCard:
     """Write the model card of a model in timm's format.
 
@@ -32,19 +34,25 @@ def make_card(
         summary: What train.py measured, its `summary.json`; more numbers may stand there: `localization`, either one or
             a mapping from names to numbers.
         picture: Name of a picture of explanations beside the card.
+        license: Of the weights, such as `"mit"`; by default what the config says, unless the summary says that they
+            were trained from scratch: the config's description and licence are those of other weights then.
     """
     summary = summary or {}
     source, name = dict(config.get("pretrained_cfg", {})), repo_id.split("/")[-1]
+    if summary.get("options", {}).get("pretrained") is False:
+        source = {key: value for key, value in source.items() if key not in _OF_WEIGHTS}
+    if license:
+        source["license"] = license
     sections = [
         f"# {name}",
-        _what_it_is(config, source),
+        _what_it_is(config, source, summary),
         f"![Images, class probabilities, and the evidence for and against the likeliest classes]({picture})"
         if picture
         else "",
         _usage(repo_id, explains=_explains(config)),
         _measured(summary),
         _training(summary),
-        _license(source),
+        _license(source, summary),
     ]
     text = "\n\n".join(section for section in sections if section)
     return ModelCard(f"---\n{_metadata(name, source, summary, explains=_explains(config)).to_yaml()}\n---\n\n{text}\n")
@@ -79,7 +87,7 @@ def _metadata(name: str, source: Mapping[str, Any], summary: Mapping[str, Any], 
     )
 
 
-def _what_it_is(config: Mapping[str, Any], source: Mapping[str, Any]) -> str:
+def _what_it_is(config: Mapping[str, Any], source: Mapping[str, Any], summary: Mapping[str, Any]) -> str:
     if _explains(config):
         lines = [
             f"An image classifier that explains itself, exactly: `{config['architecture']}` of timm_coda, a timm model "
@@ -87,8 +95,13 @@ def _what_it_is(config: Mapping[str, Any], source: Mapping[str, Any]) -> str:
         ]
     else:
         lines = [f"An image classifier: `{config['architecture']}` of timm."]
+    if _is_tuned(summary) and not (start := str(summary["options"].get("model", "local-dir:"))).startswith(
+        "local-dir:"
+    ):
+        lines.append(f"Fine-tuned from `{start}`.")
     if "description" in source:
-        lines.append(f"{source['description']}.".replace("..", "."))
+        tag = f".{source['tag']}" if source.get("tag") else ""
+        lines.append(f"Of the weights of `{config['architecture']}{tag}`: {source['description'].rstrip('.')}.")
     paper, ids = source.get("paper_name"), source.get("paper_ids") or ()
     links = [f"https://arxiv.org/abs/{i.split(':')[1]}" for i in ([ids] if isinstance(ids, str) else ids) if ":" in i]
     if paper:
@@ -188,15 +201,19 @@ def _training(summary: Mapping[str, Any]) -> str:
     return "\n".join(["## How it was trained", "", *lines]) if lines else ""
 
 
-def _license(source: Mapping[str, Any]) -> str:
+def _license(source: Mapping[str, Any], summary: Mapping[str, Any]) -> str:
     lines = [f"Weights: {source['license']}."] if "license" in source else []
     if "origin_url" in source:
-        lines.append(f"They come from {source['origin_url']}.")
+        lines.append(f"They {'started' if _is_tuned(summary) else 'come'} from {source['origin_url']}.")
     notes = source.get("notes") or ()
     lines += [notes] if isinstance(notes, str) else notes
     if "license" in source:
         lines.append("The code, timm_coda, is Apache-2.0.")
     return "## Licence\n\n" + " ".join(lines) if lines else ""
+
+
+def _is_tuned(summary: Mapping[str, Any]) -> bool:
+    return bool(summary.get("options", {}).get("pretrained"))
 
 
 def _data_name(summary: Mapping[str, Any]) -> str:

@@ -339,7 +339,7 @@ it.
 
   hf auth login                                                  # once
   timm-coda push runs/coda_net_xs.digits me/digits --dry-run
-  timm-coda push runs/coda_net_xs.digits me/digits
+  timm-coda push runs/coda_net_xs.digits me/digits --license mit
   timm-coda push runs/longer me/digits --message "Twice the epochs"
 
 What goes there: config.json and model.safetensors, which are checked first;
@@ -367,6 +367,9 @@ def _add_push(subcommands: "_SubParsersAction[Any]") -> None:
     add("folder", type=Path, metavar="FOLDER", help="with config.json and model.safetensors")
     add("repo", metavar="REPO", help="USER/NAME, or NAME under your own; made if there is none")
     add("--dry-run", action="store_true", help="upload nothing: check the folder, list the files, print the card")
+    add(
+        "--license", metavar="NAME", help="of the weights, for the card, such as mit (default: that of those you tuned)"
+    )
     add("--private", action="store_true", help="make a new repository private (default: what its owner's setting says)")
     add("--revision", metavar="BRANCH", help="commit to this branch, which is there already (default: main)")
     add("--message", default="Upload model", metavar="TEXT", help="first line of the commit (default: Upload model)")
@@ -378,7 +381,7 @@ def _push(args: argparse.Namespace) -> int:
     from .remote import check_repo_id, files_to_push, push_folder
 
     check_repo_id(args.repo)
-    files = files_to_push(args.folder, args.repo)
+    files = files_to_push(args.folder, args.repo, license=args.license)
     for name, content in files.items():
         size = len(content) if isinstance(content, bytes) else content.stat().st_size
         print(f"{size:>13,}  {name}")
@@ -394,6 +397,7 @@ def _push(args: argparse.Namespace) -> int:
         commit_message=args.message,
         token=args.token,
         create_pr=args.create_pr,
+        license=args.license,
     )
     print(f"\n{commit.pr_url or commit.commit_url}")
     if not args.create_pr:

@@ -104,6 +104,7 @@ class HubMixin(ModelHubMixin):
         commit_message: str = "Upload model",
         token: str | None = None,
         create_pr: bool = False,
+        license: str | None = None,
     ) -> CommitInfo:
         """Upload the model with a model card to the Hub, in one commit.
 
@@ -119,6 +120,8 @@ class HubMixin(ModelHubMixin):
             commit_message: First line of the commit.
             token: Of a user who may write there; by default HF_TOKEN or what `hf auth login` saved.
             create_pr: Open a pull request in place of committing.
+            license: Of the weights, for the card, such as `"mit"`; by default what the config says of the weights that
+                the model's name stands for.
 
         Raises:
             HubError: As `save_pretrained` and `push_folder`.
@@ -133,6 +136,7 @@ class HubMixin(ModelHubMixin):
                 commit_message=commit_message,
                 token=token,
                 create_pr=create_pr,
+                license=license,
             )
 
     @classmethod

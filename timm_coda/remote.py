@@ -62,11 +62,11 @@ def check_access(repo_id: str, *, token: str | None = None) -> str:
     return repo_id if "/" in repo_id else f"{user}/{repo_id}"
 
 
-def files_to_push(folder: str | os.PathLike, repo_id: str) -> dict[str, Path | bytes]:
+def files_to_push(folder: str | os.PathLike, repo_id: str, *, license: str | None = None) -> dict[str, Path | bytes]:
     """What a push of a model's folder uploads: name in the repository and where it is, or what it says.
 
     The model card is made from `config.json`, `summary.json` and `explanation.png`, unless the folder has its own
-    `README.md`.
+    `README.md`; `license` is for that card, see `make_card`.
 
     Raises:
         HubError: The folder is not a whole model, see `check_folder`.
@@ -75,12 +75,14 @@ def files_to_push(folder: str | os.PathLike, repo_id: str) -> dict[str, Path | b
     check_folder(folder)
     files: dict[str, Path | bytes] = {name: folder / name for name in _FILES if (folder / name).is_file()}
     if CARD not in files:
-        files[CARD] = card_of_folder(folder, repo_id).encode()
+        files[CARD] = card_of_folder(folder, repo_id, license=license).encode()
     return files
 
 
-def card_of_folder(folder: str | os.PathLike, repo_id: str) -> str:
+def card_of_folder(folder: str | os.PathLike, repo_id: str, *, license: str | None = None) -> str:
     """The text of the model card of a folder that has a `config.json`, with what else is known there.
+
+    `license` as `make_card`.
 
     Raises:
         HubError: `config.json` or `summary.json` cannot be read.
@@ -94,7 +96,7 @@ def card_of_folder(folder: str | os.PathLike, repo_id: str) -> str:
             raise HubError(f"{folder / SUMMARY} is not JSON: {error}; move it away, or train again") from error
     picture = PICTURE if (folder / PICTURE).is_file() else None
     with blame(f"no model card can be made of what {folder / CONFIG} and {SUMMARY} say", HubError):
-        return str(make_card(config, repo_id=repo_id, summary=summary, picture=picture))
+        return str(make_card(config, repo_id=repo_id, summary=summary, picture=picture, license=license))
 
 
 def push_folder(
@@ -106,6 +108,7 @@ def push_folder(
     commit_message: str = "Upload model",
     token: str | None = None,
     create_pr: bool = False,
+    license: str | None = None,
 ) -> CommitInfo:
     """Upload a model's folder, such as `save_pretrained` or train.py makes, to the Hub, in one commit.
 
@@ -121,6 +124,7 @@ def push_folder(
         commit_message: First line of the commit.
         token: Of a user who may write there; by default HF_TOKEN or what `hf auth login` saved.
         create_pr: Open a pull request in place of committing.
+        license: Of the weights, for the card, such as `"mit"`; by default what is known of them.
 
     Returns:
         The commit: `.commit_url`, `.oid`, `.pr_url`.
@@ -132,7 +136,7 @@ def push_folder(
     check_repo_id(repo_id)
     check_folder(folder)
     repo_id = check_access(repo_id, token=token)
-    files = files_to_push(folder, repo_id)
+    files = files_to_push(folder, repo_id, license=license)
     api = HfApi(token=token)
 
     def commit() -> CommitInfo:
