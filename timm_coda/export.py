@@ -104,6 +104,8 @@ def export_model(
     path = Path(path)
     if path.suffix not in FORMATS.values():
         raise ValueError(f"{path}: must end in {' or '.join(FORMATS.values())}")
+    if not path.absolute().parent.is_dir():
+        raise FileNotFoundError(f"{path.parent}: no such folder; make it first")
     program = export_program(model, explain=explain, img_size=img_size)
     about = metadata(model, explain=explain, img_size=img_size)
     with temporary_folder(path.parent / f".saving-{path.name}") as temporary:
@@ -121,12 +123,17 @@ def _save_onnx(program: torch.export.ExportedProgram, path: Path, about: dict[st
         import onnxscript  # noqa: F401  # PyTorch's exporter needs it
     except ImportError as error:
         raise ImportError("ONNX needs onnx and onnxscript: pip install 'timm_coda[export]'") from error
-    inputs, outputs = (
-        ["image", "target"][: len(program.graph_signature.user_inputs)],
-        list(OUTPUTS if about["explain"] else OUTPUTS[:1]),
-    )
+    inputs = ["image", "target"][: len(program.graph_signature.user_inputs)]
+    outputs = list(OUTPUTS if about["explain"] else OUTPUTS[:1])
+    batch = {name: {0: "batch"} if name == "image" else None for name in inputs}  # the name of what they share
     converted = torch.onnx.export(
-        program, dynamo=True, opset_version=OPSET, input_names=inputs, output_names=outputs, verbose=False
+        program,
+        dynamo=True,
+        opset_version=OPSET,
+        input_names=inputs,
+        output_names=outputs,
+        dynamic_shapes=batch,
+        verbose=False,
     )
     assert converted is not None  # as with dynamo=True
     converted.model.metadata_props.update({key: v if isinstance(v, str) else json.dumps(v) for key, v in about.items()})
@@ -142,8 +149,8 @@ def metadata(model: Any, *, explain: bool = False, img_size: int | tuple[int, in
         "timm_coda": __version__,
         "explain": explain,
         "input_size": [channels, *size],
-        "mean": list(config["mean"]),
-        "std": list(config["std"]),
+        "mean": list(config["mean"])[:channels],
+        "std": list(config["std"])[:channels],
         "interpolation": config["interpolation"],
         "crop_pct": config["crop_pct"],
         "num_classes": model.num_classes,
@@ -208,9 +215,10 @@ def _load(path: Path) -> tuple[Callable[[dict[str, Tensor]], dict[str, Tensor]],
     return run, {name: json.loads(written[name]) for name in ("explain", "input_size", "num_classes")}
 
 
-def _image_size(model: nn.Module, img_size: int | tuple[int, int] | None) -> tuple[tuple[int, int], int]:
+def _image_size(model: Any, img_size: int | tuple[int, int] | None) -> tuple[tuple[int, int], int]:
     """(height, width) and the number of colours."""
     channels, *size = resolve_model_data_config(model)["input_size"]
+    channels = getattr(model, "in_chans", channels)  # what it was made with; the configuration may still say 3
     if img_size is not None:
         size = (img_size, img_size) if isinstance(img_size, int) else img_size
     if min(size) < 1:
