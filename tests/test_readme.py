@@ -35,7 +35,15 @@ def run(command: list[str], folder: Path) -> str:
 
 
 def test_commands_are_known():
-    assert commands() == ["pip install -e '.[test]'", "python train.py", "python -m pytest", "python train.py --help"]
+    assert [command.split(" --")[0] for command in commands()] == [
+        "pip install -e '.[test]'",
+        "python train.py",
+        "python -m pytest",
+        "python train.py",
+        "python train.py",
+        "python path/to/timm/train.py path/to/images",
+        "timm-coda export local-dir:runs/coda_net_xs.digits",
+    ]
     assert "explain-every" in run([sys.executable, "train.py", "--help"], ROOT)
 
 
@@ -47,4 +55,6 @@ def test_first_command_then_every_python_block(clone):
     assert (output / "explanation.png").read_bytes().startswith(b"\x89PNG")
     code = "\n".join(code for kind, code in BLOCKS if kind == "python")
     run([sys.executable, "-W", "error", "-c", code], clone)
+    (export,) = [command.split()[1:] for command in commands() if command.startswith("timm-coda ")]
+    assert "contributions" in run([sys.executable, "-m", "timm_coda.cli", *export], clone)
     assert (clone / "explanation.png").read_bytes().startswith(b"\x89PNG")
