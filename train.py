@@ -4,7 +4,6 @@
     python train.py --data uoft-cs/cifar10               # CoDA-Net S with the paper's settings: wants a GPU
     python train.py --data path/to/images --model coda_net_xs --img-size 64 --epochs 50       # train/cat/1.png, ...
     python train.py --config recipe.yaml --lr 1e-3       # a recipe, with one thing changed
-    python train.py --data path/to/images --model local-dir:runs/my-run --pretrained --lr 1e-3             # fine-tune
     python train.py --resume runs/my-run                 # go on exactly where a run was stopped or killed
     accelerate launch --num_processes 2 train.py         # with any of these options
 
