@@ -143,22 +143,24 @@ def test_timms_train_script(folders, pretrained, head_only, digits, tmp_path):
 
 
 def test_what_timms_train_script_is_made_of(folders, pretrained, head_only, digits, tmp_path):
-    """The same functions in the same order: data set, loader, layer decay, schedule, loss."""
+    """The same functions in the same order: model, data set, loader, layer decay, schedule, loss."""
     torch.manual_seed(0)
-    model = timm.create_model(f"local-dir:{pretrained}", pretrained=True, num_classes=CLASSES)
+    always = {"in_chans": 3, "drop_rate": 0.0, "scriptable": False, "checkpoint_path": ""}  # the script's defaults
+    always |= dict.fromkeys(("drop_path_rate", "drop_block_rate", "global_pool", "bn_momentum", "bn_eps"))
+    model = timm.create_model(f"local-dir:{pretrained}", pretrained=True, num_classes=CLASSES, **always)
     config = resolve_data_config({}, model=model)
     assert [*config["mean"], *config["std"], *config["input_size"]] == [0, 0, 0, 1, 1, 1, 3, 8, 8]
     images = create_dataset("", root=str(folders["many"]), split="train", is_training=True, batch_size=32)
-    config.pop("crop_mode")
-    loader = create_loader(
-        images, batch_size=32, is_training=True, no_aug=True, num_workers=0, use_prefetcher=False, **config
-    )
+    chosen = {name: config[name] for name in ("input_size", "interpolation", "mean", "std", "crop_pct")}
+    device = {"device": torch.device("cpu"), "num_workers": 0, "pin_memory": False}
+    loader = create_loader(images, batch_size=32, is_training=True, no_aug=True, **chosen, **device)
     optimizer = create_optimizer_v2(model, opt="adamw", lr=1e-2, weight_decay=0.01, layer_decay=0.9)
     schedule, epochs = create_scheduler_v2(optimizer, "cosine", num_epochs=EPOCHS, warmup_epochs=0)
     loss_function = BinaryCrossEntropy(smoothing=0.0)
     for epoch in range(epochs):
         model.train()
         for batch, labels in loader:
+            assert 0 <= batch.min() and 0.9 < batch.max() <= 1, "the model's colours, by the prefetcher"
             optimizer.zero_grad()
             loss_function(model(batch), labels).backward()
             optimizer.step()
@@ -168,6 +170,11 @@ def test_what_timms_train_script_is_made_of(folders, pretrained, head_only, digi
     assert reached > head_only + MARGIN
     hub.save_model(model, tmp_path, label_names=list("456789"))
     assert_explains(model, digits[2][:8], timm.create_model(f"local-dir:{tmp_path}", pretrained=True))
+
+
+def test_dropout_is_refused_not_swallowed():
+    with pytest.raises(ValueError, match=r"drop_rate=0.1: a CoDA-Net has no dropout"):
+        timm.create_model("coda_net_xs", drop_rate=0.1, device="meta")
 
 
 def test_transformers_trainer(pretrained, head_only, digits, tmp_path):

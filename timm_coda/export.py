@@ -27,7 +27,7 @@ __all__ = ["FORMATS", "OPSET", "export_model", "export_program", "largest_differ
 
 FORMATS = {"onnx": ".onnx", "torch": ".pt2"}
 OPSET = 18  # what PyTorch's exporter writes without converting
-OUTPUTS = ("logits", "contributions", "weights")  # the first without, all with an explanation
+OUTPUTS: tuple[str, ...] = ("logits", "contributions", "weights")  # the first without, all with an explanation
 PREDICTION = -1  # as a target: the class of the largest logit
 
 
