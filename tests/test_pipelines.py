@@ -160,7 +160,7 @@ def test_what_timms_train_script_is_made_of(folders, pretrained, head_only, digi
     for epoch in range(epochs):
         model.train()
         for batch, labels in loader:
-            assert 0 <= batch.min() and 0.9 < batch.max() <= 1, "the model's colours, by the prefetcher"
+            assert batch.min() >= 0 and 0.9 < batch.max() <= 1, "the model's colours, by the prefetcher"
             optimizer.zero_grad()
             loss_function(model(batch), labels).backward()
             optimizer.step()
