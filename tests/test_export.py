@@ -65,6 +65,9 @@ def test_verification_sees_other_weights(tmp_path):
     models = [timm.create_model("coda_net_xs", rank=2) for _ in range(2)]
     path = export.export_model(models[0], tmp_path / "model.pt2", explain=True, img_size=8)
     assert export.largest_differences(path, models[1])["contributions"] > 0.1
+    models[0].head.up.bias.data[0] = torch.nan
+    path = export.export_model(models[0], tmp_path / "model.pt2", img_size=8)
+    assert export.largest_differences(path, models[1]) == {"logits": torch.inf}
 
 
 SERVICE = """
@@ -103,6 +106,13 @@ def test_command_and_a_service_without_torch(tmp_path, monkeypatch, capsys):
     assert relative_error(outputs["contributions"], expected.contributions) < 1e-5
     sums = torch.from_numpy(outputs["contributions"]).sum((1, 2))
     assert relative_error(sums + float(about["bias"]), expected.value) < 1e-5
+
+
+def test_command_refuses_a_file_that_is_another_function(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(export, "largest_differences", lambda *args: {"logits": 1e-7, "contributions": 2e-4})
+    words = ["export", "coda_net_xs", "--no-pretrained", "--img-size", "8", "--output", str(tmp_path / "m.pt2")]
+    assert cli.main(words) == 2
+    assert "differs from the model by 1e-4 or more: do not use it" in capsys.readouterr().err
 
 
 def test_the_onnx_file_names_its_opset_and_axes(tmp_path):

@@ -313,8 +313,8 @@ def _export(args: argparse.Namespace) -> int:
     print(f"{args.output}: {args.output.stat().st_size / 1e6:.1f} MB")
     for name, difference in found.items():
         print(f"{name:14} largest relative difference to the model on random images {difference:.1e}")
-    if max(found.values()) > 1e-5:
-        raise ValueError(f"{args.output} differs from the model by more than 1e-5: do not use it")
+    if max(found.values()) >= 1e-4:  # float32 rounds by about 1e-6, and by 1e-5 in deep networks of large images
+        raise ValueError(f"{args.output} differs from the model by 1e-4 or more: do not use it")
     return 0
 
 

@@ -8,6 +8,7 @@ import copy
 import json
 import os
 from collections.abc import Callable
+from math import inf, isnan
 from pathlib import Path
 from typing import Any
 
@@ -163,7 +164,7 @@ def metadata(model: Any, *, explain: bool = False, img_size: int | tuple[int, in
 def largest_differences(
     path: str | os.PathLike, model: nn.Module, *, count: int = 3, seed: int = 0
 ) -> dict[str, float]:
-    """How far an exported file is from `model`, in float32, on random images: for each output |file - model| / |model|.
+    """How far an exported file is from `model`, in float32, on random images: for each output |file - model| / |model|, infinite for NaN.
 
     The largest of two batches, of `count` images and of one, that explain the prediction and random classes.
 
@@ -189,8 +190,8 @@ def largest_differences(
         for inputs, expected in pairs:
             outputs = run(inputs)
             for name, right in expected.items():
-                difference = (outputs[name] - right).norm() / right.norm()
-                found[name] = max(found[name], difference.item())
+                difference = ((outputs[name] - right).norm() / right.norm()).item()
+                found[name] = max(found[name], inf if isnan(difference) else difference)
     return found
 
 
