@@ -164,9 +164,9 @@ def metadata(model: Any, *, explain: bool = False, img_size: int | tuple[int, in
 def largest_differences(
     path: str | os.PathLike, model: nn.Module, *, count: int = 3, seed: int = 0
 ) -> dict[str, float]:
-    """How far an exported file is from `model`, in float32, on random images: for each output |file - model| / |model|, infinite for NaN.
+    """How far an exported file is from `model`, in float32, on random images: |file - model| / |model| for each output.
 
-    The largest of two batches, of `count` images and of one, that explain the prediction and random classes.
+    The largest of two batches, `count` images and one, for the prediction and random classes; infinite for NaN.
 
     Raises:
         ImportError: ONNX without the export extra.
