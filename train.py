@@ -84,6 +84,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--model", default="coda_net_s", help="a name in timm's registry, local-dir:FOLDER or hf-hub:ID")
     add("--model-args", nargs="+", action="extend", default=[], metavar="NAME=JSON", help="as logit_temperature=100")
     add("--pretrained", action=switch, default=False, help="start from the model's published weights")
+    add("--head-only", action=switch, default=False, help="freeze all but the classifier: quick, and seldom enough")
     add("--ema", type=float, default=0.0, help="decay of averaged weights, which are then tested and saved; 0: none")
     add = parser.add_argument_group("learning").add_argument
     add("--epochs", type=runs.positive, default=200, help="times that each training image is seen")
@@ -150,7 +151,7 @@ def train(args: argparse.Namespace, stop: list[int]) -> None:
     names = "subset image_column label_column train_split test_split val_fraction num_classes"
     source = data.load_data(args.data, **chosen(names))
     classes = source.label_names
-    network: Any = hub.create_model(args.model, num_classes=len(classes), **chosen("pretrained model_args"))
+    network: Any = hub.create_model(args.model, num_classes=len(classes), **chosen("pretrained model_args head_only"))
     with hub.blame("--img-size, --interpolation, --crop-pct or a random change of the images", runs.RunError):
         config = resolve_input_data_config(network, chosen("img_size interpolation crop_pct"))
         changes = chosen("crop_padding scale ratio hflip color_jitter auto_augment erase")

@@ -36,13 +36,17 @@ def run(command: list[str], folder: Path, **variables: str) -> str:
 
 
 def test_commands_are_known():
-    assert commands() == [
+    assert [command.split(" --")[0] for command in commands()] == [
         "pip install -e '.[test]'",
         "python train.py",
         "python -m pytest",
-        "python train.py --help",
+        "python train.py",
+        "python train.py",
+        "python path/to/timm/train.py path/to/images",
         "hf auth login",
-        *(line for line in commands() if line.startswith("timm-coda push")),
+        "timm-coda push runs/coda_net_xs.digits me/digits",
+        "timm-coda push runs/coda_net_xs.digits me/digits",
+        "timm-coda export local-dir:runs/coda_net_xs.digits",
     ]
     assert "explain-every" in run([sys.executable, "train.py", "--help"], ROOT)
 
@@ -62,4 +66,6 @@ def test_first_command_then_push_then_every_python_block(clone, tmp_path):
                 assert "model.safetensors" in said
         assert len(server.repos["me/digits"].branches["main"]) == 2
         run([sys.executable, "-W", "error", "-c", code], clone, **variables)
+    (export,) = [line.split()[1:] for line in commands() if line.startswith("timm-coda export")]
+    assert "contributions" in run([sys.executable, "-m", "timm_coda.cli", *export], clone)
     assert (clone / "explanation.png").read_bytes().startswith(b"\x89PNG")

@@ -40,7 +40,12 @@ _M = TypeVar("_M", bound="HubMixin")
 
 
 def create_model(
-    name: str, *, num_classes: int, pretrained: bool = False, model_args: Sequence[str] = ()
+    name: str,
+    *,
+    num_classes: int,
+    pretrained: bool = False,
+    model_args: Sequence[str] = (),
+    head_only: bool = False,
 ) -> torch.nn.Module:
     """Make a model as `timm.create_model` does, from what a person types.
 
@@ -49,6 +54,7 @@ def create_model(
         num_classes: Number of classes.
         pretrained: Load its published weights.
         model_args: Further arguments, each `NAME=VALUE` with the value in JSON, such as `logit_temperature=100`.
+        head_only: Freeze everything but the classifier.
 
     Raises:
         HubError: There is no such model, or it cannot be made with these arguments.
@@ -68,7 +74,11 @@ def create_model(
         raise HubError(f"model argument num_classes={arguments['num_classes']}: the data set says it, {num_classes}")
     said = "".join(f", {key}={value!r}" for key, value in arguments.items())
     with blame(f"cannot make the model {name} with num_classes={num_classes}{said}", HubError):
-        return timm.create_model(name, pretrained=pretrained, num_classes=num_classes, **arguments)
+        model: Any = timm.create_model(name, pretrained=pretrained, num_classes=num_classes, **arguments)
+    if head_only:
+        model.requires_grad_(False)
+        model.get_classifier().requires_grad_(True)
+    return model
 
 
 class HubMixin(ModelHubMixin):

@@ -64,6 +64,7 @@ class CodaNet(ExplainMixin, HubMixin, nn.Module):
         num_classes: 0 for pooled features
         in_chans: colours of an image, encoded as twice as many channels inside
         global_pool: 'sum' (the papers'), 'avg' or '' (a logit map)
+        drop_rate: 0, for there is no dropout; timm's train script passes it to every model
     """
 
     def __init__(
@@ -80,10 +81,13 @@ class CodaNet(ExplainMixin, HubMixin, nn.Module):
         num_classes: int = 10,
         in_chans: int = 3,
         global_pool: str = "sum",
+        drop_rate: float = 0.0,
         device=None,
         dtype=None,
     ) -> None:
         super().__init__()
+        if drop_rate != 0:
+            raise ValueError(f"drop_rate={drop_rate}: a CoDA-Net has no dropout; leave it at 0")
         ranks = [rank] * (len(channels) + 1) if isinstance(rank, int) else list(rank)
         if not len(strides) == len(channels) == len(ranks) - 1 == sum(depths):
             raise ValueError(
