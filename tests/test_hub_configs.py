@@ -1,6 +1,6 @@
-"""hub_configs/<arch>.<tag>/: one folder for each tag, with the configuration that the package would save and a recipe.
+"""hub_configs/<arch>.<tag>/: one folder for each tag, with the package's own configuration and card, and a recipe.
 
-python tests/test_hub_configs.py    # writes every config.json anew, after a change of default_cfgs
+python tests/test_hub_configs.py    # writes every config.json and card.md anew, after a change of default_cfgs
 """
 
 import importlib.util
@@ -45,6 +45,21 @@ def test_config_is_what_the_package_saves(name):
         assert json.dumps(model.pretrained_cfg.get(key)) == json.dumps(same.pretrained_cfg.get(key)), key
 
 
+@pytest.mark.parametrize("name", TAGS)
+def test_card_is_what_the_package_writes(name):
+    card = hub.card_of_folder(FOLDERS / name, None)
+    assert (FOLDERS / name / "card.md").read_text() == card, f"run python {Path(__file__).relative_to(ROOT)}"
+    known = timm.get_pretrained_cfg(name)
+    assert known and card.startswith("---\nlibrary_name: timm\n")
+    if known.has_weights:
+        assert "import timm_coda  # registers the architecture" in card and f'create_model("{name}"' in card
+    else:
+        assert (
+            f"no weights yet. In a clone of timm_coda:\n\n```bash\npython train.py --config hub_configs/{name}/" in card
+        )
+    assert ("non-commercial" in card) == (".mpi_" in name)
+
+
 @pytest.fixture(scope="module")
 def train_module():
     spec = importlib.util.spec_from_file_location("train", ROOT / "train.py")
@@ -77,3 +92,4 @@ def test_recipe_is_what_train_py_takes(name, train_module, tmp_path, monkeypatch
 if __name__ == "__main__":
     for tag in TAGS:
         (FOLDERS / tag / "config.json").write_text(config_of(tag), encoding="utf-8")
+        (FOLDERS / tag / "card.md").write_text(hub.card_of_folder(FOLDERS / tag, None), encoding="utf-8")

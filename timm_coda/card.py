@@ -21,7 +21,7 @@ _OF_WEIGHTS = ("license", "description", "origin_url", "notes")
 def make_card(
     config: Mapping[str, Any],
     *,
-    repo_id: str,
+    repo_id: str | None = None,
     summary: Mapping[str, Any] | None = None,
     picture: str | None = None,
     license: str | None = None,
@@ -30,7 +30,7 @@ def make_card(
 
     Args:
         config: Its `config.json`.
-        repo_id: Its id on the Hub, `USER/NAME`.
+        repo_id: Its id on the Hub, `USER/NAME`; None for a tag in timm's registry.
         summary: What train.py measured, its `summary.json`; more numbers may stand there: `localization`, either one or
             a mapping from names to numbers.
         picture: Name of a picture of explanations beside the card.
@@ -38,7 +38,8 @@ def make_card(
             were trained from scratch: the config's description and licence are those of other weights then.
     """
     summary = summary or {}
-    source, name = dict(config.get("pretrained_cfg", {})), repo_id.split("/")[-1]
+    source = dict(config.get("pretrained_cfg", {}))
+    name = repo_id.split("/")[-1] if repo_id else f"{config['architecture']}.{source['tag']}"
     if summary.get("options", {}).get("pretrained") is False:
         source = {key: value for key, value in source.items() if key not in _OF_WEIGHTS}
     if license:
@@ -49,7 +50,8 @@ def make_card(
         f"![Images, class probabilities, and the evidence for and against the likeliest classes]({picture})"
         if picture
         else "",
-        _usage(repo_id, explains=_explains(config)),
+        _usage(f"hf-hub:{repo_id}", explains=_explains(config)) if repo_id else _usage_of_tag(name),
+        _in_transformers(repo_id, explains=_explains(config)) if repo_id else "",
         _measured(summary),
         _training(summary),
         _license(source, summary),
@@ -116,8 +118,19 @@ def _what_it_is(config: Mapping[str, Any], source: Mapping[str, Any], summary: M
     return "\n\n".join([" ".join(lines), "\n".join(facts)]).strip()
 
 
-def _usage(repo_id: str, *, explains: bool) -> str:
-    ours = "import timm_coda  # registers the architecture, so it comes before {}\n" if explains else ""
+_IMPORT = "import timm_coda  # registers the architecture, so it comes before {}\n"
+
+
+def _usage_of_tag(name: str) -> str:
+    known = timm.get_pretrained_cfg(name)
+    if known and known.has_weights:
+        return _usage(name, explains=True)
+    recipe = f"python train.py --config hub_configs/{name}/{RECIPE}"
+    return f"## Make it\n\nThere are no weights yet. In a clone of timm_coda:\n\n```bash\n{recipe}\n```"
+
+
+def _usage(name: str, *, explains: bool) -> str:
+    ours = _IMPORT.format("create_model") if explains else ""
     explanation = """
 explanation = model.explain(image)  # of the predicted class; or explain(image, target=3)
 explanation.contributions  # (1, H, W), signed, in logits: with the bias their sum is the logit
@@ -130,16 +143,20 @@ logits = model(transform(image)[None])"""
 
 ```python
 import timm
-{ours.format("create_model")}from PIL import Image
+{ours}from PIL import Image
 
 image = Image.open("image.png")
-model = timm.create_model("hf-hub:{repo_id}", pretrained=True).eval(){explanation if explains else logits}
-```
+model = timm.create_model("{name}", pretrained=True).eval(){explanation if explains else logits}
+```"""
 
+
+def _in_transformers(repo_id: str, *, explains: bool) -> str:
+    ours = _IMPORT.format("pipeline") if explains else ""
+    return f"""\
 In transformers:
 
 ```python
-{ours.format("pipeline")}from transformers import pipeline
+{ours}from transformers import pipeline
 
 pipeline("image-classification", model="{repo_id}")("image.png")
 ```"""

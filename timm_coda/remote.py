@@ -79,10 +79,10 @@ def files_to_push(folder: str | os.PathLike, repo_id: str, *, license: str | Non
     return files
 
 
-def card_of_folder(folder: str | os.PathLike, repo_id: str, *, license: str | None = None) -> str:
+def card_of_folder(folder: str | os.PathLike, repo_id: str | None, *, license: str | None = None) -> str:
     """The text of the model card of a folder that has a `config.json`, with what else is known there.
 
-    `license` as `make_card`.
+    `repo_id` and `license` as `make_card`.
 
     Raises:
         HubError: `config.json` or `summary.json` cannot be read.
