@@ -207,7 +207,8 @@ class ExplainMixin:
             TypeError: not float images, not integer classes.
         """
         model: Any = self
-        if not model.num_classes or not model.global_pool.pool_type:
+        pooling = getattr(model.global_pool, "pool_type", model.global_pool)  # timm's ViTs have the name alone
+        if not model.num_classes or not pooling:
             raise ValueError("this model has no pooled classifier to explain: give it one with reset_classifier()")
         if target is not None and top is not None:
             raise ValueError(f"target={target} and top={top}: give one of them")
