@@ -117,11 +117,12 @@ class SinCosPositions(nn.Module):
         self.temperature = temperature
 
     def forward(self, x: Tensor) -> Tensor:
+        # In float32 even for float64: the published embedding, with its rounding.
         bands = self.num_features // 4
-        single = {"device": x.device, "dtype": torch.float32}  # for float64, too: the published numbers' rounding
-        frequencies = 1 / self.temperature ** (torch.arange(bands, **single) / (bands - 1))[:, None]
-        columns = frequencies * torch.arange(x.shape[3], **single)  # (C / 4, W)
-        rows = frequencies * torch.arange(x.shape[2], **single)  # (C / 4, H)
+        exponents = torch.arange(bands, device=x.device, dtype=torch.float32) / (bands - 1)
+        frequencies = (1 / self.temperature**exponents)[:, None]
+        columns = frequencies * torch.arange(x.shape[3], device=x.device, dtype=torch.float32)  # (C / 4, W)
+        rows = frequencies * torch.arange(x.shape[2], device=x.device, dtype=torch.float32)  # (C / 4, H)
         across = torch.cat([columns.sin(), columns.cos()])[:, None, :].expand(-1, x.shape[2], -1)
         down = torch.cat([rows.sin(), rows.cos()])[:, :, None].expand(-1, -1, x.shape[3])
         return x + torch.cat([across, down]).to(x.dtype)

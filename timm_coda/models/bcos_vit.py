@@ -130,7 +130,8 @@ class BcosVisionTransformer(ExplainMixin, VisionTransformer):
         embed_layer = PatchEmbed
         if stem is not None:
             backbone = ConvStem(in_chans, stem, b, **dd)
-            size = tuple(side // backbone.stride for side in to_2tuple(img_size))
+            height, width = (img_size, img_size) if isinstance(img_size, int) else img_size
+            size = (height // backbone.stride, width // backbone.stride)
             embed_layer = partial(HybridEmbed, backbone=backbone, feature_size=size, feature_ratio=backbone.stride)
         super().__init__(
             img_size=img_size,
