@@ -102,9 +102,6 @@ class BcosVisionTransformer(ExplainMixin, VisionTransformer):
         ValueError: another pooling, sizes that do not divide.
     """
 
-    patch_embed: Any
-    blocks: Any
-
     def __init__(
         self,
         img_size: int | tuple[int, int] = 224,
@@ -169,16 +166,18 @@ class BcosVisionTransformer(ExplainMixin, VisionTransformer):
         self.in_chans = in_chans
         self._head_args = {"b": b, "norm_eps": _NORM_EPS}
         self._logit_args = (logit_temperature, logit_bias)
-        projection = self.patch_embed.proj
+        embed: Any = self.patch_embed
+        blocks: Any = self.blocks
+        projection = embed.proj
         seen = in_chans if stem is None else projection.in_channels
         conv = EncodedBcosConv2d if stem is None else BcosConv2d
-        self.patch_embed.proj = conv(seen, embed_dim, patch_size, stride=patch_size, device="meta", **self._head_args)
-        self.patch_embed.proj.weight = nn.Parameter(projection.weight)
-        self.patch_embed.output_fmt = Format.NCHW  # the positions are added to the map
+        embed.proj = conv(seen, embed_dim, patch_size, stride=patch_size, device="meta", **self._head_args)
+        embed.proj.weight = nn.Parameter(projection.weight)
+        embed.output_fmt = Format.NCHW  # the positions are added to the map
         self.first_conv = "patch_embed.proj" if stem is None else "patch_embed.backbone.conv0"
         self.encoding = self.get_submodule(self.first_conv).encoding
         self.positions = SinCosPositions(embed_dim)
-        for block in self.blocks:
+        for block in blocks:
             freezable(block.attn)
             block.attn.proj = _bcos_linear(block.attn.proj, b)
             block.mlp.fc1 = _bcos_linear(block.mlp.fc1, b)
