@@ -45,13 +45,18 @@ def image(*shape):
     return torch.rand(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
 
 
+def published_file(golden, case, folder):
+    """The case's weights as the authors publish theirs, in a file of the published name."""
+    path = folder / timm.get_pretrained_cfg(GOLDEN[case]).url.rsplit("/", 1)[1]
+    torch.save({name: torch.from_numpy(value) for name, value in golden.state_dict(case).items()}, path)
+    return path
+
+
 @pytest.mark.parametrize("case", GOLDEN)
 def test_equals_the_authors_numbers(golden, case, tmp_path):
-    published = {name: torch.from_numpy(value) for name, value in golden.state_dict(case).items()}
-    path = tmp_path / timm.get_pretrained_cfg(GOLDEN[case]).url.rsplit("/", 1)[1]
-    torch.save(published, path)
+    path = published_file(golden, case, tmp_path)
     model = timm.create_model(GOLDEN[case], pretrained=True, pretrained_cfg_overlay={"file": str(path)})
-    loaded = model.load_state_dict(bcos_vit.checkpoint_filter_fn(published, model))
+    loaded = model.load_state_dict(bcos_vit.checkpoint_filter_fn(torch.load(path), model))
     assert not loaded.missing_keys
     assert not loaded.unexpected_keys
     model = model.double().eval()
@@ -67,15 +72,14 @@ def test_equals_the_authors_numbers(golden, case, tmp_path):
 
 
 @pytest.mark.parametrize("case", GOLDEN)
-def test_published_weights_fit_other_colours(golden, case):
-    published = {name: torch.from_numpy(value) for name, value in golden.state_dict(case).items()}
-    colour, grey, four = (timm.create_model(GOLDEN[case], in_chans=n, depth=12) for n in (3, 1, 4))
-    weights = [
-        bcos_vit.checkpoint_filter_fn(published, model)[f"{model.first_conv}.weight"] for model in (colour, grey, four)
-    ]
+def test_published_file_fits_other_colours_and_classes(golden, case, tmp_path):
+    source = {"pretrained": True, "pretrained_cfg_overlay": {"file": str(published_file(golden, case, tmp_path))}}
+    colour, grey, four = (timm.create_model(GOLDEN[case], in_chans=n, num_classes=5, **source) for n in (3, 1, 4))
+    weights = [model.get_submodule(model.first_conv).weight for model in (colour, grey, four)]
     assert relative_error(weights[1], weights[0].unflatten(1, (2, 3)).sum(2)) < 1e-6
     assert relative_error(weights[2][:, 4:7], 3 / 4 * weights[0][:, 3:]) < 1e-6
-    assert weights[2].shape == four.get_submodule(four.first_conv).weight.shape
+    assert torch.equal(grey.blocks[10].mlp.fc2.weight, colour.blocks[10].mlp.fc2.weight)
+    assert grey(torch.rand(1, 1, 32, 32)).shape == (1, 5)
 
 
 def freeze(model, x):
@@ -378,6 +382,8 @@ def test_classifier_pooling_and_sizes():
         model(image(1, 3, 32, 38))
     with pytest.raises(TypeError):
         tiny("patches", class_token=True)
+    with pytest.raises(ValueError, match="num_groups=4 does not divide 6 channels"):
+        DynamicGroupNorm2d(6, 4)
 
 
 def test_saved_model_comes_back(tmp_path):
