@@ -6,9 +6,9 @@ Papers:
     `Early Convolutions Help Transformers See Better` - https://arxiv.org/abs/2106.14881 (ViT-C)
 
 The networks of B-cos v2 with its authors' ImageNet weights: B = 2 in the patch projection, the attention's output
-projection, the MLP and the classifier; no biases, no activation; fixed position embedding; the classifier behind the
-pooling, as published. timm's stems and position embeddings do not fit (a norm behind every convolution, other
-frequencies) and are replaced by our own.
+projection, the MLP and the classifier; queries, keys and values plain linear maps; no biases, no activation; fixed
+position embedding; the classifier behind the pooling, as published. timm's convolutional stem and its sines and cosines
+do not fit (the last norm missing, other frequencies); these are our own.
 
 The position embedding is added, so a logit has a share that no pixel contributes to: logits = W(x) x + W'(x) e + bias,
 with e the embedding and W' the map from the patches on. `Explanation.residual` is that share. Explained by a layer
@@ -22,8 +22,7 @@ import re
 from functools import partial
 from typing import Any
 
-from timm.layers import Format, HybridEmbed, PatchEmbed, get_device_dtype, to_2tuple
-from timm.layers.trace_utils import _assert
+from timm.layers import Format, HybridEmbed, PatchEmbed, _assert, get_device_dtype, to_2tuple
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
@@ -84,6 +83,8 @@ def _bcos_linear(linear: nn.Linear, b: float) -> BcosLinear:
 
 class BcosVisionTransformer(ExplainMixin, VisionTransformer):
     """B-cos ViT. RGB images in [0, 1] (B, 3, H, W), or encoded ones (B, 6, H, W), to logits (B, num_classes).
+
+    What the position embedding contributes to a logit is no pixel's: it is the `residual` of an explanation.
 
     Args:
         img_size: pixels a side of the usual image; any multiple of the stride is taken, positions go on beyond
