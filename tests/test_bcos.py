@@ -23,6 +23,7 @@ CASES = {
     "max_out": ((2, 3, 6, 6), 4, (3, 3), {"padding": (1, 1), "max_out": 2, "scale": 0.17}),
     "max_out_groups_dilated": ((1, 4, 8, 8), 6, (3, 3), {"dilation": (2, 2), "groups": 2, "max_out": 3}),
     "free_weights": ((2, 3, 6, 6), 4, (3, 3), {"unit_norm": False}),
+    "norm_eps": ((2, 3, 6, 6), 4, (3, 3), {"norm_eps": 0.3}),
     "b1": ((2, 3, 6, 6), 4, (3, 3), {"b": 1.0, "max_out": 2, "scale": 2.0}),
     "b1.5": ((2, 3, 6, 6), 4, (3, 3), {"b": 1.5, "scale": 0.3, "max_out": 2}),
     "b2.5_groups": ((2, 4, 6, 6), 4, (3, 3), {"b": 2.5, "groups": 2, "unit_norm": False}),
@@ -40,7 +41,17 @@ def problem(case, dtype=torch.float64):
 
 
 def by_hand(
-    x, weight, stride=(1, 1), padding=(0, 0), dilation=(1, 1), groups=1, b=2.0, max_out=1, scale=1.0, unit_norm=True
+    x,
+    weight,
+    stride=(1, 1),
+    padding=(0, 0),
+    dilation=(1, 1),
+    groups=1,
+    b=2.0,
+    max_out=1,
+    scale=1.0,
+    unit_norm=True,
+    norm_eps=1e-6,
 ):
     """One position, one unit at a time."""
     candidates, channels, kh, kw = weight.shape
@@ -61,7 +72,7 @@ def by_hand(
                         w = w / w.square().sum().sqrt() if unit_norm else w
                         products.append((w * patch).sum())
                     out = max(products)
-                    norm = (patch.square().sum() + 1e-6).sqrt()
+                    norm = (patch.square().sum() + norm_eps).sqrt()
                     if b == 2:
                         out = out * out.abs() / norm
                     elif b != 1:

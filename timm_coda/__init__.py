@@ -8,7 +8,7 @@ from .explain import ExplainMixin, Explanation, explain, explanation_mode
 from .functional import bcos_conv2d, bcos_linear, dau_conv2d, dau_linear, set_backend, use_backend
 from .hub import HubMixin
 from .layers import DAUConv2d, DAULinear, InverseEncoding
-from .models import BcosResNet, CodaNet
+from .models import BcosResNet, BcosVisionTransformer, CodaNet
 
 __version__ = "0.1.0"
 
@@ -16,6 +16,7 @@ __all__ = [
     "BcosConv2d",
     "BcosLinear",
     "BcosResNet",
+    "BcosVisionTransformer",
     "CodaNet",
     "DAUConv2d",
     "DAULinear",
