@@ -7,14 +7,17 @@ from .bcos import BcosConv2d, BcosLinear
 from .explain import ExplainMixin, Explanation, explain, explanation_mode
 from .functional import bcos_conv2d, bcos_linear, dau_conv2d, dau_linear, set_backend, use_backend
 from .layers import DAUConv2d, DAULinear, InverseEncoding
-from .models import BcosResNet, CodaNet
+from .models import BcosConvNeXt, BcosDenseNet, BcosResNet, BcosVGG, CodaNet
 
 __version__ = "0.1.0"
 
 __all__ = [
     "BcosConv2d",
+    "BcosConvNeXt",
+    "BcosDenseNet",
     "BcosLinear",
     "BcosResNet",
+    "BcosVGG",
     "CodaNet",
     "DAUConv2d",
     "DAULinear",

@@ -1,0 +1,72 @@
+"""What all families of B-cos v2 share: a classifier in front of the pooling, and where the published files are."""
+
+from typing import Any
+
+from timm.layers import get_device_dtype
+
+from ..bcosify import bcos_classifier, bcos_logits
+from ..explain import ExplainMixin
+from ..layers import GlobalPool
+
+__all__ = ["LONG", "BcosHead", "v2_cfg"]
+
+
+class BcosHead(ExplainMixin):
+    """Each position votes for the classes, the votes are pooled. A base in front of timm's architecture.
+
+    timm's own head is replaced: its classifier, under the same name, by a 1x1 B-cos convolution; `global_pool` and
+    `logits` come after it, on the model.
+    """
+
+    classifier_name = "classifier"  # where timm's architecture has it
+
+    def _set_head(
+        self,
+        num_classes: int,
+        global_pool: str,
+        b: float,
+        logit_temperature: float,
+        logit_bias: float | None,
+    ) -> None:
+        self._head_args = {"b": b}
+        self._logit_args = (logit_temperature, logit_bias)
+        self.reset_classifier(num_classes, global_pool)
+
+    def get_classifier(self) -> Any:
+        return getattr(self, self.classifier_name)
+
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        model: Any = self
+        model.num_classes = num_classes
+        if global_pool is not None:
+            model.global_pool = GlobalPool(global_pool).train(model.training)
+        head = bcos_classifier(model.head_hidden_size, num_classes, **self._head_args, **get_device_dtype(model))
+        setattr(model, self.classifier_name, head.train(model.training))
+        model.logits = bcos_logits(num_classes, *self._logit_args).train(model.training)
+
+
+_RELEASE = "https://github.com/B-cos/B-cos-v2/releases/download/v0.0.1-weights/"
+
+LONG = {"crop_pct": 224 / 232}  # the longer training's evaluation resizes to 232 pixels
+
+
+def v2_cfg(file: str, top1: float, first_conv: str, classifier: str, **kwargs: Any) -> dict[str, Any]:
+    """timm's config of a published file: its name, accuracy in percent, names of the first and the last layer."""
+    return {
+        "url": _RELEASE + file,
+        "num_classes": 1000,
+        "input_size": (3, 224, 224),
+        "pool_size": (7, 7),
+        "crop_pct": 224 / 256,
+        "interpolation": "bilinear",
+        "mean": (0.0, 0.0, 0.0),
+        "std": (1.0, 1.0, 1.0),
+        "first_conv": first_conv,
+        "classifier": classifier,
+        "license": "apache-2.0",
+        "description": f"ImageNet-1k top-1 {top1:.2f} % as its authors report.",
+        "origin_url": "https://github.com/B-cos/B-cos-v2",
+        "paper_ids": "arXiv:2306.10898",
+        "paper_name": "B-cos Alignment for Inherently Interpretable CNNs and Vision Transformers",
+        **kwargs,
+    }
