@@ -3,6 +3,7 @@
 from typing import Any
 
 from timm.layers import get_device_dtype
+from torch import nn
 
 from ..bcosify import bcos_classifier, bcos_logits
 from ..explain import ExplainMixin
@@ -14,25 +15,13 @@ __all__ = ["LONG", "BcosHead", "v2_cfg"]
 class BcosHead(ExplainMixin):
     """Each position votes for the classes, the votes are pooled. A base in front of timm's architecture.
 
-    timm's own head is replaced: its classifier, under the same name, by a 1x1 B-cos convolution; `global_pool` and
-    `logits` come after it, on the model.
+    The model's `global_pool` and `logits` come after its classifier, a 1x1 B-cos convolution in the place timm has its
+    own at. `_head_args` and `_logit_args` keep what `reset_classifier` makes new ones with.
     """
 
-    classifier_name = "classifier"  # where timm's architecture has it
+    classifier_name = "classifier"
 
-    def _set_head(
-        self,
-        num_classes: int,
-        global_pool: str,
-        b: float,
-        logit_temperature: float,
-        logit_bias: float | None,
-    ) -> None:
-        self._head_args = {"b": b}
-        self._logit_args = (logit_temperature, logit_bias)
-        self.reset_classifier(num_classes, global_pool)
-
-    def get_classifier(self) -> Any:
+    def get_classifier(self) -> nn.Module:
         return getattr(self, self.classifier_name)
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
@@ -40,9 +29,10 @@ class BcosHead(ExplainMixin):
         model.num_classes = num_classes
         if global_pool is not None:
             model.global_pool = GlobalPool(global_pool).train(model.training)
-        head = bcos_classifier(model.head_hidden_size, num_classes, **self._head_args, **get_device_dtype(model))
+        options: dict[str, Any] = model._head_args | get_device_dtype(model)
+        head = bcos_classifier(model.head_hidden_size, num_classes, **options)
         setattr(model, self.classifier_name, head.train(model.training))
-        model.logits = bcos_logits(num_classes, *self._logit_args).train(model.training)
+        model.logits = bcos_logits(num_classes, *model._logit_args).train(model.training)
 
 
 _RELEASE = "https://github.com/B-cos/B-cos-v2/releases/download/v0.0.1-weights/"

@@ -17,8 +17,9 @@ from timm.models.convnext import ConvNeXt
 from torch import Tensor, nn
 
 from ..bcos import BatchNormUncentered2d, PositionNorm2d
-from ..bcosify import replace_modules
+from ..bcosify import bcos_classifier, bcos_logits, replace_modules
 from ..convert import from_bcos_v2
+from ..layers import GlobalPool
 from ._bcos_v2 import LONG, BcosHead, v2_cfg
 
 __all__ = ["BcosConvNeXt"]
@@ -64,6 +65,7 @@ class BcosConvNeXt(BcosHead, ConvNeXt):
     ) -> None:
         if norm not in _NORMS:
             raise ValueError(f"norm={norm!r}: choose one of {', '.join(map(repr, _NORMS))}")
+        dd: dict[str, Any] = {"device": device, "dtype": dtype}
         super().__init__(
             in_chans=2 * in_chans,
             num_classes=0,
@@ -78,14 +80,19 @@ class BcosConvNeXt(BcosHead, ConvNeXt):
             norm_layer=_NORMS[norm],
             drop_rate=drop_rate,
             drop_path_rate=drop_path_rate,
-            device=device,
-            dtype=dtype,
+            **dd,
         )
         replace_modules(self, "stem.0", b=b)
+        first: Any = self.stem[0]
         self.in_chans = in_chans
-        self.encoding = self.stem[0].encoding
+        self.num_classes = num_classes
+        self.encoding = first.encoding
+        self._head_args = {"b": b}
+        self._logit_args = (logit_temperature, logit_bias)
         self.head_drop = nn.Dropout(drop_rate)
-        self._set_head(num_classes, global_pool, b, logit_temperature, logit_bias)
+        self.global_pool = GlobalPool(global_pool)
+        self.head = bcos_classifier(self.num_features, num_classes, b=b, **dd)
+        self.logits = bcos_logits(num_classes, logit_temperature, logit_bias)
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None, reset_other: bool = False) -> None:
         """`reset_other` is timm's for a head with further layers; this one has none."""

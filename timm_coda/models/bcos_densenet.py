@@ -14,8 +14,9 @@ from timm.models import build_model_with_cfg, generate_default_cfgs, register_mo
 from timm.models.densenet import DenseNet
 from torch import Tensor
 
-from ..bcosify import replace_modules
+from ..bcosify import bcos_classifier, bcos_logits, replace_modules
 from ..convert import from_bcos_v2
+from ..layers import GlobalPool
 from ._bcos_v2 import LONG, BcosHead, v2_cfg
 
 __all__ = ["BcosDenseNet"]
@@ -51,6 +52,7 @@ class BcosDenseNet(BcosHead, DenseNet):
         device=None,
         dtype=None,
     ) -> None:
+        dd: dict[str, Any] = {"device": device, "dtype": dtype}
         super().__init__(
             growth_rate,
             block_config,
@@ -61,13 +63,18 @@ class BcosDenseNet(BcosHead, DenseNet):
             drop_rate=drop_rate,
             proj_drop_rate=proj_drop_rate,
             memory_efficient=memory_efficient,
-            device=device,
-            dtype=dtype,
+            **dd,
         )
         replace_modules(self, "features.conv0", b=b)
+        first: Any = self.features.conv0
         self.in_chans = in_chans
-        self.encoding = self.features.conv0.encoding
-        self._set_head(num_classes, global_pool, b, logit_temperature, logit_bias)
+        self.num_classes = num_classes
+        self.encoding = first.encoding
+        self._head_args = {"b": b}
+        self._logit_args = (logit_temperature, logit_bias)
+        self.global_pool = GlobalPool(global_pool)
+        self.classifier = bcos_classifier(int(self.num_features), num_classes, b=b, **dd)
+        self.logits = bcos_logits(num_classes, logit_temperature, logit_bias)
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         if pre_logits or self.num_classes == 0:

@@ -16,8 +16,9 @@ from timm.models._features import feature_take_indices
 from timm.models.vgg import VGG, cfgs
 from torch import Tensor, nn
 
-from ..bcosify import replace_modules
+from ..bcosify import bcos_classifier, bcos_logits, replace_modules
 from ..convert import from_bcos_v2
+from ..layers import GlobalPool
 from ._bcos_v2 import BcosHead, v2_cfg
 
 __all__ = ["BcosVGG"]
@@ -52,6 +53,7 @@ class BcosVGG(BcosHead, VGG):
         device=None,
         dtype=None,
     ) -> None:
+        dd: dict[str, Any] = {"device": device, "dtype": dtype}
         super().__init__(
             cfg,
             num_classes=0,
@@ -60,16 +62,22 @@ class BcosVGG(BcosHead, VGG):
             norm_layer=nn.BatchNorm2d,
             global_pool="",
             drop_rate=drop_rate,
-            device=device,
-            dtype=dtype,
+            **dd,
         )
-        self.pre_logits.fc1.padding = (3, 3)
-        self.pre_logits.input_kernel_size = 1  # with the padding, maps below 7x7 need not be enlarged
+        mlp: Any = self.pre_logits
+        mlp.fc1.padding = (3, 3)
+        mlp.input_kernel_size = 1  # with the padding, maps below 7x7 need not be enlarged
         replace_modules(self, "features.0", b=b)
+        first: Any = self.features[0]
         self.in_chans = in_chans
-        self.encoding = self.features[0].encoding
+        self.num_classes = num_classes
+        self.encoding = first.encoding
+        self._head_args = {"b": b}
+        self._logit_args = (logit_temperature, logit_bias)
         self.head_drop = nn.Dropout(drop_rate)
-        self._set_head(num_classes, global_pool, b, logit_temperature, logit_bias)
+        self.global_pool = GlobalPool(global_pool)
+        self.head = bcos_classifier(self.head_hidden_size, num_classes, b=b, **dd)
+        self.logits = bcos_logits(num_classes, logit_temperature, logit_bias)
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         x = self.pre_logits(x)
