@@ -15,6 +15,7 @@ from test_bcos_models import freeze
 import timm_coda
 from timm_coda import BcosConvNeXt, BcosDenseNet, BcosVGG
 from timm_coda.bcos import BatchNormUncentered2d, PositionNorm2d
+from timm_coda.convert import ConvertError, check_fit
 from timm_coda.models import bcos_convnext, bcos_densenet, bcos_vgg
 
 # golden case: model, its file
@@ -121,6 +122,32 @@ def test_our_own_state_dict_stays_as_it_is(name):
     filtered = sys.modules[type(model).__module__].checkpoint_filter_fn(model.state_dict(), model)
     assert list(filtered) == list(model.state_dict())
     assert all(torch.equal(value, filtered[key]) for key, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize("name", ["bcos_densenet121", "bcos_vgg11", "bcos_convnext_tiny"])
+def test_a_file_of_another_model_is_named(name, tmp_path):
+    torch.save({"conv1.linear.weight": torch.rand(4, 6, 3, 3), "bn1.weight": torch.rand(4)}, tmp_path / "other.pth")
+    model = timm.create_model(name, device="meta")
+    filtered = sys.modules[type(model).__module__].checkpoint_filter_fn(torch.load(tmp_path / "other.pth"), model)
+    with pytest.raises(ConvertError, match=rf"not of this {type(model).__name__}: missing: .*: conv1.weight, bn1.wei"):
+        check_fit(filtered, model)
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments"),
+    [
+        ("bcos_densenet121", {"growth_rate": 4, "block_config": [1, 1, 1, 1]}),
+        ("bcos_vgg11", {"mlp_ratio": 1 / 128}),
+        ("bcos_convnext_tiny_bnu", {"depths": [1, 1, 1, 1], "dims": [4, 8, 8, 8]}),
+    ],
+)
+def test_saved_and_loaded(name, arguments, tmp_path):
+    model = timm.create_model(name, num_classes=2, **arguments).eval()
+    images = torch.rand(1, 3, 64, 64)
+    model.save_pretrained(tmp_path, label_names=["cat", "dog"])
+    assert torch.equal(type(model).from_pretrained(tmp_path)(images), model(images))
+    loaded = timm.create_model(f"local-dir:{tmp_path}", pretrained=True).eval()
+    assert torch.equal(loaded.explain(images).contributions, model.explain(images).contributions)
 
 
 def freeze_position_norms(model, x):

@@ -7,12 +7,13 @@ from torch import nn
 
 from ..bcosify import bcos_classifier, bcos_logits
 from ..explain import ExplainMixin
+from ..hub import HubMixin
 from ..layers import GlobalPool
 
 __all__ = ["LONG", "BcosHead", "v2_cfg"]
 
 
-class BcosHead(ExplainMixin):
+class BcosHead(ExplainMixin, HubMixin):
     """Each position votes for the classes, the votes are pooled. A base in front of timm's architecture.
 
     The model's `global_pool` and `logits` come after its classifier, a 1x1 B-cos convolution in the place timm has its

@@ -121,7 +121,7 @@ def _our_name(name: str) -> str:
     name = re.sub(r"^features\.([01])\.", r"stem.\1.", name)
     name = re.sub(r"^features\.([357])\.", lambda m: f"stages.{int(m[1]) // 2}.downsample.", name)
     name = re.sub(r"^features\.([2468])\.", lambda m: f"stages.{int(m[1]) // 2 - 1}.blocks.", name)
-    name = re.sub(r"\.block\.(\d)\.", lambda m: f".{_PARTS[m[1]]}.", name)
+    name = re.sub(r"\.block\.([0-3])\.", lambda m: f".{_PARTS[m[1]]}.", name)
     name = name.replace("layer_scale", "gamma")
     return name.replace("classifier.0.", "norm_pre.").replace("classifier.1.", "head.")
 

@@ -9,6 +9,7 @@ B-cos v2 with its authors' ImageNet weights: timm's VGG with batch normalisation
 votes for the classes and the votes are pooled. logits = W(x) x + bias.
 """
 
+import re
 from typing import Any
 
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
@@ -113,11 +114,8 @@ def _from_published(state_dict: dict[str, Tensor], model: BcosVGG) -> dict[str, 
     counted = [i for i, layer in enumerate(model.features) if not isinstance(layer, nn.Identity)]
     names = {f"features.{published}": f"features.{ours}" for published, ours in enumerate(counted)}
     names |= {"classifier.0": "pre_logits.fc1", "classifier.1": "pre_logits.fc2", "classifier.2": "head"}
-    renamed = {}
-    for name, value in state_dict.items():
-        part, index, rest = name.split(".", 2)
-        renamed[f"{names[f'{part}.{index}']}.{rest}"] = value
-    return renamed
+    part = re.compile(r"^(features|classifier)\.\d+")
+    return {part.sub(lambda m: names.get(m[0], m[0]), name): value for name, value in state_dict.items()}
 
 
 default_cfgs = generate_default_cfgs(
