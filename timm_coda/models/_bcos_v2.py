@@ -1,16 +1,18 @@
-"""What all families of B-cos v2 share: a classifier in front of the pooling, and where the published files are."""
+"""What all families of B-cos v2 share: a classifier in front of the pooling, the published files and their loading."""
 
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from timm.layers import get_device_dtype
-from torch import nn
+from torch import Tensor, nn
 
 from ..bcosify import bcos_classifier, bcos_logits
+from ..convert import check_fit, from_bcos_v2, unwrap
 from ..explain import ExplainMixin
 from ..hub import HubMixin
 from ..layers import GlobalPool
 
-__all__ = ["LONG", "BcosHead", "v2_cfg"]
+__all__ = ["LONG", "BcosHead", "v2_cfg", "v2_weights"]
 
 
 class BcosHead(ExplainMixin, HubMixin):
@@ -61,3 +63,25 @@ def v2_cfg(file: str, top1: float, first_conv: str, classifier: str, **kwargs: A
         "paper_name": "B-cos Alignment for Inherently Interpretable CNNs and Vision Transformers",
         **kwargs,
     }
+
+
+def v2_weights(
+    state_dict: Mapping[str, Any], model: Any, first_conv: str, our_name: Callable[[str], str] | None = None
+) -> dict[str, Tensor]:
+    """Weights of a published checkpoint or ours, as `model` wants them, also with another number of colours.
+
+    Args:
+        state_dict: as published, or ours
+        model: what they are for
+        first_conv: our name of its first layer
+        our_name: from a published parameter's name; None if only the `.linear.` in it differs
+
+    Raises:
+        ConvertError: they are another network's; the message names the first differences.
+    """
+    state_dict = unwrap(state_dict)
+    if our_name is not None and any(".linear." in name for name in state_dict):
+        state_dict = {our_name(name): value for name, value in state_dict.items()}
+    weights = from_bcos_v2(state_dict, model.in_chans, first_conv)
+    check_fit(weights, model)
+    return weights

@@ -10,6 +10,7 @@ position norm, or with uncentred batch normalisation in the models named `_bnu`.
 """
 
 import re
+from collections.abc import Mapping
 from typing import Any
 
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
@@ -18,9 +19,9 @@ from torch import Tensor, nn
 
 from ..bcos import BatchNormUncentered2d, PositionNorm2d
 from ..bcosify import bcos_classifier, bcos_logits, replace_modules
-from ..convert import from_bcos_v2
+from ..convert import unwrap
 from ..layers import GlobalPool
-from ._bcos_v2 import LONG, BcosHead, v2_cfg
+from ._bcos_v2 import LONG, BcosHead, v2_cfg, v2_weights
 
 __all__ = ["BcosConvNeXt"]
 
@@ -107,10 +108,9 @@ class BcosConvNeXt(BcosHead, ConvNeXt):
         return self.logits(x)
 
 
-def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: BcosConvNeXt) -> dict[str, Tensor]:
-    if any(".linear." in name for name in state_dict):
-        state_dict = {_our_name(name): v.flatten() if "layer_scale" in name else v for name, v in state_dict.items()}
-    return from_bcos_v2(state_dict, model.in_chans, "stem.0")
+def checkpoint_filter_fn(state_dict: Mapping[str, Any], model: BcosConvNeXt) -> dict[str, Tensor]:
+    weights = {name: v.flatten() if name.endswith("layer_scale") else v for name, v in unwrap(state_dict).items()}
+    return v2_weights(weights, model, "stem.0", _our_name)
 
 
 _PARTS = {"0": "conv_dw", "1": "norm", "2": "mlp.fc1", "3": "mlp.fc2"}

@@ -8,6 +8,7 @@ B-cos v2 with its authors' ImageNet weights: timm's DenseNet with its modules re
 classifier a 1x1 B-cos convolution in front of the pooling. logits = W(x) x + bias.
 """
 
+from collections.abc import Mapping
 from typing import Any
 
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
@@ -15,9 +16,8 @@ from timm.models.densenet import DenseNet
 from torch import Tensor
 
 from ..bcosify import bcos_classifier, bcos_logits, replace_modules
-from ..convert import from_bcos_v2
 from ..layers import GlobalPool
-from ._bcos_v2 import LONG, BcosHead, v2_cfg
+from ._bcos_v2 import LONG, BcosHead, v2_cfg, v2_weights
 
 __all__ = ["BcosDenseNet"]
 
@@ -85,8 +85,8 @@ class BcosDenseNet(BcosHead, DenseNet):
         return self.logits(x)
 
 
-def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: BcosDenseNet) -> dict[str, Tensor]:
-    return from_bcos_v2(state_dict, model.in_chans, "features.conv0")
+def checkpoint_filter_fn(state_dict: Mapping[str, Any], model: BcosDenseNet) -> dict[str, Tensor]:
+    return v2_weights(state_dict, model, "features.conv0")
 
 
 def _cfg(file: str, top1: float, **kwargs: Any) -> dict[str, Any]:

@@ -11,6 +11,7 @@ The networks of the second paper (B-cos v2) with its authors' ImageNet weights: 
 # torch.jit.ignore is declared for a flag only:
 # pyright: reportArgumentType=false
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch.nn.functional as F
@@ -19,9 +20,8 @@ from timm.models.resnet import BasicBlock, Bottleneck, ResNet
 from torch import Tensor
 
 from ..bcosify import bcos_classifier, bcos_logits, replace_modules
-from ..convert import from_bcos_v2
 from ..layers import GlobalPool
-from ._bcos_v2 import LONG, BcosHead, v2_cfg
+from ._bcos_v2 import LONG, BcosHead, v2_cfg, v2_weights
 
 __all__ = ["BcosResNet"]
 
@@ -96,8 +96,8 @@ class BcosResNet(BcosHead, ResNet):
         return self.logits(x)
 
 
-def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: BcosResNet) -> dict[str, Tensor]:
-    return from_bcos_v2(state_dict, model.in_chans)
+def checkpoint_filter_fn(state_dict: Mapping[str, Any], model: BcosResNet) -> dict[str, Tensor]:
+    return v2_weights(state_dict, model, "conv1")
 
 
 def _cfg(file: str, top1: float, **kwargs: Any) -> dict[str, Any]:

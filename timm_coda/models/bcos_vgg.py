@@ -10,6 +10,7 @@ votes for the classes and the votes are pooled. logits = W(x) x + bias.
 """
 
 import re
+from collections.abc import Mapping
 from typing import Any
 
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
@@ -18,9 +19,8 @@ from timm.models.vgg import VGG, cfgs
 from torch import Tensor, nn
 
 from ..bcosify import bcos_classifier, bcos_logits, replace_modules
-from ..convert import from_bcos_v2
 from ..layers import GlobalPool
-from ._bcos_v2 import BcosHead, v2_cfg
+from ._bcos_v2 import BcosHead, v2_cfg, v2_weights
 
 __all__ = ["BcosVGG"]
 
@@ -103,19 +103,13 @@ class BcosVGG(BcosHead, VGG):
         return kept
 
 
-def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: BcosVGG) -> dict[str, Tensor]:
-    if any(".linear." in name for name in state_dict):
-        state_dict = _from_published(state_dict, model)
-    return from_bcos_v2(state_dict, model.in_chans, "features.0")
-
-
-def _from_published(state_dict: dict[str, Tensor], model: BcosVGG) -> dict[str, Tensor]:
-    """Published layers are counted without timm's places for activations, and the head's are all the classifier's."""
+def checkpoint_filter_fn(state_dict: Mapping[str, Any], model: BcosVGG) -> dict[str, Tensor]:
+    # Published layers are counted without timm's places for activations, and the head's are all the classifier's.
     counted = [i for i, layer in enumerate(model.features) if not isinstance(layer, nn.Identity)]
     names = {f"features.{published}": f"features.{ours}" for published, ours in enumerate(counted)}
     names |= {"classifier.0": "pre_logits.fc1", "classifier.1": "pre_logits.fc2", "classifier.2": "head"}
     part = re.compile(r"^(features|classifier)\.\d+")
-    return {part.sub(lambda m: names.get(m[0], m[0]), name): value for name, value in state_dict.items()}
+    return v2_weights(state_dict, model, "features.0", lambda name: part.sub(lambda m: names.get(m[0], m[0]), name))
 
 
 default_cfgs = generate_default_cfgs(
