@@ -8,14 +8,17 @@ from .explain import ExplainMixin, Explanation, explain, explanation_mode
 from .functional import bcos_conv2d, bcos_linear, dau_conv2d, dau_linear, set_backend, use_backend
 from .hub import HubMixin
 from .layers import DAUConv2d, DAULinear, InverseEncoding
-from .models import BcosResNet, BcosVisionTransformer, CodaNet
+from .models import BcosConvNeXt, BcosDenseNet, BcosResNet, BcosVGG, BcosVisionTransformer, CodaNet
 
 __version__ = "0.1.0"
 
 __all__ = [
     "BcosConv2d",
+    "BcosConvNeXt",
+    "BcosDenseNet",
     "BcosLinear",
     "BcosResNet",
+    "BcosVGG",
     "BcosVisionTransformer",
     "CodaNet",
     "DAUConv2d",
