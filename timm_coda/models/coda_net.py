@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from ..convert import ConvertError, check_fit, resolve_weights, unwrap
 from ..explain import ExplainMixin
 from ..hub import blame
-from ..layers import DAUConv2d, GlobalPool, InverseEncoding, Logits
+from ..layers import DAUConv2d, GlobalPool, InverseEncoding, Logits, adapt_colours
 
 __all__ = ["CodaNet"]
 
@@ -237,7 +237,7 @@ def checkpoint_filter_fn(state_dict: Mapping[str, Any], model: CodaNet) -> dict[
         state_dict = _from_authors(state_dict, model)
     for name in ("stages.0.0.down.weight", "stages.0.0.up.weight", "stages.0.0.up.bias"):
         if name in state_dict:
-            state_dict[name] = _adapt_colours(state_dict[name], model.in_chans)
+            state_dict[name] = adapt_colours(state_dict[name], model.in_chans)
     check_fit(state_dict, model)
     return state_dict
 
@@ -262,19 +262,6 @@ def _from_authors(state_dict: Mapping[str, Tensor], model: CodaNet) -> dict[str,
             else:
                 converted[f"{name}.up.bias"] = value.reshape(seen.numel(), -1).T.reshape(-1, *seen).contiguous()
     return converted
-
-
-def _adapt_colours(weight: Tensor, in_chans: int) -> Tensor:
-    """(N, 2 C, k, k) to (N, 2 in_chans, k, k): colours are summed to one, or repeated and scaled, as timm does."""
-    source = weight.shape[1] // 2
-    if source == in_chans or weight.shape[1] % 2:
-        return weight
-    weight = weight.to(torch.promote_types(weight.dtype, torch.float32))  # sums want more than half precision
-    halves = weight.unflatten(1, (2, source))  # colours, and inverse colours
-    if in_chans == 1:
-        return halves.sum(2)
-    repeated = halves[:, :, torch.arange(in_chans) % source]
-    return (repeated * (source / in_chans)).flatten(1, 2)
 
 
 def _cfg(**kwargs: Any) -> dict[str, Any]:
