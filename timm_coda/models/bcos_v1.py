@@ -169,9 +169,7 @@ class BcosV1DenseNet(_BcosV1, DenseNet):
         in_chans: int = 3,
         **options: Any,
     ) -> None:
-        super().__init__(
-            growth_rate, block_config, num_classes=0, in_chans=2 * in_chans, global_pool="", device="meta"
-        )
+        super().__init__(growth_rate, block_config, num_classes=0, in_chans=2 * in_chans, global_pool="", device="meta")
         del self.classifier
         self._become_bcos("features.conv0", **options)
 
