@@ -8,6 +8,9 @@ accuracy falls slowly, while explanations become sharp. Written from the paper's
 non-commercial research only.
 """
 
+# torch declares too little of what a module holds, timm of what it takes:
+# pyright: reportArgumentType=false
+
 import re
 from collections.abc import Mapping, Sequence
 from functools import partial

@@ -184,8 +184,9 @@ class BcosV1VGG(_BcosV1, VGG):
     def __init__(self, cfg: list[int | str], in_chans: int = 3, **options: Any) -> None:
         super().__init__(cfg, num_classes=0, in_chans=2 * in_chans, global_pool="", device="meta")
         del self.head
-        self.pre_logits.fc1.padding = (3, 3)
-        self.pre_logits.input_kernel_size = 1  # so that timm does not enlarge small maps
+        dense: Any = self.pre_logits
+        dense.fc1.padding = (3, 3)
+        dense.input_kernel_size = 1  # so that timm does not enlarge small maps
         self._become_bcos("features.0", **options)
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:

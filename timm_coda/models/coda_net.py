@@ -8,6 +8,9 @@ by pixel. Written from the paper's formulas; S and L have the published layouts 
 for 64x64 images because the published one was not released.
 """
 
+# torch declares too little of what a module holds, timm of what it takes:
+# pyright: reportArgumentType=false
+
 import re
 from collections.abc import Mapping, Sequence
 from functools import partial
