@@ -232,8 +232,12 @@ def test_registered_with_the_published_files():
         size = {"conv9": (32, 32), "inception": (341, 299)}.get(tag.split(".")[0].split("_")[2], (256, 224))
         assert (steps["Resize"].size, steps["CenterCrop"].size[0]) == size
         assert (steps["Normalize"].mean.tolist(), steps["Normalize"].std.tolist()) == ([0, 0, 0], [1, 1, 1])
-    ours = timm.get_pretrained_cfg("bcos_v1_conv9")
-    assert (ours.tag, ours.license, ours.label_names[9]) == ("b2_cifar10", "apache-2.0", "truck")
+    for name in names:  # the authors' weights come only when they are named
+        ours = timm.get_pretrained_cfg(name)
+        assert (ours.tag, ours.license) == ("b2_cifar10" if "conv9" in name else "in1k", "apache-2.0")
+        with pytest.raises(hub.HubError, match=rf"{name}\.\w+ has no weights yet \(there are: {name}\.mpi_"):
+            timm.create_model(name, pretrained=True)
+    assert timm.get_pretrained_cfg_value("bcos_v1_conv9", "label_names")[9] == "truck"
 
 
 def test_classifier_follows_the_classes():
@@ -291,4 +295,5 @@ def test_timm_suite(golden, name, tmp_path):
         [script, "timm_coda", name, "-q", "-rs"], env=environment, capture_output=True, text=True, check=False
     )
     assert run.returncode == 0, run.stdout[-4000:] + run.stderr[-2000:]
-    print(run.stdout.splitlines()[-1])
+    if name != "bcos_v1_vgg11":  # timm leaves out a test of networks above 100 million parameters
+        assert "skipped" not in run.stdout.splitlines()[-1], run.stdout[-2000:]

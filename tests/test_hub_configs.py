@@ -19,7 +19,8 @@ from timm_coda import hub, runs
 ROOT = Path(__file__).parents[1]
 FOLDERS = ROOT / "hub_configs"
 TAGS = [name for model in timm.list_models("coda_net*") for name in timm.list_models(f"{model}.*", include_tags=True)]
-TRAINED = [*TAGS, "bcos_v1_conv9.b2_cifar10"]
+BCOS_V1 = ["conv9.b2_cifar10", "densenet121.in1k", "inception_v3.in1k", "resnet34.in1k", "vgg11.in1k"]
+TRAINED = [*TAGS, *(f"bcos_v1_{name}" for name in BCOS_V1)]
 
 
 def write_config(name: str, folder: Path) -> None:

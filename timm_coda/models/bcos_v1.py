@@ -275,10 +275,9 @@ def _from_authors(state_dict: Mapping[str, Tensor], model: _BcosV1) -> dict[str,
     return converted
 
 
-def _cfg(name: str, token: str, **kwargs: Any) -> dict[str, Any]:
-    """Weights that the paper's authors published, downloaded from their file share."""
+def _cfg(**kwargs: Any) -> dict[str, Any]:
     return {
-        "url": (f"https://nextcloud.mpi-klsb.mpg.de/index.php/s/{token}/download", f"{name}.pt"),
+        "url": "",
         "num_classes": 1000,
         "input_size": (3, 224, 224),
         "pool_size": (7, 7),
@@ -288,27 +287,50 @@ def _cfg(name: str, token: str, **kwargs: Any) -> dict[str, Any]:
         "std": (1.0, 1.0, 1.0),
         "first_conv": "conv1",
         "classifier": "fc",
-        "license": "non-commercial-research",
-        "description": "Weights published by the authors of the paper, for non-commercial research only",
-        "origin_url": "https://github.com/moboehle/B-cos",
+        "license": "apache-2.0",
         "paper_ids": "arXiv:2205.10268",
         "paper_name": "B-cos Networks: Alignment is All We Need for Interpretability",
         **kwargs,
     }
 
 
-_WEIGHTS = {  # tag: link, and what differs
-    "bcos_v1_resnet34.mpi_in1k": ("mYe6TggQsDymZbk", {}),
-    "bcos_v1_densenet121.mpi_in1k": ("LW2HsNDzAzaaaDH", {"first_conv": "features.conv0"}),
-    "bcos_v1_densenet121.mpi_cosine_in1k": ("G8kdm73qWn4L8Lg", {"first_conv": "features.conv0"}),
-    "bcos_v1_vgg11.mpi_in1k": ("kEHgFSSKMEdeA5N", {"first_conv": "features.0"}),
-    "bcos_v1_inception_v3.mpi_in1k": (
-        "QSEo6QSNgPZqNfi",
-        {"input_size": (3, 299, 299), "pool_size": (8, 8), "crop_pct": 0.875, "first_conv": "Conv2d_1a_3x3.conv"},
-    ),
+def _mpi_cfg(name: str, token: str, **kwargs: Any) -> dict[str, Any]:
+    """Weights that the paper's authors published, downloaded from their file share."""
+    return _cfg(
+        url=(f"https://nextcloud.mpi-klsb.mpg.de/index.php/s/{token}/download", f"{name}.pt"),
+        license="non-commercial-research",
+        description="Weights published by the authors of the paper, for non-commercial research only",
+        origin_url="https://github.com/moboehle/B-cos",
+        **kwargs,
+    )
+
+
+_NETWORKS = {
+    "bcos_v1_resnet34": {},
+    "bcos_v1_densenet121": {"first_conv": "features.conv0"},
+    "bcos_v1_vgg11": {"first_conv": "features.0"},
+    "bcos_v1_inception_v3": {
+        "first_conv": "Conv2d_1a_3x3.conv",
+        "input_size": (3, 299, 299),
+        "min_input_size": (3, 107, 107),  # below, the last map is a single position
+        "pool_size": (8, 8),
+        "crop_pct": 0.875,
+    },
 }
+_MPI_TAGS = {  # link
+    "bcos_v1_resnet34.mpi_in1k": "mYe6TggQsDymZbk",
+    "bcos_v1_densenet121.mpi_in1k": "LW2HsNDzAzaaaDH",
+    "bcos_v1_densenet121.mpi_cosine_in1k": "G8kdm73qWn4L8Lg",
+    "bcos_v1_vgg11.mpi_in1k": "kEHgFSSKMEdeA5N",
+    "bcos_v1_inception_v3.mpi_in1k": "QSEo6QSNgPZqNfi",
+}
+
+# The last * is the default. Without it, the first with weights would be, and the authors' have another licence.
 default_cfgs = generate_default_cfgs(
-    {name: _cfg(name, token, **differences) for name, (token, differences) in _WEIGHTS.items()}
+    {
+        **{name: _mpi_cfg(name, token, **_NETWORKS[name.split(".")[0]]) for name, token in _MPI_TAGS.items()},
+        **{f"{name}.in1k*": _cfg(**network) for name, network in _NETWORKS.items()},
+    }
 )
 
 
