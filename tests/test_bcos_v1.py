@@ -14,7 +14,7 @@ from conftest import SHARED, relative_error
 from timm.models.resnet import BasicBlock
 
 import timm_coda
-from timm_coda import hub
+from timm_coda import cli, hub
 from timm_coda.bcos import BcosConv2d, EncodedBcosConv2d
 from timm_coda.convert import ConvertError
 
@@ -85,13 +85,16 @@ def test_timm_loads_the_published_file(golden, case, stem, layer, theirs, tmp_pa
     assert all(torch.equal(value, weights[name]) for name, value in filter_of(model)(weights, model).items())
 
 
-def test_another_networks_checkpoint_is_named(golden):
+def test_another_networks_checkpoint_is_named():
     conv9 = timm.create_model("bcos_v1_conv9", device="meta")
     resnet = timm.create_model("bcos_v1_resnet34", device="meta")
     with pytest.raises(ConvertError, match=r"0\.conv1\.linear\.weight is not one of the 9 layers"):
         filter_of(conv9)({"0.conv1.linear.weight": torch.ones(1)}, conv9)
     with pytest.raises(ConvertError, match=r"missing: conv1\.weight.*only in the checkpoint: features\.0\.weight"):
         filter_of(resnet)({"0.features.0.linear.weight": torch.ones(1)}, resnet)
+    vgg = timm.create_model("bcos_v1_vgg11", device="meta")
+    with pytest.raises(ConvertError, match=r"missing: features\.0\.weight.*only in the checkpoint: features\.conv0\."):
+        filter_of(vgg)({"0.features.conv0.linear.weight": torch.ones(1)}, vgg)
 
 
 def freeze(model, x):
@@ -131,14 +134,14 @@ def tiny(kind, b=2.0):
     torch.manual_seed(0)
     options = {"b": b, "num_classes": 4, "logit_temperature": 0.001, "dtype": torch.float64}
     if kind == "resnet":
-        return timm_coda.models.BcosV1ResNet(BasicBlock, (1, 1, 1, 1), **options)
+        return timm_coda.BcosV1ResNet(BasicBlock, (1, 1, 1, 1), **options)
     if kind == "densenet":
-        return timm_coda.models.BcosV1DenseNet(8, (2, 2, 1), **options)
+        return timm_coda.BcosV1DenseNet(8, (2, 2, 1), **options)
     if kind == "vgg":
-        return timm_coda.models.BcosV1VGG([8, "M", 8, "M"], scale_divisor=1000.0, **options)
+        return timm_coda.BcosV1VGG([8, "M", 8, "M"], scale_divisor=1000.0, **options)
     if kind == "inception":
-        return timm_coda.models.BcosV1InceptionV3(scale_divisor=200.0, **options)
-    return timm_coda.models.BcosConvNet((1, 2), (8, 8, 12), (1, 2, 1), scale=0.1, **options)
+        return timm_coda.BcosV1InceptionV3(scale_divisor=200.0, **options)
+    return timm_coda.BcosConvNet((1, 2), (8, 8, 12), (1, 2, 1), scale=0.1, **options)
 
 
 @torch.no_grad()
@@ -210,7 +213,7 @@ def test_nine_layers_as_published():
     with pytest.raises(ValueError, match=r"b=1\.6: there is no published temperature for it \(only for 1, 1\.25, "):
         timm.create_model("bcos_v1_conv9", b=1.6)
     with pytest.raises(ValueError, match=r"3 layers .* need as many channels and strides: got 2 and 3"):
-        timm_coda.models.BcosConvNet((1, 2), (8, 8), (1, 2, 1))
+        timm_coda.BcosConvNet((1, 2), (8, 8), (1, 2, 1))
     with pytest.raises(TypeError):
         timm.create_model("bcos_v1_conv9", temperature=3)
 
@@ -254,6 +257,18 @@ def test_classifier_follows_the_classes():
         timm.create_model("bcos_v1_resnet34", scale_divisor=0)
     with pytest.raises(TypeError, match="temperature"):
         timm.create_model("bcos_v1_resnet34", temperature=3)
+
+
+def test_convert_command(golden, tmp_path, capsys):
+    case = "bcosv1_cifar_b1.5_32px"
+    torch.save(published_weights(golden, case), tmp_path / "theirs.pt")
+    cli.main(["convert", str(tmp_path / "theirs.pt"), "--model", GOLDEN[case], "--output", str(tmp_path / "ours")])
+    assert str(tmp_path / "ours") in capsys.readouterr().out
+    model = timm.create_model(f"local-dir:{tmp_path / 'ours'}", pretrained=True).double().eval()
+    with torch.no_grad():
+        logits = model(torch.from_numpy(golden.inputs(case)).double())
+    assert relative_error(logits, golden.expected(case)["logits"]) < 1e-9
+    assert model.pretrained_cfg["license"] == "non-commercial-research"
 
 
 def test_a_folder_keeps_b_and_temperature(tmp_path):

@@ -7,14 +7,19 @@ from .bcos import BcosConv2d, BcosLinear
 from .explain import ExplainMixin, Explanation, explain, explanation_mode
 from .functional import bcos_conv2d, bcos_linear, dau_conv2d, dau_linear, set_backend, use_backend
 from .layers import DAUConv2d, DAULinear, InverseEncoding
-from .models import BcosResNet, CodaNet
+from .models import BcosConvNet, BcosResNet, BcosV1DenseNet, BcosV1InceptionV3, BcosV1ResNet, BcosV1VGG, CodaNet
 
 __version__ = "0.1.0"
 
 __all__ = [
     "BcosConv2d",
+    "BcosConvNet",
     "BcosLinear",
     "BcosResNet",
+    "BcosV1DenseNet",
+    "BcosV1InceptionV3",
+    "BcosV1ResNet",
+    "BcosV1VGG",
     "CodaNet",
     "DAUConv2d",
     "DAULinear",

@@ -259,20 +259,23 @@ def _from_authors(state_dict: Mapping[str, Tensor], model: _BcosV1) -> dict[str,
 
     The auxiliary classifier that Inception-v3 was trained with is left out: it takes no part in a decision.
     """
+    layers = {}
+    for key, value in state_dict.items():
+        layer, _, part = key.removeprefix("0.").rpartition(".")
+        layers[layer.removesuffix(".linear"), part] = value
     names = {}
     if isinstance(model, BcosV1VGG):
-        counted = [int(key.split(".")[2]) for key in state_dict if key.startswith("0.features.")]
+        theirs = sorted(int(layer[9:]) for layer, _ in layers if re.fullmatch(r"features\.\d+", layer))
         ours = [i for i, layer in enumerate(model.features) if isinstance(layer, BcosConv2d)]
-        names = {f"features.{theirs}": f"features.{i}" for theirs, i in zip(sorted(counted), ours, strict=False)}
+        names = {f"features.{t}": f"features.{o}" for t, o in zip(theirs, ours, strict=False)}
         names |= {"classifier.0": "pre_logits.fc1", "classifier.1": "pre_logits.fc2", "classifier.2": "fc"}
     elif isinstance(model, BcosV1DenseNet):
         names = {"classifier": "fc"}
-    converted = {}
-    for key, value in state_dict.items():
-        layer = re.sub(r"^0\.|\.linear\.weight$", "", key)
-        if not layer.startswith("AuxLogits."):
-            converted[f"{names.get(layer, layer)}.weight"] = value
-    return converted
+    return {
+        f"{names.get(layer, layer)}.{part}": value
+        for (layer, part), value in layers.items()
+        if not layer.startswith("AuxLogits.")
+    }
 
 
 def _cfg(**kwargs: Any) -> dict[str, Any]:
