@@ -27,14 +27,13 @@ import torch
 from accelerate import Accelerator, DataLoaderConfiguration
 from accelerate.utils import set_seed
 from timm.data import Mixup, resolve_input_data_config
-from timm.loss import BinaryCrossEntropy
 from timm.optim import create_optimizer_v2
 from timm.scheduler import create_scheduler_v2
 from timm.utils import ModelEmaV3
 from tqdm import tqdm
 
 import timm_coda  # noqa: F401  # registers the models
-from timm_coda import data, hub, runs
+from timm_coda import data, hub, learning, runs
 
 DEFAULT_RECIPE = Path(__file__).parent / "hub_configs/coda_net_xs.digits/recipe.yaml"
 
@@ -55,6 +54,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--log-every", type=runs.positive, default=10, help="updates between points of the loss curve")
     add("--explain-every", type=runs.natural, default=5, help="epochs between explanation pictures; 0: one at the end")
     add("--explain-images", type=runs.positive, default=8, help="test images in such a picture; 8 fit a page")
+    add("--push-to-hub", metavar="REPO", help="publish the finished run there, USER/NAME, with a model card")
     add("--report-to", default="none", help="a tracker of Accelerate's: tensorboard, wandb, ...; none: files do")
     add = parser.add_argument_group("data").add_argument
     add("--data", nargs="+", default=["digits"], help="digits, a Hub id, parquet files, a folder of these or of images")
@@ -83,23 +83,24 @@ def make_parser() -> argparse.ArgumentParser:
     add("--model", default="coda_net_s", help="a name in timm's registry, local-dir:FOLDER or hf-hub:ID")
     add("--model-args", nargs="+", action="extend", default=[], metavar="NAME=JSON", help="as logit_temperature=100")
     add("--pretrained", action=switch, default=False, help="start from the model's published weights")
+    add("--head-only", action=switch, default=False, help="freeze all but the classifier: quick, and seldom enough")
     add("--ema", type=float, default=0.0, help="decay of averaged weights, which are then tested and saved; 0: none")
     add = parser.add_argument_group("learning").add_argument
     add("--epochs", type=runs.positive, default=200, help="times that each training image is seen")
     add("--batch-size", type=runs.positive, default=16, help="images a step and process; GPUs want more, and more --lr")
     add("--grad-accum", type=runs.positive, default=1, help="steps in an update: a larger batch with the same memory")
-    add("--loss", choices=["bce", "ce"], default="bce", help="bce: a yes or no for each class on its own")
+    add("--loss", choices=learning.LOSSES, default="bce", help="bce: a yes or no a class; -uniform: B-cos v2's targets")
     add("--smoothing", type=float, default=0.0, help="of labels; 0 lets evidence grow without limit")
     add("--opt", default="adam", help="an optimiser of timm's")
     add("--lr", type=float, default=2.5e-4, help="highest learning rate; for batches of 16")
     add("--weight-decay", type=float, default=0.0, help="dynamic weights are bounded without it")
-    schedules = ["cosine", "step", "poly", "tanh", "wsd", "constant"]
-    add("--sched", choices=schedules, default="step", help="learning rate schedule of timm's, stepped each update")
+    add("--sched", choices=learning.SCHEDULES, default="step", help="a schedule of timm's, stepped each update")
     add("--decay-epochs", type=float, default=30, help="epochs between two decays; step only")
     add("--decay-rate", type=float, default=2 / 3, help="factor of a decay; step only")
     add("--warmup-epochs", type=float, default=0.0, help="of linear warm-up; small batches need none")
     add("--min-lr", type=float, default=0.0, help="learning rate at the end; not for step")
     add("--clip-grad", type=float, default=0.0, help="largest norm of the gradient; 0: none")
+    add("--agc", type=float, default=0.0, help="largest gradient of a unit, as a share of its weights; 0: none")
     return parser
 
 
@@ -129,6 +130,7 @@ def train(args: argparse.Namespace, stop: list[int]) -> None:
     output, options = Path(args.output), runs.run_options(args)
     if args.resume and (output / "summary.json").exists():
         raise runs.Stopped(f"{output} is finished: there is nothing to go on with", code=0)
+    repo_id = args.push_to_hub and hub.check_access(args.push_to_hub)  # now, and not after hours of training
 
     def chosen(names: str) -> dict[str, Any]:
         return {name: options[name] for name in names.split()}
@@ -148,7 +150,7 @@ def train(args: argparse.Namespace, stop: list[int]) -> None:
     names = "subset image_column label_column train_split test_split val_fraction num_classes"
     source = data.load_data(args.data, **chosen(names))
     classes = source.label_names
-    network: Any = hub.create_model(args.model, num_classes=len(classes), **chosen("pretrained model_args"))
+    network: Any = hub.create_model(args.model, num_classes=len(classes), **chosen("pretrained model_args head_only"))
     with hub.blame("--img-size, --interpolation, --crop-pct or a random change of the images", runs.RunError):
         config = resolve_input_data_config(network, chosen("img_size interpolation crop_pct"))
         changes = chosen("crop_padding scale ratio hflip color_jitter auto_augment erase")
@@ -173,8 +175,7 @@ def train(args: argparse.Namespace, stop: list[int]) -> None:
     mixing = {"mixup_alpha": args.mixup, "cutmix_alpha": args.cutmix, "label_smoothing": args.smoothing}
     mixup = Mixup(**mixing, num_classes=len(classes)) if args.mixup or args.cutmix else None
     smoothing = 0.0 if mixup else args.smoothing  # mixed labels are smooth already
-    make_loss = {"bce": BinaryCrossEntropy, "ce": lambda s: torch.nn.CrossEntropyLoss(label_smoothing=s)}[args.loss]
-    loss_function, test_loss = make_loss(smoothing), make_loss(0.0)
+    loss_function, test_loss = learning.make_loss(args.loss, smoothing), learning.make_loss(args.loss, 0.0)
     ema = ModelEmaV3(network.to(device), args.ema, use_warmup=True) if args.ema else None
     model, optimizer, loader, test_loader = accelerator.prepare(network, optimizer, loader, test_loader)
     if ema is not None:
@@ -239,8 +240,7 @@ def train(args: argparse.Namespace, stop: list[int]) -> None:
                 logits = model(images)
                 loss = loss_function(logits, targets) * weight
                 accelerator.backward(loss)
-                if args.clip_grad and accelerator.sync_gradients:
-                    accelerator.clip_grad_norm_(model.parameters(), args.clip_grad)
+                learning.limit_gradients(accelerator, model, args.clip_grad, args.agc)
                 optimizer.step()
                 optimizer.zero_grad()
             window += weight * tally(loss, logits, labels)
@@ -276,11 +276,9 @@ def train(args: argparse.Namespace, stop: list[int]) -> None:
         explain(output / "explanation.png")
         facts = {"options": options, "parameters": parameters, "processes": processes, "label_names": classes}
         runs.save_summary(output, progress, facts | {"training_images": len(train_set), "test_images": len(test_set)})
-        best, note = progress.best, f"; {len(progress.skipped)} images could not be read" if progress.skipped else ""
-        print(f"\naccuracy {best['accuracy']:.4f} in epoch {best['epoch']}, {progress.seconds:.0f} s in all{note}")
-        print("" if silent else f"explanations: {output / 'explanation.png'}\n")
-        print(f'import timm, timm_coda\nmodel = timm.create_model("local-dir:{output}", pretrained=True).eval()')
+        print(runs.closing_words(output, progress, pictures=not silent))
     accelerator.end_training()
+    runs.publish(output, repo_id if main else None)
 
 
 def main() -> int:

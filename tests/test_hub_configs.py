@@ -1,20 +1,19 @@
-"""hub_configs/<arch>.<tag>/: one folder for each tag, with the configuration that the package would save and a recipe.
+"""hub_configs/<arch>.<tag>/: one folder for each tag, with the package's own configuration and card, and a recipe.
 
-python tests/test_hub_configs.py    # writes every config.json anew, after a change of default_cfgs
+python tests/test_hub_configs.py    # writes every config.json and card.md anew, after a change of default_cfgs
 """
 
 import importlib.util
 import json
 from pathlib import Path
-from unittest import mock
 
 import pytest
-import safetensors.torch
 import timm
 import yaml
 
 import timm_coda
 from timm_coda import hub, runs
+from timm_coda.folder import model_config
 
 ROOT = Path(__file__).parents[1]
 FOLDERS = ROOT / "hub_configs"
@@ -23,12 +22,9 @@ BCOS_V1 = ["conv9.b2_cifar10", "densenet121.in1k", "inception_v3.in1k", "resnet3
 TRAINED = [*TAGS, *(f"bcos_v1_{name}" for name in BCOS_V1)]
 
 
-def write_config(name: str, folder: Path) -> None:
-    """config.json as `hub.save_model` writes it, without making the weights."""
-    model = timm.create_model(name, device="meta")
-    with mock.patch.object(safetensors.torch, "save_file", lambda tensors, file: Path(file).touch()):
-        hub.save_model(model, folder, label_names=model.pretrained_cfg.get("label_names"))
-    (folder / "model.safetensors").unlink()
+def config_of(name: str) -> str:
+    """config.json as `hub.save_model` writes it."""
+    return json.dumps(model_config(timm.create_model(name, device="meta")), indent=2) + "\n"
 
 
 def test_a_folder_for_each_tag():
@@ -38,9 +34,8 @@ def test_a_folder_for_each_tag():
 
 
 @pytest.mark.parametrize("name", TRAINED)
-def test_config_is_what_the_package_saves(name, tmp_path):
-    write_config(name, tmp_path)
-    expected = (tmp_path / "config.json").read_text()
+def test_config_is_what_the_package_saves(name):
+    expected = config_of(name)
     assert (FOLDERS / name / "config.json").read_text() == expected, f"run python {Path(__file__).relative_to(ROOT)}"
     assert str(ROOT) not in expected
     model = timm.create_model(f"local-dir:{FOLDERS / name}", device="meta")
@@ -50,6 +45,21 @@ def test_config_is_what_the_package_saves(name, tmp_path):
     assert shapes[0] == shapes[1]
     for key in ("tag", "license", "input_size", "label_names", "description"):
         assert json.dumps(model.pretrained_cfg.get(key)) == json.dumps(same.pretrained_cfg.get(key)), key
+
+
+@pytest.mark.parametrize("name", TRAINED)
+def test_card_is_what_the_package_writes(name):
+    card = hub.card_of_folder(FOLDERS / name, None)
+    assert (FOLDERS / name / "card.md").read_text() == card, f"run python {Path(__file__).relative_to(ROOT)}"
+    known = timm.get_pretrained_cfg(name)
+    assert known and card.startswith("---\nlibrary_name: timm\n")
+    if known.has_weights:
+        assert "import timm_coda  # registers the architecture" in card and f'create_model("{name}"' in card
+    else:
+        assert (
+            f"no weights yet. In a clone of timm_coda:\n\n```bash\npython train.py --config hub_configs/{name}/" in card
+        )
+    assert ("non-commercial" in card) == (".mpi_" in name)
 
 
 @pytest.fixture(scope="module")
@@ -83,4 +93,5 @@ def test_recipe_is_what_train_py_takes(name, train_module, tmp_path, monkeypatch
 
 if __name__ == "__main__":
     for tag in TRAINED:
-        write_config(tag, FOLDERS / tag)
+        (FOLDERS / tag / "config.json").write_text(config_of(tag), encoding="utf-8")
+        (FOLDERS / tag / "card.md").write_text(hub.card_of_folder(FOLDERS / tag, None), encoding="utf-8")

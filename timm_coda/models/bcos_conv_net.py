@@ -54,6 +54,7 @@ class BcosConvNet(ConvStack):
         num_classes: 0 for pooled features
         in_chans: colours of an image, encoded as twice as many channels inside
         global_pool: 'avg' (the paper's), 'sum' or '' (a logit map)
+        drop_rate: 0, for there is no dropout; timm's train script passes it to every model
 
     Raises:
         ValueError: layers that do not go together, or a B without a published temperature and none given.
@@ -72,6 +73,7 @@ class BcosConvNet(ConvStack):
         num_classes: int = 10,
         in_chans: int = 3,
         global_pool: str = "avg",
+        drop_rate: float = 0.0,
         device=None,
         dtype=None,
     ) -> None:
@@ -97,6 +99,7 @@ class BcosConvNet(ConvStack):
             num_classes=num_classes,
             in_chans=in_chans,
             global_pool=global_pool,
+            drop_rate=drop_rate,
             **dd,
         )
 

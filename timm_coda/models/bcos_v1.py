@@ -31,12 +31,13 @@ from torch import Tensor, nn
 from ..bcos import BcosConv2d, EncodedBcosConv2d
 from ..convert import check_fit, resolve_weights, unwrap
 from ..explain import ExplainMixin
+from ..hub import HubMixin
 from ..layers import GlobalPool, Logits, adapt_colours
 
 __all__ = ["BcosV1DenseNet", "BcosV1InceptionV3", "BcosV1ResNet", "BcosV1VGG"]
 
 
-class _BcosV1(ExplainMixin, nn.Module):
+class _BcosV1(ExplainMixin, HubMixin, nn.Module):
     """RGB images in [0, 1] (B, 3, H, W), or encoded ones (B, 6, H, W), to logits (B, num_classes)."""
 
     def _become_bcos(

@@ -45,6 +45,7 @@ class CodaNet(ConvStack):
         num_classes: 0 for pooled features
         in_chans: colours of an image, encoded as twice as many channels inside
         global_pool: 'sum' (the papers'), 'avg' or '' (a logit map)
+        drop_rate: 0, for there is no dropout; timm's train script passes it to every model
     """
 
     def __init__(
@@ -61,6 +62,7 @@ class CodaNet(ConvStack):
         num_classes: int = 10,
         in_chans: int = 3,
         global_pool: str = "sum",
+        drop_rate: float = 0.0,
         device=None,
         dtype=None,
     ) -> None:
@@ -96,6 +98,7 @@ class CodaNet(ConvStack):
             num_classes=num_classes,
             in_chans=in_chans,
             global_pool=global_pool,
+            drop_rate=drop_rate,
             **dd,
         )
 

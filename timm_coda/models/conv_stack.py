@@ -15,6 +15,7 @@ from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
 from ..explain import ExplainMixin
+from ..hub import HubMixin
 from ..layers import DynamicLinear, GlobalPool, InverseEncoding, Logits
 
 __all__ = ["ConvStack"]
@@ -38,7 +39,7 @@ class ConvStage(nn.Sequential):
         return x
 
 
-class ConvStack(ExplainMixin, nn.Module):
+class ConvStack(ExplainMixin, HubMixin, nn.Module):
     """RGB images in [0, 1] (B, 3, H, W), or encoded ones (B, 6, H, W), to logits (B, num_classes).
 
     Args:
@@ -49,6 +50,10 @@ class ConvStack(ExplainMixin, nn.Module):
         num_classes: 0 for pooled features
         in_chans: colours of an image
         global_pool: of `GlobalPool`
+        drop_rate: 0
+
+    Raises:
+        ValueError: another drop_rate: it is there because timm's train script passes it to every model.
     """
 
     def __init__(
@@ -62,10 +67,13 @@ class ConvStack(ExplainMixin, nn.Module):
         num_classes: int,
         in_chans: int,
         global_pool: str,
+        drop_rate: float,
         device=None,
         dtype=None,
     ) -> None:
         super().__init__()
+        if drop_rate != 0:
+            raise ValueError(f"drop_rate={drop_rate}: a {type(self).__name__} has no dropout; leave it at 0")
         self.num_classes = num_classes
         self.in_chans = in_chans
         self.grad_checkpointing = False
@@ -84,7 +92,7 @@ class ConvStack(ExplainMixin, nn.Module):
         # Pooling stands behind the classifier: each position votes for the classes, and the votes are pooled.
         self.global_pool = GlobalPool(global_pool)
         self.logits = Logits(logit_temperature, logit_bias)
-        # timm adapts one weight of a plain stem to other colours: checkpoint_filter_fn does it.
+        # timm would not adapt both halves of the encoding to other colours: checkpoint_filter_fn does it.
         self._traits = {"first_conv": None}
 
     def _make_head(self, device=None, dtype=None) -> nn.Module:
