@@ -24,6 +24,9 @@ def _pair(size: int | tuple[int, int]) -> tuple[int, int]:
     return (size, size) if isinstance(size, int) else (size[0], size[1])
 
 
+_ForeignThread = threading._DummyThread  # type: ignore[attr-defined]  # one that Python has not started
+
+
 class FrozenDynamics:
     """A switch of one layer, `with layer.frozen_dynamics:`, true inside. Re-entrant; each thread has its own.
 
@@ -48,7 +51,11 @@ class FrozenDynamics:
     def held(self) -> bool:
         if torch.compiler.is_compiling():  # dynamo guards a plain number, not a thread's own
             return self._holders > 0
-        return getattr(self._thread, "depth", 0) > 0
+        if getattr(self._thread, "depth", 0) > 0:
+            return True
+        # On a GPU, what checkpointing left out is computed again by a thread of autograd's, which entered nothing.
+        autograds = torch._C._current_graph_task_id() != -1 and isinstance(threading.current_thread(), _ForeignThread)
+        return autograds and self._holders > 0
 
     __bool__ = held  # dynamo before torch 2.15 cannot trace bool() of it
 
