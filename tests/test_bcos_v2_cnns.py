@@ -15,6 +15,7 @@ from test_bcos_models import freeze
 from timm_coda import BcosConvNeXt, BcosDenseNet, BcosVGG
 from timm_coda.bcos import BatchNormUncentered2d, PositionNorm2d
 from timm_coda.convert import ConvertError
+from timm_coda.export import export_model, largest_differences
 from timm_coda.models import bcos_convnext, bcos_densenet, bcos_vgg
 
 # golden case: model, its file
@@ -147,6 +148,14 @@ def test_saved_and_loaded(name, arguments, tmp_path):
     assert torch.equal(type(model).from_pretrained(tmp_path)(images), model(images))
     loaded = timm.create_model(f"local-dir:{tmp_path}", pretrained=True).eval()
     assert torch.equal(loaded.explain(images).contributions, model.explain(images).contributions)
+
+
+def test_exported_explanation_equals_eager(tmp_path):
+    """The backward pass through poolings that leave pixels over, as an ONNX graph."""
+    model = tiny("densenet", logit_temperature=0.1).float()
+    model.pretrained_cfg = {"input_size": (3, 70, 77), "num_classes": 4}
+    path = export_model(model, tmp_path / "model.onnx", explain=True, img_size=(70, 77))
+    assert max(largest_differences(path, model).values()) < 1e-5
 
 
 def freeze_position_norms(model, x):

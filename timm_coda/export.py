@@ -249,7 +249,10 @@ def _explanation_graph(model: Any, image: Tensor, target: Tensor) -> torch.fx.Gr
     for tensor in (image, target):
         dynamic = [DimDynamic.DYNAMIC] + [DimDynamic.STATIC] * (tensor.dim() - 1)
         inputs.append(fake.from_tensor(tensor, symbolic_context=StatelessSymbolicContext(dynamic_sizes=dynamic)))
-    table = {torch.ops.aten.convolution_backward.default: _convolution_backward}
+    table = {
+        torch.ops.aten.convolution_backward.default: _convolution_backward,
+        torch.ops.aten.avg_pool2d_backward.default: _avg_pool2d_backward,
+    }
     with fake:
         return make_fx(explain, decomposition_table=table)(state, *inputs)
 
@@ -270,9 +273,31 @@ def _convolution_backward(
     """The data gradient as a transposed convolution, which runtimes know; weights are constants here."""
     if transposed or output_mask != [True, False, False]:
         return NotImplemented
-    rest = []
-    for axis in range(len(stride)):
-        seen = dilation[axis] * (weight.shape[2 + axis] - 1) + 1
-        rest.append((x.shape[2 + axis] + 2 * padding[axis] - seen) % stride[axis])  # pixels no kernel has reached
+    rest = _unreached(x, weight, stride, padding, dilation)
     data = torch.ops.aten.convolution.default(grad, weight, None, stride, padding, dilation, True, rest, groups)
     return data, None, None
+
+
+def _avg_pool2d_backward(
+    grad: Tensor,
+    x: Tensor,
+    kernel: list[int],
+    stride: list[int],
+    padding: list[int],
+    ceil_mode: bool,
+    count_include_pad: bool,
+    divisor: int | None,
+) -> Tensor:
+    """Also a transposed convolution, of each channel with equal weights."""
+    if ceil_mode or not count_include_pad or divisor is not None:
+        return NotImplemented
+    channels, stride = x.shape[1], stride or kernel
+    weight = torch.full((channels, 1, *kernel), 1 / (kernel[0] * kernel[1]), dtype=grad.dtype)
+    rest = _unreached(x, weight, stride, padding, [1, 1])
+    return torch.ops.aten.convolution.default(grad, weight, None, stride, padding, [1, 1], True, rest, channels)
+
+
+def _unreached(x: Tensor, weight: Tensor, stride: list[int], padding: list[int], dilation: list[int]) -> list[int]:
+    """Pixels at the end of each axis that no kernel has reached."""
+    seen = [dilation[axis] * (weight.shape[2 + axis] - 1) + 1 for axis in range(len(stride))]
+    return [(x.shape[2 + i] + 2 * padding[i] - seen[i]) % stride[i] for i in range(len(stride))]
