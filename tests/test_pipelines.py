@@ -131,14 +131,16 @@ def test_timms_train_script(folders, pretrained, head_only, digits, tmp_path):
             f"https://github.com/huggingface/pytorch-image-models/tree/v{timm.__version__} and set TIMM_TRAIN_SCRIPT"
         )
     model = ["--device-modules", "timm_coda", "--model", f"local-dir:{pretrained}", "--pretrained"]
-    learning = ["--opt", "adam", "--lr", "0.01", "--warmup-epochs", 0, "--bce-loss", "--smoothing", 0, "-b", 32]
+    learning = ["--opt", "adam", "--lr", "0.01", "--warmup-epochs", 0, "--loss", "bce", "--smoothing", 0, "-b", 32]
     options = ["--num-classes", CLASSES, "--epochs", EPOCHS, "--no-aug", "--workers", 0, "--device", "cpu"]
     run(script, folders["many"], *model, *learning, *options, "--output", tmp_path, "--experiment", "many")
     tuned = timm.create_model(f"local-dir:{pretrained}", num_classes=CLASSES, pretrained=True)
     again = copy.deepcopy(tuned)
     for one in (tuned, again):
         timm.models.load_checkpoint(one, str(tmp_path / "many" / "last.pth.tar"))
-    assert accuracy(tuned, *digits[2:]) > head_only + MARGIN
+    reached = accuracy(tuned, *digits[2:])
+    print(f"head only {head_only:.3f}, timm's script {reached:.3f}")
+    assert reached > head_only + MARGIN
     assert_explains(tuned, digits[2][:8], again)
 
 
