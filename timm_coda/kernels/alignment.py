@@ -37,8 +37,9 @@ def unit_norm_conv2d(
     """Convolution with w / |w|."""
     norm = weight_norm(weight)
     if not torch.jit.is_scripting() and not torch.jit.is_tracing() and not torch.compiler.is_compiling():
-        positions = x.shape[0] * (x.shape[2] // stride[0]) * (x.shape[3] // stride[1])
-        if weight.numel() > weight.shape[0] * positions:  # divide what is smaller, the weights or the output
+        positions = (x.shape[2] // stride[0]) * (x.shape[3] // stride[1])
+        # Divide what is smaller, the weights or the output: of one image, as exports leave the number of them open.
+        if weight.numel() > weight.shape[0] * positions:
             linear = torch.conv2d(x, weight, None, stride, padding, dilation, groups)
             return (linear / norm.view(-1, 1, 1)).to(linear.dtype)
     return torch.conv2d(x, weight / norm, None, stride, padding, dilation, groups)
