@@ -1,6 +1,7 @@
 """Model families; importing this package registers all of them in timm."""
 
 from .bcos_resnet import BcosResNet
+from .bcosified import Bcosified, bcosify
 from .coda_net import CodaNet
 
-__all__ = ["BcosResNet", "CodaNet"]
+__all__ = ["BcosResNet", "Bcosified", "CodaNet", "bcosify"]
