@@ -49,6 +49,7 @@ class Bcosified(ExplainMixin, nn.Module):
         num_classes: 0 for pooled features
         in_chans: colours of an image, encoded as twice as many channels inside
         global_pool: 'avg', 'sum' or '' (a logit map)
+        img_size: pixels a side, for a base that needs to know
         drop_rate: dropout in front of the classifier
         drop_path_rate: stochastic depth of the base
 
@@ -68,6 +69,7 @@ class Bcosified(ExplainMixin, nn.Module):
         num_classes: int = 1000,
         in_chans: int = 3,
         global_pool: str = "avg",
+        img_size: int | tuple[int, int] | None = None,
         drop_rate: float = 0.0,
         drop_path_rate: float = 0.0,
         device=None,
@@ -75,12 +77,12 @@ class Bcosified(ExplainMixin, nn.Module):
     ) -> None:
         super().__init__()
         dd = {"device": device, "dtype": dtype}
-        fixed = {"num_classes": 0, "global_pool": "", "in_chans": 2 * in_chans}
-        for name in (base_args or {}).keys() & fixed.keys():
+        own: dict[str, Any] = {"num_classes": 0, "global_pool": "", "in_chans": 2 * in_chans, "img_size": img_size}
+        for name in (base_args or {}).keys() & own.keys():
             raise ValueError(f"base_args={base_args}: {name} is an argument of its own, give it beside base_args")
         if drop_path_rate > 0:
-            fixed["drop_path_rate"] = drop_path_rate
-        body: Any = timm.create_model(base, **(base_args or {}), **fixed, **dd)
+            own["drop_path_rate"] = drop_path_rate
+        body: Any = timm.create_model(base, **(base_args or {}), **own, **dd)  # None is left out
         if any(isinstance(m, DynamicLinear) for m in body.modules()):
             raise ValueError(f"base={base!r} explains itself already: create it as it is")
         try:
@@ -228,8 +230,10 @@ def bcosify(
     architecture = getattr(original, "pretrained_cfg", {}).get("architecture")
     if not architecture:
         raise ValueError(f"{type(original).__name__} was not made by timm.create_model, so no saved file could name it")
-    own = {"num_classes", "in_chans", "global_pool"}
-    arguments = {name: value for name, value in get_model_args(original).items() if name not in own}
+    arguments = get_model_args(original)
+    size = arguments.pop("img_size", None)
+    for name in ("num_classes", "in_chans", "global_pool"):
+        arguments.pop(name, None)
     try:
         json.dumps(arguments)
     except TypeError as error:
@@ -246,6 +250,7 @@ def bcosify(
         logit_bias=logit_bias,
         num_classes=classes,
         in_chans=original.in_chans,
+        img_size=size,
         **get_device_dtype(original),
     )
     if from_pretrained:
