@@ -23,6 +23,7 @@ CASES = {
     "max_out": ((2, 3, 6, 6), 4, (3, 3), {"padding": (1, 1), "max_out": 2, "scale": 0.17}),
     "max_out_groups_dilated": ((1, 4, 8, 8), 6, (3, 3), {"dilation": (2, 2), "groups": 2, "max_out": 3}),
     "free_weights": ((2, 3, 6, 6), 4, (3, 3), {"unit_norm": False}),
+    "norm_eps": ((2, 3, 6, 6), 4, (3, 3), {"norm_eps": 0.3}),
     "b1": ((2, 3, 6, 6), 4, (3, 3), {"b": 1.0, "max_out": 2, "scale": 2.0}),
     "b1.5": ((2, 3, 6, 6), 4, (3, 3), {"b": 1.5, "scale": 0.3, "max_out": 2}),
     "b2.5_groups": ((2, 4, 6, 6), 4, (3, 3), {"b": 2.5, "groups": 2, "unit_norm": False}),

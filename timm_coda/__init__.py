@@ -7,7 +7,7 @@ from .bcos import BcosConv2d, BcosLinear
 from .explain import ExplainMixin, Explanation, explain, explanation_mode
 from .functional import bcos_conv2d, bcos_linear, dau_conv2d, dau_linear, set_backend, use_backend
 from .layers import DAUConv2d, DAULinear, InverseEncoding
-from .models import Bcosified, BcosResNet, CodaNet, bcosify
+from .models import Bcosified, BcosResNet, BcosVisionTransformer, CodaNet, bcosify
 
 __version__ = "0.1.0"
 
@@ -15,6 +15,7 @@ __all__ = [
     "BcosConv2d",
     "BcosLinear",
     "BcosResNet",
+    "BcosVisionTransformer",
     "Bcosified",
     "CodaNet",
     "DAUConv2d",

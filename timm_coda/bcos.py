@@ -8,6 +8,7 @@ from timm.models import register_notrace_module
 from torch import Tensor, nn
 
 from .functional import bcos_conv2d, bcos_linear
+from .kernels.alignment import NORM_EPS
 from .kernels.normalisation import channel_variance, rescale_channels, uncentered_batch_norm
 from .layers import DynamicLinear, InverseEncoding
 
@@ -22,7 +23,16 @@ class _Bcos(DynamicLinear):
     """Weights of `units` B-cos units, each the largest of `max_out` candidates, that see inputs of shape `seen`."""
 
     def __init__(
-        self, units: int, seen: tuple[int, ...], b: float, max_out: int, scale: float, unit_norm: bool, device, dtype
+        self,
+        units: int,
+        seen: tuple[int, ...],
+        b: float,
+        max_out: int,
+        scale: float,
+        unit_norm: bool,
+        norm_eps: float,
+        device,
+        dtype,
     ) -> None:
         super().__init__()
         for name, value in (("units", units), ("inputs", seen[0]), ("max_out", max_out), ("b", b)):
@@ -34,6 +44,7 @@ class _Bcos(DynamicLinear):
         self.max_out = max_out
         self.scale = float(scale)
         self.unit_norm = unit_norm
+        self.norm_eps = norm_eps
         self.weight = nn.Parameter(torch.empty(units * max_out, *seen, device=device, dtype=dtype))
         self.reset_parameters()
 
@@ -59,6 +70,7 @@ class BcosConv2d(_Bcos):
         max_out: a unit is the largest of so many candidates; 2 in B-cos v1
         scale: s; 1 in B-cos v2
         unit_norm: scale each weight to norm 1; free weights are those of B-cosification
+        norm_eps: added to |p|^2; 1e-6 in published convolutions, 1e-24 in published linear layers
 
     Raises:
         ValueError: a size or b below 1, a scale of 0 or less, channels that the groups do not divide.
@@ -78,13 +90,14 @@ class BcosConv2d(_Bcos):
         max_out: int = 1,
         scale: float = 1.0,
         unit_norm: bool = True,
+        norm_eps: float = NORM_EPS,
         device=None,
         dtype=None,
     ) -> None:
         if groups < 1 or in_channels % groups or out_channels % groups:
             raise ValueError(f"groups={groups} does not divide {in_channels} input and {out_channels} output channels")
         seen = (in_channels // groups, *_pair(kernel_size))
-        super().__init__(out_channels, seen, b, max_out, scale, unit_norm, device, dtype)
+        super().__init__(out_channels, seen, b, max_out, scale, unit_norm, norm_eps, device, dtype)
         self.in_channels = in_channels
         self.out_channels = out_channels
         self.kernel_size: tuple[int, int] = _pair(kernel_size)
@@ -112,6 +125,7 @@ class BcosConv2d(_Bcos):
             self.scale,
             self.unit_norm,
             frozen,
+            self.norm_eps,
         )
 
     def extra_repr(self) -> str:
@@ -157,10 +171,11 @@ class BcosLinear(_Bcos):
         max_out: int = 1,
         scale: float = 1.0,
         unit_norm: bool = True,
+        norm_eps: float = NORM_EPS,
         device=None,
         dtype=None,
     ) -> None:
-        super().__init__(out_features, (in_features,), b, max_out, scale, unit_norm, device, dtype)
+        super().__init__(out_features, (in_features,), b, max_out, scale, unit_norm, norm_eps, device, dtype)
         self.in_features = in_features
         self.out_features = out_features
 
@@ -168,7 +183,7 @@ class BcosLinear(_Bcos):
         frozen = False
         if not torch.jit.is_scripting():
             frozen = self.frozen_dynamics.held()
-        return bcos_linear(x, self.weight, self.b, self.max_out, self.scale, self.unit_norm, frozen)
+        return bcos_linear(x, self.weight, self.b, self.max_out, self.scale, self.unit_norm, frozen, self.norm_eps)
 
     def extra_repr(self) -> str:
         return f"{self.in_features}, {self.out_features}, {super().extra_repr()}"

@@ -2,8 +2,8 @@
 
 What changes: convolutions and linear layers become B-cos ones, normalisations those without bias whose statistics an
 explanation can hold constant, max pooling average pooling. Activations vanish, as the B-cos transform is the
-non-linearity, or stay as gates (`keep_activations`); squeeze-excitation always stays, as a gate. The encoding of the
-image goes into the first convolution (or in front of the network) and the classifier in front of the pooling, so that
+non-linearity, or stay as gates (`keep_activations`); squeeze-excitation and attention always stay, the gate or the
+attention matrix a constant to explanations, and what leads to them as it was, but for biases. The encoding of the image goes into the first convolution (or in front of the network) and the classifier in front of the pooling, so that
 the architecture's own forward pass stays as it is.
 """
 
@@ -17,7 +17,8 @@ from timm.models import _efficientnet_blocks as efficientnet_blocks
 from torch import nn
 
 from .bcos import BatchNormUncentered2d, BcosConv2d, BcosLinear, EncodedBcosConv2d, PositionNorm2d
-from .gates import FrozenActivation, FrozenGate, GroupNormDetachable, LayerNormDetachable
+from .bcos_attention import DynamicGroupNorm2d, DynamicLayerNorm, freezable
+from .gates import FrozenActivation, FrozenGate
 from .layers import DynamicLinear, Logits
 
 __all__ = ["bcos_classifier", "bcos_logits", "replace_modules"]
@@ -89,11 +90,7 @@ def _counterpart(name: str, module: nn.Module, rules: _Rules) -> nn.Module:
     if isinstance(module, (nn.BatchNorm2d, nn.LayerNorm, nn.GroupNorm)):
         return _norm(name, module, rules)
     if type(module) is nn.Linear:
-        linear = BcosLinear(
-            module.in_features, module.out_features, b=rules.b, unit_norm=rules.unit_norm, device="meta"
-        )
-        linear.weight = nn.Parameter(module.weight)
-        return linear
+        return _linear(module, rules.b, rules.unit_norm)
     if isinstance(module, timm_layers.pool2d_same.MaxPool2dSame):
         return timm_layers.AvgPool2dSame(module.kernel_size, module.stride, ceil_mode=module.ceil_mode)
     if isinstance(module, nn.MaxPool2d):
@@ -102,6 +99,9 @@ def _counterpart(name: str, module: nn.Module, rules: _Rules) -> nn.Module:
         return _activation(module, rules)
     if isinstance(module, _SQUEEZE_EXCITE):
         return _squeeze_excite(name, module)
+    if type(module) is timm_layers.Attention and module.gate is None:
+        module.qkv = _linear(module.qkv, 1.0, False)  # the published transformers' stays linear, too
+        return freezable(module)
     if isinstance(module, _GATES) or "Attention" in type(module).__name__:
         raise ValueError(
             f"{name} ({type(module).__name__}) weighs features by others of the image in a way unknown here, so its "
@@ -140,6 +140,12 @@ def _bcos_conv(name: str, conv: nn.Conv2d, rules: _Rules) -> BcosConv2d:
     return layer
 
 
+def _linear(linear: nn.Linear, b: float, unit_norm: bool) -> BcosLinear:
+    layer = BcosLinear(linear.in_features, linear.out_features, b=b, unit_norm=unit_norm, device="meta")
+    layer.weight = nn.Parameter(linear.weight)
+    return layer
+
+
 def _norm(name: str, module: nn.BatchNorm2d | nn.LayerNorm | nn.GroupNorm, rules: _Rules) -> nn.Module:
     """The norm's counterpart, followed by the activation that timm's norms can hold where it is kept."""
     if isinstance(module, nn.BatchNorm2d):
@@ -150,11 +156,11 @@ def _norm(name: str, module: nn.BatchNorm2d | nn.LayerNorm | nn.GroupNorm, rules
     elif module.weight is None:
         raise ValueError(f"{name} ({module}) needs a weight")
     elif isinstance(module, nn.GroupNorm):
-        norm = GroupNormDetachable(module.num_groups, module.num_channels, module.eps, device="meta")
+        norm = DynamicGroupNorm2d(module.num_channels, module.num_groups, module.eps, device="meta")
     elif len(module.normalized_shape) > 1:
         raise ValueError(f"{name} ({module}) normalises several axes, only one, the channels, has a counterpart")
     else:
-        kind = PositionNorm2d if isinstance(module, _NORMS_2D) else LayerNormDetachable
+        kind = PositionNorm2d if isinstance(module, _NORMS_2D) else DynamicLayerNorm
         norm = kind(module.normalized_shape[0], module.eps, device="meta")
     norm.weight = nn.Parameter(module.weight)
     kept = [m for child in ("drop", "act") if (m := getattr(module, child, None)) and type(m) is not nn.Identity]

@@ -207,7 +207,8 @@ class ExplainMixin:
             TypeError: not float images, not integer classes.
         """
         model: Any = self
-        if not model.num_classes or not model.global_pool.pool_type:
+        pooling = getattr(model.global_pool, "pool_type", model.global_pool)  # timm's ViTs have the name alone
+        if not model.num_classes or not pooling:
             raise ValueError("this model has no pooled classifier to explain: give it one with reset_classifier()")
         if target is not None and top is not None:
             raise ValueError(f"target={target} and top={top}: give one of them")
@@ -246,7 +247,8 @@ def _explain_batch(
     encoded.requires_grad_()
     with nullcontext() if layer is None else _output_of(model, layer) as outputs:
         logits = model(encoded)
-    inner = None if layer is None else _only_map(outputs or [], layer)
+    inner = None if layer is None else _only_output(outputs or [], layer)
+    grid = None if inner is None or inner.dim() == 4 else _token_grid(model, encoded, inner, layer)
 
     prediction = logits.argmax(1)
     chosen: Tensor = prediction if top is None else logits.topk(top, 1).indices
@@ -257,7 +259,7 @@ def _explain_batch(
     bias = model.logits.bias
     source = encoded
     if unit is not None and inner is not None:
-        value, bias = _unit_output(inner, unit, layer), 0.0
+        value, bias = _unit_output(_as_map(inner, grid), unit, layer), 0.0
     else:
         value = exact.gather(1, several)
         source = encoded if inner is None else inner
@@ -269,9 +271,10 @@ def _explain_batch(
     weights = []
     for t in range(value.shape[1]):
         grad = torch.autograd.grad(value[:, t].sum(), source, retain_graph=t + 1 < value.shape[1])[0]
-        weights.append(grad.to(exact.dtype))
+        weights.append(_as_map(grad.to(exact.dtype), grid if source is inner else None))
     weights = torch.stack(weights, 1)  # (B, T, C, H, W)
-    contributions = (weights * source.detach().to(exact.dtype).unsqueeze(1)).sum(2)
+    seen = _as_map(source.detach().to(exact.dtype), grid if source is inner else None)
+    contributions = (weights * seen.unsqueeze(1)).sum(2)
     colours = encoded.detach()[:, : encoded.shape[1] // 2].to(exact.dtype)
     names = model.pretrained_cfg.get("label_names") if hasattr(model, "pretrained_cfg") else None
     shape = chosen.shape
@@ -384,11 +387,27 @@ def _output_of(model: nn.Module, layer: str) -> Iterator[list[Any]]:
         handle.remove()
 
 
-def _only_map(outputs: list[Any], layer: str) -> Tensor:
-    if len(outputs) != 1 or not isinstance(outputs[0], Tensor) or outputs[0].dim() != 4:
+def _only_output(outputs: list[Any], layer: str) -> Tensor:
+    if len(outputs) != 1 or not isinstance(outputs[0], Tensor) or outputs[0].dim() not in (3, 4):
         seen = [list(o.shape) if isinstance(o, Tensor) else type(o).__name__ for o in outputs]
-        raise ValueError(f"layer={layer!r} gives {seen or 'nothing'} in a forward pass, expected one (B, C, H, W)")
+        raise ValueError(
+            f"layer={layer!r} gives {seen or 'nothing'} in a forward pass, expected one map (B, C, H, W) or, from a "
+            "vision transformer, tokens (B, N, C)"
+        )
     return outputs[0]
+
+
+def _token_grid(model: Any, encoded: Tensor, tokens: Tensor, layer: str | None) -> tuple[int, int]:
+    """Rows and columns of the tokens (B, N, C)."""
+    rows, columns = model.patch_embed.dynamic_feat_size(encoded.shape[2:]) if hasattr(model, "patch_embed") else (0, 0)
+    if rows * columns != tokens.shape[1]:
+        raise ValueError(f"layer={layer!r} gives {list(tokens.shape)}, but the model has {rows} x {columns} tokens")
+    return rows, columns
+
+
+def _as_map(x: Tensor, grid: tuple[int, int] | None) -> Tensor:
+    """(B, C, H, W), of tokens (B, H * W, C) where their grid is given."""
+    return x if grid is None else x.transpose(1, 2).unflatten(2, grid)
 
 
 def _unit_output(inner: Tensor, unit: tuple[int, ...], layer: str | None) -> Tensor:

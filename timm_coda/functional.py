@@ -174,6 +174,7 @@ def bcos_conv2d(
     scale: float = 1.0,
     unit_norm: bool = True,
     frozen: bool = False,
+    norm_eps: float = alignment.NORM_EPS,
 ) -> Tensor:
     """B-cos convolution, equal to `reference.bcos_conv2d`: y = w^T p |w^T p / |p||^(B-1) / s.
 
@@ -190,6 +191,7 @@ def bcos_conv2d(
         unit_norm: w is `weight` scaled to norm 1 (else free, as in B-cosification)
         frozen: backward treats the cosine as a constant: the gradient of `x` is W^T times the output's, and `weight`
             gets none. The value is the same.
+        norm_eps: added to |p|^2, above 0
 
     Returns:
         (B, D, H', W'), in the autocast dtype under autocast; the patch norm is in float32 or better
@@ -216,9 +218,9 @@ def bcos_conv2d(
         with torch.autocast(x.device.type, enabled=False):
             squares = alignment.patch_squares(seen, kernel_size, stride, padding, dilation, groups)
     if groups == 1 or groups == linear.shape[1]:
-        return alignment.align(linear, squares, b, scale, frozen)
+        return alignment.align(linear, squares, b, scale, frozen, norm_eps)
     grouped = linear.unflatten(1, (groups, linear.shape[1] // groups))
-    return alignment.align(grouped, squares.unsqueeze(2), b, scale, frozen).flatten(1, 2)
+    return alignment.align(grouped, squares.unsqueeze(2), b, scale, frozen, norm_eps).flatten(1, 2)
 
 
 def bcos_linear(
@@ -229,6 +231,7 @@ def bcos_linear(
     scale: float = 1.0,
     unit_norm: bool = True,
     frozen: bool = False,
+    norm_eps: float = alignment.NORM_EPS,
 ) -> Tensor:
     """B-cos units on the last axis: (..., K) to (..., D), `weight` (D * max_out, K). Others as `bcos_conv2d`.
 
@@ -245,7 +248,7 @@ def bcos_linear(
     if b == 1.0:
         return linear / scale if scale != 1.0 else linear
     squares = alignment.channel_squares(x.detach() if frozen else x, -1)
-    return alignment.align(linear, squares, b, scale, frozen)
+    return alignment.align(linear, squares, b, scale, frozen, norm_eps)
 
 
 def _check_image(

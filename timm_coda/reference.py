@@ -67,12 +67,20 @@ def dau_conv2d(
 
 
 def bcos_weights(
-    p: Tensor, weight: Tensor, *, groups: int, b: float, max_out: int, scale: float, unit_norm: bool
+    p: Tensor,
+    weight: Tensor,
+    *,
+    groups: int,
+    b: float,
+    max_out: int,
+    scale: float,
+    unit_norm: bool,
+    norm_eps: float = 1e-6,
 ) -> Tensor:
     """The dynamic weights of all D units at all patches `p` (B, C*kh*kw, L), channels first: (B, D, C*kh*kw, L).
 
     w is the candidate with the largest w^T p of a unit's `max_out`; its dynamic weight is |cos|^(B-1) w / s. The
-    published models take |p| = sqrt(sum p^2 + 1e-6) and, where B is not 2, |cos| + 1e-6.
+    published models take |p| = sqrt(sum p^2 + norm_eps) and, where B is not 2, |cos| + 1e-6.
     """
     w = weight.flatten(1)
     if unit_norm:
@@ -82,7 +90,7 @@ def bcos_weights(
     in_group[torch.arange(candidates), torch.arange(candidates) * groups // candidates] = 1
     w = (in_group.unsqueeze(2) * w.unsqueeze(1)).reshape(candidates, groups * inputs)
     linear = torch.einsum("dk,bkl->bdl", w, p)
-    norm = (in_group @ p.unflatten(1, (groups, inputs)).square().sum(2) + 1e-6).sqrt()  # (B, D * max_out, L)
+    norm = (in_group @ p.unflatten(1, (groups, inputs)).square().sum(2) + norm_eps).sqrt()  # (B, D * max_out, L)
     best = linear.unflatten(1, (-1, max_out)).argmax(2)
     best = best + max_out * torch.arange(best.shape[1], device=p.device)[:, None]  # (B, D, L)
     cosine = (linear / norm).gather(1, best).abs() + (0 if b == 2 else 1e-6)
@@ -102,11 +110,13 @@ def bcos_conv2d(
     scale: float = 1.0,
     unit_norm: bool = True,
     frozen: bool = False,
+    norm_eps: float = 1e-6,
 ) -> Tensor:
     """y_d = w_d(p)^T p for every patch p, (B, D, H', W'). Arguments as `functional.bcos_conv2d`."""
     kernel_size = (weight.shape[2], weight.shape[3])
     p = F.unfold(x, kernel_size, dilation, padding, stride)  # (B, K, L)
-    w = bcos_weights(p, weight, groups=groups, b=b, max_out=max_out, scale=scale, unit_norm=unit_norm)
+    options = {"groups": groups, "b": b, "max_out": max_out, "scale": scale, "unit_norm": unit_norm}
+    w = bcos_weights(p, weight, **options, norm_eps=norm_eps)
     if frozen:
         w = w.detach()
     rows = (x.shape[2] + 2 * padding[0] - dilation[0] * (kernel_size[0] - 1) - 1) // stride[0] + 1

@@ -14,7 +14,7 @@ from torch import Tensor
 __all__ = ["NORM_EPS", "align", "channel_squares", "max_out_units", "patch_squares", "unit_norm_conv2d", "weight_norm"]
 
 NORM_EPS = 1e-6
-"""Added to |p|^2 under the root, and to |cos| where B is not 2: the published models' constants."""
+"""Added to |p|^2 under the root, and to |cos| where B is not 2: the published convolutions' constants."""
 
 
 def weight_norm(weight: Tensor) -> Tensor:
@@ -133,7 +133,15 @@ class _Align(torch.autograd.Function):
         return _times(aligned, 2 * reciprocal).to(linear.dtype), d_reciprocal.to(reciprocal.dtype)
 
 
-def align(linear: Tensor, squares: Tensor, b: float, scale: float, frozen: bool, eps: float = NORM_EPS) -> Tensor:
+def align(
+    linear: Tensor,
+    squares: Tensor,
+    b: float,
+    scale: float,
+    frozen: bool,
+    norm_eps: float = NORM_EPS,
+    cos_eps: float = NORM_EPS,
+) -> Tensor:
     """lin |cos|^(B-1) / s of lin = w^T p, any shape, and |p|^2, which broadcasts against it.
 
     Args:
@@ -142,9 +150,10 @@ def align(linear: Tensor, squares: Tensor, b: float, scale: float, frozen: bool,
         b: B, other than 1
         scale: s
         frozen: backward treats |cos|^(B-1) as a constant
-        eps: of the published models
+        norm_eps: added to |p|^2
+        cos_eps: added to |cos| where B is not 2
     """
-    reciprocal = (squares + eps).rsqrt()
+    reciprocal = (squares + norm_eps).rsqrt()
     if b == 2.0:
         reciprocal = reciprocal / scale
         if torch.jit.is_scripting() or torch.jit.is_tracing():
@@ -156,7 +165,7 @@ def align(linear: Tensor, squares: Tensor, b: float, scale: float, frozen: bool,
         else:
             return _Align.apply(linear, reciprocal)
     else:
-        factor = ((linear.detach() if frozen else linear) * reciprocal).abs() + eps
+        factor = ((linear.detach() if frozen else linear) * reciprocal).abs() + cos_eps
         factor = factor ** (b - 1.0) / scale
     if frozen:
         factor = factor.detach()

@@ -21,8 +21,9 @@ import torch.nn.functional as F
 from timm.data import resolve_model_data_config
 from timm.layers import get_device_dtype
 from timm.models import adapt_input_conv, build_model_with_cfg, generate_default_cfgs, register_model
-from timm.models._input import get_model_args
+from timm.models._input import get_model_args, get_model_input_config
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..bcos import BatchNormUncentered2d
 from ..bcosify import bcos_classifier, bcos_logits, replace_modules
@@ -32,11 +33,27 @@ from ..layers import DynamicLinear, GlobalPool, InverseEncoding
 __all__ = ["Bcosified", "bcosify"]
 
 
+class TokenMap(nn.Module):
+    """A transformer's tokens (B, N, C) as a map (B, C, rows, columns), without class and register tokens in front."""
+
+    def __init__(self, prefix: int, grid: tuple[int, int]) -> None:
+        super().__init__()
+        self.prefix = prefix
+        self.grid = grid
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x[:, self.prefix :].transpose(1, 2).unflatten(2, self.grid)
+
+    def extra_repr(self) -> str:
+        return f"prefix={self.prefix}, grid={self.grid}"
+
+
 class Bcosified(ExplainMixin, nn.Module):
     """B-cos version of an architecture. RGB images in [0, 1] (B, 3, H, W), or encoded ones (B, 6, H, W), to logits.
 
     The architecture's own network, `body`, sees the encoded image; a 1x1 B-cos convolution behind its last features
-    votes at each position, and the votes are pooled: logits = W(x) x + bias.
+    votes at each position, and the votes are pooled: logits = W(x) x + bias. What a transformer adds, its embeddings
+    of positions and class, no pixel contributes to: `Explanation.residual` is that share.
 
     Args:
         base: name of an architecture in timm's registry
@@ -94,6 +111,8 @@ class Bcosified(ExplainMixin, nn.Module):
                 nn.init.ones_(module.weight)  # timm starts some residual branches at 0, the published networks none
         self.encoding = InverseEncoding(in_chans)
         self.body = body
+        tokens = hasattr(body, "num_prefix_tokens")
+        self.to_map = TokenMap(body.num_prefix_tokens, body.patch_embed.grid_size) if tokens else nn.Identity()
         self.in_chans = in_chans
         self.num_classes = num_classes
         self.drop_rate = drop_rate
@@ -173,7 +192,7 @@ class Bcosified(ExplainMixin, nn.Module):
         return self.body.forward_features(self.encoding(x))
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        x = self.body.forward_head(x)
+        x = self.to_map(self.body.forward_head(x))
         if pre_logits or self.num_classes == 0:
             return self.global_pool(x)
         if self.drop_rate > 0.0:
@@ -311,10 +330,10 @@ def _see_encoded(conv: nn.Conv2d, mean: Tensor, std: Tensor) -> nn.Conv2d:
 def _check_linear(model: Bcosified) -> None:
     """Raise where a frozen model's gradient still depends on the image: then the model is not linear."""
     parameter = next(model.parameters())
-    config: Any = model.pretrained_cfg
-    shape = (1, model.in_chans, *config["input_size"][1:])
-    image = model.encoding(torch.rand(shape, device=parameter.device, dtype=parameter.dtype)).requires_grad_()
-    with torch.enable_grad(), explanation_mode(model.eval()):
+    shape = get_model_input_config(model)["input_size"]
+    image = model.encoding(torch.rand(1, *shape, device=parameter.device, dtype=parameter.dtype)).requires_grad_()
+    # Fused attention has no second derivative.
+    with torch.enable_grad(), explanation_mode(model.eval()), sdpa_kernel(SDPBackend.MATH):
         weights = torch.autograd.grad(model(image).sum(), image, create_graph=True)[0]
         if weights.requires_grad:
             curvature = torch.autograd.grad(weights.sum(), image, allow_unused=True)[0]

@@ -1,0 +1,347 @@
+"""B-cos vision transformers, made of timm's VisionTransformer: simple ViTs, and ViT-Cs with a convolutional stem.
+
+Papers:
+    `B-cos Alignment for Inherently Interpretable CNNs and Vision Transformers` - https://arxiv.org/abs/2306.10898
+    `Better plain ViT baselines for ImageNet-1k` - https://arxiv.org/abs/2205.01580 (simple ViT)
+    `Early Convolutions Help Transformers See Better` - https://arxiv.org/abs/2106.14881 (ViT-C)
+
+The networks of B-cos v2 with its authors' ImageNet weights: B = 2 in the patch projection, the attention's output
+projection, the MLP and the classifier; no biases, no activation; fixed position embedding; the classifier behind the
+pooling, as published. timm's stems and position embeddings do not fit (a norm behind every convolution, other
+frequencies) and are replaced by our own.
+
+The position embedding is added, so a logit has a share that no pixel contributes to: logits = W(x) x + W'(x) e + bias,
+with e the embedding and W' the map from the patches on. `Explanation.residual` is that share. Explained by a layer
+behind the embedding, such as `layer="blocks.0"`, nothing but rounding is left.
+"""
+
+# torch.jit.ignore is declared for a flag only:
+# pyright: reportArgumentType=false
+
+import re
+from functools import partial
+from typing import Any, TypeVar
+
+from timm.layers import Format, HybridEmbed, PatchEmbed, get_device_dtype, to_2tuple
+from timm.layers.trace_utils import _assert
+from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+
+from ..bcos import BcosConv2d, BcosLinear, EncodedBcosConv2d
+from ..bcos_attention import DynamicGroupNorm2d, DynamicLayerNorm, SinCosPositions, freezable
+from ..bcosify import bcos_logits
+from ..convert import from_bcos_v2
+from ..explain import ExplainMixin
+
+__all__ = ["BcosVisionTransformer"]
+
+_NORM_EPS = 1e-24  # of the published linear layers, of which the patch projection is one
+_Layer = TypeVar("_Layer", BcosConv2d, BcosLinear)
+
+
+def _pooling(global_pool: str) -> str:
+    if global_pool not in ("avg", ""):
+        raise ValueError(f"global_pool={global_pool!r}: choose 'avg' or '' (none); others are not linear")
+    return global_pool
+
+
+class ConvStem(nn.Sequential):
+    """3x3 B-cos convolutions, each with its norm: images (B, C, H, W) to (B, channels[-1], H / stride, W / stride).
+
+    The first convolution halves the image, and each that has more outputs than inputs.
+    """
+
+    def __init__(self, in_chans: int, channels: tuple[int, ...], b: float, device=None, dtype=None) -> None:
+        super().__init__()
+        dd = {"device": device, "dtype": dtype}
+        self.num_features = 0
+        self.stride = 1
+        for i, units in enumerate(channels):
+            stride = 2 if units > self.num_features else 1
+            options = {"stride": stride, "padding": 1, "b": b, **dd}
+            conv = (
+                BcosConv2d(self.num_features, units, 3, **options)
+                if i
+                else EncodedBcosConv2d(in_chans, units, 3, **options)
+            )
+            self.add_module(f"conv{i}", conv)
+            self.add_module(f"norm{i}", DynamicGroupNorm2d(units, **dd))
+            self.num_features = units
+            self.stride *= stride
+
+    def forward(self, x: Tensor) -> Tensor:
+        for side in (2, 3):
+            _assert(x.shape[side] % self.stride == 0, f"image sides must be multiples of {self.stride}: resize or pad")
+        for layer in self:
+            x = layer(x)
+        return x
+
+
+def _with_weight(layer: _Layer, weight: nn.Parameter) -> _Layer:
+    layer.weight = weight
+    return layer
+
+
+class BcosVisionTransformer(ExplainMixin, VisionTransformer):
+    """B-cos ViT. RGB images in [0, 1] (B, 3, H, W), or encoded ones (B, 6, H, W), to logits (B, num_classes).
+
+    Args:
+        img_size: pixels a side of the usual image; any multiple of the stride is taken, positions go on beyond
+        patch_size: positions a side of a token, in pixels, or behind the stem if there is one
+        embed_dim, depth, num_heads, mlp_ratio: as timm's `VisionTransformer`
+        stem: channels of the convolutions in front of the patches (ViT-C); None for none
+        b: B of all layers
+        logit_temperature: T; high ones give sharper explanations and start slower
+        logit_bias: b0, the logit of every class where there is no evidence; None for -log(num_classes - 1)
+        num_classes: 0 for pooled features
+        in_chans: colours of an image, encoded as twice as many channels inside
+        global_pool: 'avg', or '' (logits of each token)
+        drop_rate, pos_drop_rate, proj_drop_rate, attn_drop_rate, drop_path_rate: as timm's `VisionTransformer`
+
+    Raises:
+        ValueError: another pooling.
+    """
+
+    def __init__(
+        self,
+        img_size: int | tuple[int, int] = 224,
+        patch_size: int = 16,
+        embed_dim: int = 192,
+        depth: int = 12,
+        num_heads: int = 3,
+        mlp_ratio: float = 4.0,
+        stem: tuple[int, ...] | None = None,
+        b: float = 2.0,
+        logit_temperature: float = 1.0,
+        logit_bias: float | None = None,
+        num_classes: int = 1000,
+        in_chans: int = 3,
+        global_pool: str = "avg",
+        drop_rate: float = 0.0,
+        pos_drop_rate: float = 0.0,
+        proj_drop_rate: float = 0.0,
+        attn_drop_rate: float = 0.0,
+        drop_path_rate: float = 0.0,
+        device=None,
+        dtype=None,
+    ) -> None:
+        dd = {"device": device, "dtype": dtype}
+        embed_layer = PatchEmbed
+        if stem is not None:
+            backbone = ConvStem(in_chans, stem, b, **dd)
+            height, width = (img_size, img_size) if isinstance(img_size, int) else img_size
+            size = (height // backbone.stride, width // backbone.stride)
+            embed_layer = partial(HybridEmbed, backbone=backbone, feature_size=size, feature_ratio=backbone.stride)
+        super().__init__(
+            img_size=img_size,
+            patch_size=patch_size,
+            in_chans=2 * in_chans,
+            num_classes=0,
+            global_pool=_pooling(global_pool),
+            embed_dim=embed_dim,
+            depth=depth,
+            num_heads=num_heads,
+            mlp_ratio=mlp_ratio,
+            qkv_bias=False,
+            proj_bias=False,
+            class_token=False,
+            pos_embed="none",
+            fc_norm=True,
+            dynamic_img_size=True,
+            drop_rate=drop_rate,
+            pos_drop_rate=pos_drop_rate,
+            proj_drop_rate=proj_drop_rate,
+            attn_drop_rate=attn_drop_rate,
+            drop_path_rate=drop_path_rate,
+            weight_init="skip",
+            embed_layer=embed_layer,
+            norm_layer=DynamicLayerNorm,
+            act_layer=nn.Identity,
+            **dd,
+        )
+        self.in_chans = in_chans
+        self.num_classes = num_classes
+        self._linear = {"b": b, "norm_eps": _NORM_EPS}
+        self._logit_args = (logit_temperature, logit_bias)
+        self.positions = SinCosPositions(embed_dim)
+        self.patch_embed.output_fmt = Format.NCHW  # the positions are added to the map
+        proj = self.patch_embed.proj
+        options = {"stride": patch_size, "b": b, "norm_eps": _NORM_EPS, "device": "meta"}
+        if stem is None:
+            projection = EncodedBcosConv2d(in_chans, embed_dim, patch_size, **options)
+            self.first_conv = "patch_embed.proj"
+        else:
+            projection = BcosConv2d(proj.in_channels, embed_dim, patch_size, **options)
+            self.first_conv = "patch_embed.backbone.conv0"
+        self.patch_embed.proj = _with_weight(projection, proj.weight)
+        self.encoding = self.get_submodule(self.first_conv).encoding
+        for block in self.blocks:
+            freezable(block.attn)
+            for parent, name in ((block.attn, "proj"), (block.mlp, "fc1"), (block.mlp, "fc2")):
+                linear = getattr(parent, name)
+                replaced = BcosLinear(linear.in_features, linear.out_features, **self._linear, device="meta")
+                setattr(parent, name, _with_weight(replaced, linear.weight))
+        self.reset_classifier(num_classes)
+
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        self.num_classes = num_classes
+        if global_pool is not None:
+            self.global_pool = _pooling(global_pool)
+        head = nn.Identity()
+        if num_classes > 0:
+            head = BcosLinear(self.num_features, num_classes, **self._linear, **get_device_dtype(self))
+        self.head = head.train(self.training)
+        self.logits = bcos_logits(num_classes, *self._logit_args).train(self.training)
+
+    def set_input_size(
+        self, img_size: tuple[int, int] | None = None, patch_size: tuple[int, int] | None = None
+    ) -> None:
+        if patch_size is not None and to_2tuple(patch_size) != self.patch_embed.patch_size:
+            raise ValueError(f"patch_size={patch_size}: B-cos patches cannot be resampled; create the model with it")
+        super().set_input_size(img_size)
+
+    def no_weight_decay(self) -> set[str]:
+        return set()
+
+    def _pos_embed(self, x: Tensor) -> Tensor:
+        return self.pos_drop(self.positions(x).flatten(2).transpose(1, 2))
+
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        x = self.pool(x)
+        x = self.fc_norm(x)
+        x = self.head_drop(x)
+        if pre_logits or self.num_classes == 0:
+            return x
+        return self.logits(self.head(x))
+
+
+_NAMES = (  # of B-cos v2, ours
+    (r"^0\.", ""),
+    (r"\.linear\.", "."),
+    (r"^to_patch_embedding\.linear\.", "patch_embed.proj."),
+    (r"^transformer\.encoder_(\d+)\.", r"blocks.\1."),
+    (r"\.attn\.norm\.", ".norm1."),
+    (r"\.attn\.to_qkv\.", ".attn.qkv."),
+    (r"\.attn\.to_out\.", ".attn.proj."),
+    (r"\.ff\.net\.norm\.", ".norm2."),
+    (r"\.ff\.net\.linear(\d)\.", r".mlp.fc\1."),
+    (r"^linear_head\.norm\.", "fc_norm."),
+    (r"^linear_head\.linear\.", "head."),
+)
+
+
+def _stem_name(found: re.Match) -> str:
+    conv, part = divmod(int(found[1]), 3)
+    return f"patch_embed.backbone.{('conv', 'norm')[part]}{conv}."
+
+
+def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: BcosVisionTransformer) -> dict[str, Tensor]:
+    """Weights of B-cos v2 in our names; a state dict in ours comes back as it is."""
+    converted = {}
+    for name, value in state_dict.items():
+        for theirs, ours in _NAMES:
+            name = re.sub(theirs, ours, name)
+        name = re.sub(r"^to_patch_embedding\.conv_stem\.(\d+)\.", _stem_name, name)
+        if name == "patch_embed.proj.weight" and value.dim() == 2:  # (D, rows * columns * C), a linear layer's
+            rows, columns = model.patch_embed.patch_size
+            value = value.unflatten(1, (rows, columns, -1)).permute(0, 3, 1, 2).contiguous()
+        converted[name] = value
+    return from_bcos_v2(converted, model.in_chans, model.first_conv)
+
+
+def _cfg(file: str = "", top1: float = 0.0, **kwargs: Any) -> dict[str, Any]:
+    return {
+        "url": f"https://github.com/B-cos/B-cos-v2/releases/download/v0.0.1-weights/{file}",
+        "num_classes": 1000,
+        "input_size": (3, 224, 224),
+        "pool_size": None,
+        "crop_pct": 224 / 256,
+        "interpolation": "bilinear",
+        "mean": (0.0, 0.0, 0.0),
+        "std": (1.0, 1.0, 1.0),
+        "first_conv": "patch_embed.proj",
+        "classifier": "head",
+        "license": "apache-2.0",
+        "description": f"ImageNet-1k top-1 {top1:.2f} % as its authors report.",
+        "origin_url": "https://github.com/B-cos/B-cos-v2",
+        "paper_ids": "arXiv:2306.10898",
+        "paper_name": "B-cos Alignment for Inherently Interpretable CNNs and Vision Transformers",
+        **kwargs,
+    }
+
+
+_WIDE_STEM = (64, 128, 128, 256, 256, 512)
+_STEM = {"first_conv": "patch_embed.backbone.conv0"}
+
+default_cfgs = generate_default_cfgs(
+    {
+        "vit_tiny_patch16_bcos_224.v2_in1k": _cfg("bcos_simple_vit_ti_patch16_224-4b0824b1c1.pth", 59.96),
+        "vit_small_patch16_bcos_224.v2_in1k": _cfg("bcos_simple_vit_s_patch16_224-75e99d1f73.pth", 69.25),
+        "vit_base_patch16_bcos_224.v2_in1k": _cfg("bcos_simple_vit_b_patch16_224-1fc4750806.pth", 74.41),
+        "vit_large_patch16_bcos_224.v2_in1k": _cfg("bcos_simple_vit_l_patch16_224-9613b2ad0a.pth", 75.06),
+        "vit_tiny_convstem_bcos_224.v2_in1k": _cfg("bcos_vitc_ti_patch1_14-ddd6193a77.pth", 67.26, **_STEM),
+        "vit_small_convstem_bcos_224.v2_in1k": _cfg("bcos_vitc_s_patch1_14-cf55c88f0c.pth", 74.50, **_STEM),
+        "vit_base_convstem_bcos_224.v2_in1k": _cfg("bcos_vitc_b_patch1_14-a13c46397b.pth", 77.15, **_STEM),
+        "vit_large_convstem_bcos_224.v2_in1k": _cfg("bcos_vitc_l_patch1_14-8739e18b8d.pth", 77.78, **_STEM),
+    }
+)
+
+
+def _create_bcos_vit(variant: str, pretrained: bool = False, **kwargs: Any) -> BcosVisionTransformer:
+    return build_model_with_cfg(
+        BcosVisionTransformer,
+        variant,
+        pretrained,
+        pretrained_filter_fn=checkpoint_filter_fn,
+        feature_cfg={"out_indices": 3, "feature_cls": "getter"},
+        **kwargs,
+    )
+
+
+@register_model
+def vit_tiny_patch16_bcos_224(pretrained: bool = False, **kwargs: Any) -> BcosVisionTransformer:
+    model_args = {"embed_dim": 192, "depth": 12, "num_heads": 3}
+    return _create_bcos_vit("vit_tiny_patch16_bcos_224", pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def vit_small_patch16_bcos_224(pretrained: bool = False, **kwargs: Any) -> BcosVisionTransformer:
+    model_args = {"embed_dim": 384, "depth": 12, "num_heads": 6}
+    return _create_bcos_vit("vit_small_patch16_bcos_224", pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def vit_base_patch16_bcos_224(pretrained: bool = False, **kwargs: Any) -> BcosVisionTransformer:
+    model_args = {"embed_dim": 768, "depth": 12, "num_heads": 12}
+    return _create_bcos_vit("vit_base_patch16_bcos_224", pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def vit_large_patch16_bcos_224(pretrained: bool = False, **kwargs: Any) -> BcosVisionTransformer:
+    model_args = {"embed_dim": 1024, "depth": 14, "num_heads": 16}
+    return _create_bcos_vit("vit_large_patch16_bcos_224", pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def vit_tiny_convstem_bcos_224(pretrained: bool = False, **kwargs: Any) -> BcosVisionTransformer:
+    model_args = {"patch_size": 1, "embed_dim": 192, "depth": 11, "num_heads": 3, "stem": (24, 48, 96, 192)}
+    return _create_bcos_vit("vit_tiny_convstem_bcos_224", pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def vit_small_convstem_bcos_224(pretrained: bool = False, **kwargs: Any) -> BcosVisionTransformer:
+    model_args = {"patch_size": 1, "embed_dim": 384, "depth": 11, "num_heads": 6, "stem": (48, 96, 192, 384)}
+    return _create_bcos_vit("vit_small_convstem_bcos_224", pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def vit_base_convstem_bcos_224(pretrained: bool = False, **kwargs: Any) -> BcosVisionTransformer:
+    model_args = {"patch_size": 1, "embed_dim": 768, "depth": 11, "num_heads": 12, "stem": _WIDE_STEM}
+    return _create_bcos_vit("vit_base_convstem_bcos_224", pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def vit_large_convstem_bcos_224(pretrained: bool = False, **kwargs: Any) -> BcosVisionTransformer:
+    model_args = {"patch_size": 1, "embed_dim": 1024, "depth": 13, "num_heads": 16, "stem": _WIDE_STEM}
+    return _create_bcos_vit("vit_large_convstem_bcos_224", pretrained, **dict(model_args, **kwargs))
