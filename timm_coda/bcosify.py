@@ -2,9 +2,9 @@
 
 What changes: convolutions and linear layers become B-cos ones, normalisations those without bias whose statistics an
 explanation can hold constant, max pooling average pooling. Activations vanish, as the B-cos transform is the
-non-linearity, or stay as gates (`keep_activations`); squeeze-excitation and attention always stay, the gate or the
-attention matrix a constant to explanations, and what leads to them as it was, but for biases. The encoding of the image goes into the first convolution (or in front of the network) and the classifier in front of the pooling, so that
-the architecture's own forward pass stays as it is.
+non-linearity, or stay as gates (`keep_activations`). Squeeze-excitation and attention always stay, with the gate or the
+attention matrix a constant to explanations. The encoding of the image goes into the first convolution, or in front of
+the network, and the classifier in front of the pooling, so that the architecture's own forward pass stays as it is.
 """
 
 from collections import OrderedDict
