@@ -100,7 +100,7 @@ def _counterpart(name: str, module: nn.Module, rules: _Rules) -> nn.Module:
     if isinstance(module, _SQUEEZE_EXCITE):
         return _squeeze_excite(name, module)
     if type(module) is timm_layers.Attention and module.gate is None:
-        module.qkv = _linear(module.qkv, 1.0, False)  # the published transformers' stays linear, too
+        setattr(module, "qkv", _linear(module.qkv, 1.0, False))  # noqa: B010, linear as in published transformers
         return freezable(module)
     if isinstance(module, _GATES) or "Attention" in type(module).__name__:
         raise ValueError(
@@ -161,7 +161,7 @@ def _norm(name: str, module: nn.BatchNorm2d | nn.LayerNorm | nn.GroupNorm, rules
         raise ValueError(f"{name} ({module}) normalises several axes, only one, the channels, has a counterpart")
     else:
         kind = PositionNorm2d if isinstance(module, _NORMS_2D) else DynamicLayerNorm
-        norm = kind(module.normalized_shape[0], module.eps, device="meta")
+        norm = kind(module.weight.numel(), module.eps, device="meta")
     norm.weight = nn.Parameter(module.weight)
     kept = [m for child in ("drop", "act") if (m := getattr(module, child, None)) and type(m) is not nn.Identity]
     if not rules.keep_activations or not kept:

@@ -296,7 +296,7 @@ def _carry_over(original: Any, target: Bcosified) -> None:
     if weight is None or weight.shape[1] != target.head_hidden_size:
         raise ValueError(f"the classifier ({classifier}) is not one linear layer of the last features")
     if len(weight) == target.num_classes:
-        target.get_classifier().weight.copy_(weight.reshape(*weight.shape[:2], 1, 1))
+        target.head.weight.copy_(weight.reshape(*weight.shape[:2], 1, 1))
 
 
 def _mean_and_std(model: nn.Module) -> dict[str, Tensor]:
@@ -387,7 +387,7 @@ def bcosified(
     if not timm.is_model(base):
         raise ValueError(f"base={base!r}: timm has no such architecture, see timm.list_models()")
     if not pretrained_cfg:  # a saved model brings its own
-        config = timm.get_pretrained_cfg(base)
+        config: Any = timm.get_pretrained_cfg(base)
         shared = ("input_size", "pool_size", "crop_pct", "interpolation", "fixed_input_size", "min_input_size")
         overlay = {name: getattr(config, name) for name in shared}
         first = config.first_conv
