@@ -58,8 +58,7 @@ def train(model, images, labels, epochs, loss, lr=1e-3, batch=64):
     for _ in range(epochs):
         for rows in torch.randperm(len(images), generator=generator)[: steps * batch].split(batch):
             x = F.pad(images[rows], (4,) * 4)
-            flip, top, left = torch.randint(2 * 9 * 9, (), generator=generator).unsqueeze(0) // torch.tensor([81, 9, 1])
-            top, left = top % 9, left % 9
+            flip, top, left = (int(torch.randint(n, (), generator=generator)) for n in (2, 9, 9))
             x = x[:, :, top : top + 32, left : left + 32]
             optimizer.zero_grad()
             loss(model(x.flip(3) if flip else x), labels[rows]).backward()
