@@ -55,6 +55,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--log-every", type=runs.positive, default=10, help="updates between points of the loss curve")
     add("--explain-every", type=runs.natural, default=5, help="epochs between explanation pictures; 0: one at the end")
     add("--explain-images", type=runs.positive, default=8, help="test images in such a picture; 8 fit a page")
+    add("--push-to-hub", metavar="REPO", help="publish the finished run there, USER/NAME, with a model card")
     add("--report-to", default="none", help="a tracker of Accelerate's: tensorboard, wandb, ...; none: files do")
     add = parser.add_argument_group("data").add_argument
     add("--data", nargs="+", default=["digits"], help="digits, a Hub id, parquet files, a folder of these or of images")
@@ -83,6 +84,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--model", default="coda_net_s", help="a name in timm's registry, local-dir:FOLDER or hf-hub:ID")
     add("--model-args", nargs="+", action="extend", default=[], metavar="NAME=JSON", help="as logit_temperature=100")
     add("--pretrained", action=switch, default=False, help="start from the model's published weights")
+    add("--head-only", action=switch, default=False, help="freeze all but the classifier: quick, and seldom enough")
     add("--ema", type=float, default=0.0, help="decay of averaged weights, which are then tested and saved; 0: none")
     add = parser.add_argument_group("learning").add_argument
     add("--epochs", type=runs.positive, default=200, help="times that each training image is seen")
@@ -129,6 +131,7 @@ def train(args: argparse.Namespace, stop: list[int]) -> None:
     output, options = Path(args.output), runs.run_options(args)
     if args.resume and (output / "summary.json").exists():
         raise runs.Stopped(f"{output} is finished: there is nothing to go on with", code=0)
+    repo_id = args.push_to_hub and hub.check_access(args.push_to_hub)  # now, and not after hours of training
 
     def chosen(names: str) -> dict[str, Any]:
         return {name: options[name] for name in names.split()}
@@ -148,7 +151,7 @@ def train(args: argparse.Namespace, stop: list[int]) -> None:
     names = "subset image_column label_column train_split test_split val_fraction num_classes"
     source = data.load_data(args.data, **chosen(names))
     classes = source.label_names
-    network: Any = hub.create_model(args.model, num_classes=len(classes), **chosen("pretrained model_args"))
+    network: Any = hub.create_model(args.model, num_classes=len(classes), **chosen("pretrained model_args head_only"))
     with hub.blame("--img-size, --interpolation, --crop-pct or a random change of the images", runs.RunError):
         config = resolve_input_data_config(network, chosen("img_size interpolation crop_pct"))
         changes = chosen("crop_padding scale ratio hflip color_jitter auto_augment erase")
@@ -276,11 +279,9 @@ def train(args: argparse.Namespace, stop: list[int]) -> None:
         explain(output / "explanation.png")
         facts = {"options": options, "parameters": parameters, "processes": processes, "label_names": classes}
         runs.save_summary(output, progress, facts | {"training_images": len(train_set), "test_images": len(test_set)})
-        best, note = progress.best, f"; {len(progress.skipped)} images could not be read" if progress.skipped else ""
-        print(f"\naccuracy {best['accuracy']:.4f} in epoch {best['epoch']}, {progress.seconds:.0f} s in all{note}")
-        print("" if silent else f"explanations: {output / 'explanation.png'}\n")
-        print(f'import timm, timm_coda\nmodel = timm.create_model("local-dir:{output}", pretrained=True).eval()')
+        print(runs.closing_words(output, progress, pictures=not silent))
     accelerator.end_training()
+    runs.publish(output, repo_id if main else None)
 
 
 def main() -> int:

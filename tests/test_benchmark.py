@@ -173,8 +173,8 @@ def test_peak_is_of_the_call_alone():
 
 @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere the peak counts what libraries need to start")
 def test_memory_of_a_training_step(fast):
-    setup = Setup(model="coda_net_xs", batch_size=4, repeats=2, operations=("train",), backends=("reference",))
-    (row,) = measure(setup)["rows"]
+    how = {"repeats": 2, "operations": ("train",), "backends": ("reference",)}
+    (row,) = measure(Setup(model="coda_net_xs", batch_size=4, img_size=32, **how))["rows"]
     weights = 4 * 4 * sum(count_macs(timm.create_model("coda_net_xs"), 32).values(), Macs()).bias
     assert 2 * weights < row["extra_bytes"] < 3 * weights, "it keeps raw and rescaled weights for backward"
 

@@ -67,3 +67,18 @@ def test_strided_weights_are_not_kept():
     entries = len(norm._cache)
     assert_current(up[:, ::2], up_bias[:, ::2])
     assert len(norm._cache) == entries
+
+
+def test_bits_do_not_depend_on_where_the_weights_lie():
+    """Memory-mapped weights, as transformers loads them, are aligned to 8 bytes only."""
+    for rank, inputs in ((7, 13), (64, 64), (33, 20)):
+        up, up_bias = torch.randn(2 * rank, inputs, 3, 3), torch.randn(2, inputs, 3, 3)
+        shifted = []
+        for weight in (up, up_bias):
+            memory = torch.empty(weight.numel() + 16)
+            offset = 6 - memory.data_ptr() % 64 // 4
+            shifted.append(memory[offset % 16 :][: weight.numel()].view(weight.shape).copy_(weight))
+            assert shifted[-1].data_ptr() % 64 == 24
+        expected = norm.norm_terms(up, up_bias, torch.float32)
+        for one, other in zip(norm.norm_terms(*shifted, torch.float32), expected, strict=True):
+            assert torch.equal(one, other)

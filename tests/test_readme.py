@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from hub_server import HubServer
 
 ROOT = Path(__file__).parents[1]
 BLOCKS = re.findall(r"```(\w+)\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
@@ -26,8 +27,8 @@ def clone(tmp_path_factory):
     return folder
 
 
-def run(command: list[str], folder: Path) -> str:
-    environment = os.environ | {"HF_HUB_OFFLINE": "1", "PYTHONPATH": str(folder)}
+def run(command: list[str], folder: Path, **variables: str) -> str:
+    environment = os.environ | {"PYTHONPATH": str(folder)} | (variables or {"HF_HUB_OFFLINE": "1"})
     environment.pop("TRITON_INTERPRET", None)
     done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
@@ -35,16 +36,36 @@ def run(command: list[str], folder: Path) -> str:
 
 
 def test_commands_are_known():
-    assert commands() == ["pip install -e '.[test]'", "python train.py", "python -m pytest", "python train.py --help"]
+    assert [command.split(" --")[0] for command in commands()] == [
+        "pip install -e '.[test]'",
+        "python train.py",
+        "python -m pytest",
+        "python train.py",
+        "python train.py",
+        "python path/to/timm/train.py path/to/images",
+        "hf auth login",
+        "timm-coda push runs/coda_net_xs.digits me/digits",
+        "timm-coda push runs/coda_net_xs.digits me/digits",
+        "timm-coda export local-dir:runs/coda_net_xs.digits",
+    ]
     assert "explain-every" in run([sys.executable, "train.py", "--help"], ROOT)
 
 
-def test_first_command_then_every_python_block(clone):
+def test_first_command_then_push_then_every_python_block(clone, tmp_path):
     said = run([sys.executable, "train.py"], clone)
     output = clone / "runs/coda_net_xs.digits"
     assert "accuracy" in said
     assert json.loads((output / "summary.json").read_text())["accuracy"] >= 0.97
     assert (output / "explanation.png").read_bytes().startswith(b"\x89PNG")
     code = "\n".join(code for kind, code in BLOCKS if kind == "python")
-    run([sys.executable, "-W", "error", "-c", code], clone)
+    with HubServer() as server:  # in place of the Hub
+        variables = server.environment(tmp_path / "home", token="hf_me")
+        for line in commands():
+            if line.startswith("timm-coda push"):
+                said = run([sys.executable, "-m", "timm_coda.cli", *line.split()[1:]], clone, **variables)
+                assert "model.safetensors" in said
+        assert len(server.repos["me/digits"].branches["main"]) == 2
+        run([sys.executable, "-W", "error", "-c", code], clone, **variables)
+    (export,) = [line.split()[1:] for line in commands() if line.startswith("timm-coda export")]
+    assert "contributions" in run([sys.executable, "-m", "timm_coda.cli", *export], clone)
     assert (clone / "explanation.png").read_bytes().startswith(b"\x89PNG")

@@ -1,6 +1,7 @@
 """Recipes, folders and progress of runs."""
 
 import argparse
+import json
 import math
 from pathlib import Path
 
@@ -133,3 +134,17 @@ def test_text_is_replaced_all_or_nothing(folder):
 def test_environment():
     facts = runs.environment()
     assert facts["timm"] and facts["torch"] and "threads" in facts["cpu"]
+
+
+def test_summary_names_only_data_sets_of_the_hub(folder):
+    (folder / "pets").mkdir()
+    progress = runs.Progress(best={"accuracy": 0.5})
+    for sources, expected in (
+        (["digits"], None),
+        (["me/animals"], "me/animals"),
+        (["pets"], None),
+        (["pe*"], None),
+        (["a.parquet", "b.parquet"], None),
+    ):
+        runs.save_summary(folder, progress, {"options": {"data": sources}})
+        assert json.loads((folder / "summary.json").read_text())["hub_data_set"] == expected

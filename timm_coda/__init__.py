@@ -6,6 +6,7 @@ Importing this package registers every model in timm.
 from .bcos import BcosConv2d, BcosLinear
 from .explain import ExplainMixin, Explanation, explain, explanation_mode
 from .functional import bcos_conv2d, bcos_linear, dau_conv2d, dau_linear, set_backend, use_backend
+from .hub import HubMixin
 from .layers import DAUConv2d, DAULinear, InverseEncoding
 from .models import Bcosified, BcosResNet, BcosVisionTransformer, CodaNet, bcosify
 
@@ -22,6 +23,7 @@ __all__ = [
     "DAULinear",
     "ExplainMixin",
     "Explanation",
+    "HubMixin",
     "InverseEncoding",
     "__version__",
     "bcos_conv2d",

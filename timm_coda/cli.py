@@ -29,6 +29,9 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"timm_coda {__version__}")
     subcommands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     _add_benchmark(subcommands)
+    _add_convert(subcommands)
+    _add_push(subcommands)
+    _add_export(subcommands)
     return parser
 
 
@@ -169,6 +172,89 @@ def _benchmark(args: argparse.Namespace) -> int:
     return 0
 
 
+_CONVERT = """\
+A checkpoint, the authors' or one of yours, becomes a folder in timm's format:
+config.json and model.safetensors. The model is then
+
+  import timm, timm_coda
+  timm.create_model("local-dir:FOLDER", pretrained=True)
+
+  timm-coda convert cifar.pt --model coda_net_s.mpi_t1000_cifar10 \\
+      --output FOLDER
+  timm-coda convert https://... --model coda_net_l.mpi_t100000_imagenet100 \\
+      --output FOLDER
+  timm-coda convert mine.pt --model coda_net_s --num-classes 3 \\
+      --label-names cat dog eel --model-args rank=16 --output FOLDER
+  timm-coda convert runs/mine/model.safetensors --model coda_net_xs --half \\
+      --output mine.safetensors                       # weights alone, half size
+
+A checkpoint is a PyTorch or safetensors file of weights, bare or inside
+{'state_dict': ...} or {'model': ...}, with or without 'module.' before keys.
+Code in a file is never run: a pickle that holds more than weights is refused.
+"""
+
+
+def _add_convert(subcommands: "_SubParsersAction[Any]") -> None:
+    parser = subcommands.add_parser(
+        "convert",
+        help="a published checkpoint, or one of yours, to a folder in timm's format",
+        description=_CONVERT,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.set_defaults(run=_convert)
+    add = parser.add_argument
+    add("source", metavar="FILE_OR_URL", help="the checkpoint")
+    hint = "a name in timm's registry; the tag says licence, class names and temperature: timm.list_models('coda*', "
+    add("--model", required=True, metavar="NAME", help=hint + "include_tags=True)")
+    add(
+        "--output",
+        required=True,
+        type=Path,
+        metavar="FOLDER",
+        help="new or empty; or FILE.safetensors, for weights alone",
+    )
+    add("--num-classes", type=int, metavar="N", help="of the checkpoint (default: the tag's)")
+    hint = "in the order of the logits, or a text file with a name a line (default: the tag's)"
+    add("--label-names", nargs="+", metavar="NAME", help=hint)
+    add("--model-args", nargs="+", default=[], metavar="NAME=JSON", help="of its constructor, as rank=16")
+    add("--half", action="store_true", help="save in half precision")
+    hint = "replace the model in FOLDER, and no other file there, or FILE.safetensors"
+    add("--overwrite", action="store_true", help=hint)
+
+
+def _convert(args: argparse.Namespace) -> int:
+    from .convert import convert_checkpoint
+
+    names = args.label_names
+    if names and len(names) == 1 and os.path.isfile(names[0]):
+        names = Path(names[0]).read_text(encoding="utf-8").split("\n")
+        names = [name.strip() for name in names if name.strip()]
+    model = convert_checkpoint(
+        args.source,
+        args.model,
+        args.output,
+        num_classes=args.num_classes,
+        label_names=names,
+        model_args=args.model_args,
+        half=args.half,
+        overwrite=args.overwrite,
+    )
+    weights = model.state_dict()
+    config: Any = model.pretrained_cfg
+    count = f"{len(weights)} tensors, {sum(value.numel() for value in weights.values()):,} parameters"
+    print(f"{args.model}: {count}, {model.num_classes} classes; licence: {config.get('license', 'unknown')}")
+    if "description" in config:
+        print(config["description"].rstrip(".") + ".")
+    if args.output.is_file():
+        print(f"wrote {args.output}, {args.output.stat().st_size / 1e6:.1f} MB")
+        return 0
+    size = (args.output / "model.safetensors").stat().st_size / 1e6
+    print(f"wrote config.json and model.safetensors, {size:.1f} MB, into {args.output}\n")
+    print(f'import timm, timm_coda\nmodel = timm.create_model("local-dir:{args.output}", pretrained=True).eval()')
+    return 0
+
+
 def benchmark_table(report: dict[str, Any]) -> str:
     """What `benchmark.measure` reports as text, 80 columns wide."""
     setup, environment, macs = report["setup"], report["environment"], report["macs_an_image"]["model"]
@@ -279,6 +365,149 @@ def _with_quartiles(spread: dict[str, float], unit: float = 1, digits: int = 3) 
 def _short(number: float, digits: int = 3) -> str:
     """As many digits or more, never an exponent, at most two behind the point of what is 1 or more."""
     return f"{number:.0f}" if number >= 100 else f"{number:#.3g}" if number >= 1 else f"{number:.{digits}g}"
+
+
+_PUSH = """\
+Publish a model's folder, as train.py or model.save_pretrained(FOLDER) leaves
+it, on the Hugging Face Hub, where timm.create_model("hf-hub:USER/NAME") finds
+it.
+
+  hf auth login                                                  # once
+  timm-coda push runs/coda_net_xs.digits me/digits --dry-run
+  timm-coda push runs/coda_net_xs.digits me/digits --license mit
+  timm-coda push runs/longer me/digits --message "Twice the epochs"
+
+What goes there: config.json and model.safetensors, which are checked first;
+explanation.png, summary.json and recipe.yaml where there are some; and
+README.md, the model card. It is made from what train.py measured, unless the
+folder has one: to write your own, begin with what --dry-run shows. Checkpoints
+stay here.
+
+All of it is one commit: others see the old model or the new one, never a half.
+A connection that breaks is tried again; after a failure run the same command
+once more, and what is uploaded already is not uploaded again.
+"""
+
+
+def _add_push(subcommands: "_SubParsersAction[Any]") -> None:
+    parser = subcommands.add_parser(
+        "push",
+        help="publish a model's folder on the Hugging Face Hub, with a model card",
+        description=_PUSH,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.set_defaults(run=_push)
+    add = parser.add_argument
+    add("folder", type=Path, metavar="FOLDER", help="with config.json and model.safetensors")
+    add("repo", metavar="REPO", help="USER/NAME, or NAME under your own; made if there is none")
+    add("--dry-run", action="store_true", help="upload nothing: check the folder, list the files, print the card")
+    add(
+        "--license", metavar="NAME", help="of the weights, for the card, such as mit (default: that of those you tuned)"
+    )
+    add("--private", action="store_true", help="make a new repository private (default: what its owner's setting says)")
+    add("--revision", metavar="BRANCH", help="commit to this branch, which is there already (default: main)")
+    add("--message", default="Upload model", metavar="TEXT", help="first line of the commit (default: Upload model)")
+    add("--create-pr", action="store_true", help="open a pull request in place of committing")
+    add("--token", help="that may write there (default: HF_TOKEN, or hf auth login's, which no shell's history keeps)")
+
+
+def _push(args: argparse.Namespace) -> int:
+    from .remote import check_repo_id, files_to_push, push_folder
+
+    check_repo_id(args.repo)
+    files = files_to_push(args.folder, args.repo, license=args.license)
+    for name, content in files.items():
+        size = len(content) if isinstance(content, bytes) else content.stat().st_size
+        print(f"{size:>13,}  {name}")
+    if args.dry_run:
+        card = files["README.md"]
+        print(f"\n{card.decode() if isinstance(card, bytes) else card.read_text(encoding='utf-8')}")
+        return 0
+    commit = push_folder(
+        args.folder,
+        args.repo,
+        private=args.private or None,
+        revision=args.revision,
+        commit_message=args.message,
+        token=args.token,
+        create_pr=args.create_pr,
+        license=args.license,
+    )
+    print(f"\n{commit.pr_url or commit.commit_url}")
+    if not args.create_pr:
+        at = f"@{args.revision}" if args.revision else ""
+        print(f'import timm, timm_coda\ntimm.create_model("hf-hub:{commit.repo_url.repo_id}{at}", pretrained=True)')
+
+
+_EXPORT = """\
+A model as one file for a service that has neither this package nor autograd,
+checked against the model on random images before the command ends.
+
+  timm-coda export local-dir:runs/coda_net_xs.digits --output digits.onnx --explain
+  timm-coda export hf-hub:org/name --output model.pt2 --explain
+  timm-coda export coda_net_s --no-pretrained --output untrained.onnx
+
+The file takes any number of images of one size, in float32:
+
+  image          (batch, 3, height, width), colours in [0, 1]: resize and divide
+                 by 255, no mean and std
+  target         (batch,) int64, with --explain: the class to explain, -1 for the
+                 prediction; what is no class gives NaN
+  logits         (batch, classes)
+  contributions  (batch, height, width), with --explain: the share of each
+                 position in the target's logit; they sum to it, less the bias
+  weights        (batch, 6, height, width), with --explain: the dynamic linear
+                 map, for (colours, 1 - colours)
+
+The file says itself what its classes are called, how images are resized, what
+the bias is and under which license it is: metadata of ONNX, or the extra file
+metadata.json of a .pt2. ONNX is in opset 18; ask ONNX Runtime only for outputs
+you use. A .pt2 is for torch.export.load(FILE).module()(image, target).
+"""
+
+
+def _add_export(subcommands: "_SubParsersAction[Any]") -> None:
+    parser = subcommands.add_parser(
+        "export",
+        help="a model, with its explanation, as one ONNX or torch.export file",
+        description=_EXPORT,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.set_defaults(run=_export)
+    add = parser.add_argument
+    add("model", help="a name in timm's registry, local-dir:FOLDER or hf-hub:ID")
+    add("--output", type=Path, metavar="FILE", required=True, help="ends in .onnx or .pt2 (replaced if it is there)")
+    add("--format", choices=["onnx", "torch"], help="(default: what the ending of --output says)")
+    add("--explain", action="store_true", help="with the explanation")
+    add("--img-size", type=int, metavar="N", help="pixels a side (default: the model's)")
+    hint = "its weights (default: load them); --no-pretrained: random ones, to try a service"
+    add("--pretrained", action=argparse.BooleanOptionalAction, default=True, help=hint)
+
+
+def _export(args: argparse.Namespace) -> int:
+    from . import export, hub
+
+    if args.format and args.output.suffix != export.FORMATS[args.format]:
+        raise ValueError(
+            f"--format {args.format}: name --output {args.output.with_suffix(export.FORMATS[args.format])}"
+        )
+    with hub.blame(f"cannot load {args.model}", hub.HubError):
+        import timm
+
+        model = timm.create_model(args.model, pretrained=args.pretrained)
+    try:
+        export.export_model(model, args.output, explain=args.explain, img_size=args.img_size)
+        found = export.largest_differences(args.output, model)
+    except ImportError as error:
+        raise ValueError(error) from error
+    print(f"{args.output}: {args.output.stat().st_size / 1e6:.1f} MB")
+    for name, difference in found.items():
+        print(f"{name:14} largest relative difference to the model on random images {difference:.1e}")
+    if max(found.values()) >= 1e-4:  # float32 rounds by about 1e-6, and by 1e-5 in deep networks of large images
+        raise ValueError(f"{args.output} differs from the model by 1e-4 or more: do not use it")
+    return 0
 
 
 if __name__ == "__main__":

@@ -157,14 +157,14 @@ class Explanation:
 
 
 def explain(model: nn.Module, images: "Tensor | Image | Sequence[Image]", *args: Any, **kwargs: Any) -> Explanation:
-    """`model.explain(...)` of a model that DDP, torch.compile or another wrapper hides. Arguments as there.
+    """`model.explain(...)` of a model that DDP, torch.compile or transformers' wrapper hides. Arguments as there.
 
     Raises:
         TypeError: no model with `explain` inside.
     """
     inner = model
     while not isinstance(inner, ExplainMixin):
-        for name in ("module", "_orig_mod"):
+        for name in ("module", "_orig_mod", "timm_model"):
             if isinstance(getattr(inner, name, None), nn.Module):
                 inner = getattr(inner, name)
                 break

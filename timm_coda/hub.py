@@ -1,33 +1,51 @@
-"""Models in and out: folders that `timm.create_model("local-dir:FOLDER", pretrained=True)` makes into a model again.
+"""Models in and out: from what a person types, from folders and the Hugging Face Hub, and back there.
 
-Nothing in such a folder is ever half written: a file is complete before it takes its name.
+`timm.create_model("hf-hub:USER/NAME", pretrained=True)` and `"local-dir:FOLDER"` read what is written here.
 """
 
 import contextlib
 import difflib
 import json
 import os
-import shutil
-from collections.abc import Iterator, Sequence
+import tempfile
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from types import MappingProxyType
+from typing import Any, TypeVar
 
 import timm
 import torch
-from safetensors import SafetensorError
-from timm.models import save_for_hf
+from huggingface_hub import CommitInfo, ModelCard, ModelHubMixin
 
+from .card import make_card
+from .folder import HubError, SaveError, blame, check_folder, model_config, save_model, temporary_folder
+from .remote import card_of_folder, check_access, fetch, push_folder
 
-class HubError(ValueError):
-    """A model or a folder that cannot be used as it is; the message says which and how to mend it."""
+__all__ = [
+    "HubError",
+    "HubMixin",
+    "SaveError",
+    "blame",
+    "card_of_folder",
+    "check_access",
+    "check_folder",
+    "create_model",
+    "fetch",
+    "push_folder",
+    "save_model",
+    "temporary_folder",
+]
 
-
-class SaveError(HubError):
-    """Something could not be written; what was there before still is."""
+_M = TypeVar("_M", bound="HubMixin")
 
 
 def create_model(
-    name: str, *, num_classes: int, pretrained: bool = False, model_args: Sequence[str] = ()
+    name: str,
+    *,
+    num_classes: int,
+    pretrained: bool = False,
+    model_args: Sequence[str] = (),
+    head_only: bool = False,
 ) -> torch.nn.Module:
     """Make a model as `timm.create_model` does, from what a person types.
 
@@ -36,6 +54,7 @@ def create_model(
         num_classes: Number of classes.
         pretrained: Load its published weights.
         model_args: Further arguments, each `NAME=VALUE` with the value in JSON, such as `logit_temperature=100`.
+        head_only: Freeze everything but the classifier.
 
     Raises:
         HubError: There is no such model, or it cannot be made with these arguments.
@@ -55,70 +74,133 @@ def create_model(
         raise HubError(f"model argument num_classes={arguments['num_classes']}: the data set says it, {num_classes}")
     said = "".join(f", {key}={value!r}" for key, value in arguments.items())
     with blame(f"cannot make the model {name} with num_classes={num_classes}{said}", HubError):
-        return timm.create_model(name, pretrained=pretrained, num_classes=num_classes, **arguments)
+        model: Any = timm.create_model(name, pretrained=pretrained, num_classes=num_classes, **arguments)
+    if head_only:
+        model.requires_grad_(False)
+        model.get_classifier().requires_grad_(True)
+    return model
 
 
-def save_model(
-    model: torch.nn.Module,
-    folder: str | os.PathLike,
-    *,
-    label_names: Sequence[str] | None = None,
-    data_config: dict[str, Any] | None = None,
-    model_args: dict[str, Any] | None = None,
-) -> Path:
-    """Write `config.json` and `model.safetensors`, timm's format for the Hub, into a folder.
+class HubMixin(ModelHubMixin):
+    """Adds `save_pretrained`, `push_to_hub` and `from_pretrained`, in timm's format, to a model that timm registers."""
 
-    A file that is already there is replaced only when both new ones are complete, so that a full disk or a kill leaves
-    a loadable model behind.
+    # ModelHubMixin would keep the constructor's arguments here if nothing were there; timm remembers them already.
+    _hub_mixin_config: Mapping[str, Any] = MappingProxyType({})
 
-    Args:
-        model: A model that `timm.create_model` made; timm remembers the arguments it was made with.
-        folder: Where to; made if missing.
-        label_names: What the classes are called, in the order of the logits.
-        data_config: The image size, crop and interpolation the model was trained with
-            (`timm.data.resolve_model_data_config`); by default the model's own.
-        model_args: Arguments of the constructor to record beside, or in place of, those that timm remembers.
+    def save_pretrained(
+        self,
+        save_directory: str | os.PathLike,
+        *,
+        label_names: Sequence[str] | None = None,
+        data_config: dict[str, Any] | None = None,
+    ) -> None:
+        """Write `config.json` and `model.safetensors` into a folder, whole or not at all; arguments as `save_model`.
 
-    Raises:
-        SaveError: It could not be written, such as on a full disk; the model that was there before still is.
-    """
-    folder = Path(folder)
-    failure = blame(f"the model could not be saved in {folder}, but what was there before is", SaveError)
-    with failure, temporary_folder(folder / ".saving") as temporary:
-        save_for_hf(
-            model,
-            str(temporary),
-            model_config={} if label_names is None else {"label_names": list(label_names)},
-            model_args=model_args,
-            data_config=data_config,
-            safe_serialization=True,
-        )
-        config = json.loads((temporary / "config.json").read_text(encoding="utf-8"))
-        # transformers' TimmWrapper passes num_classes itself and fails when it finds it here a second time; timm
-        # takes it from the top level.
-        config.get("model_args", {}).pop("num_classes", None)
-        (temporary / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-        shutil.copymode(temporary / "config.json", temporary / "model.safetensors")  # else only the owner can read it
-        for name in ("model.safetensors", "config.json"):
-            os.replace(temporary / name, folder / name)
-    return folder
+        Raises:
+            HubError: timm did not make the model, or there are not as many names as classes.
+            SaveError: It could not be written; the model that was there before still is.
+        """
+        model: Any = self
+        save_model(model, save_directory, label_names=label_names, data_config=data_config)
 
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        label_names: Sequence[str] | None = None,
+        data_config: dict[str, Any] | None = None,
+        private: bool | None = None,
+        revision: str | None = None,
+        commit_message: str = "Upload model",
+        token: str | None = None,
+        create_pr: bool = False,
+        license: str | None = None,
+    ) -> CommitInfo:
+        """Upload the model with a model card to the Hub, in one commit.
 
-@contextlib.contextmanager
-def blame(what: str, error_class: type[ValueError]) -> Iterator[None]:
-    """Turn the errors that libraries raise for wrong input into one that says what it comes from."""
-    try:
-        yield
-    except (ValueError, TypeError, RuntimeError, KeyError, AssertionError, OSError, SafetensorError) as error:
-        raise error_class(f"{what}: {error}") from error
+        The card says what the model's config knows. What train.py measured comes with `push_folder`, which uploads
+        a run's folder.
 
+        Args:
+            repo_id: `USER/NAME`, or `NAME` for the token's own user; made if there is none.
+            label_names: What the classes are called; by default what the model was loaded with.
+            data_config: The image size, crop and interpolation it was trained with; by default the model's own.
+            private: For a new repository; by default public, or as the organisation says.
+            revision: Branch to commit to, which is there already; by default main.
+            commit_message: First line of the commit.
+            token: Of a user who may write there; by default HF_TOKEN or what `hf auth login` saved.
+            create_pr: Open a pull request in place of committing.
+            license: Of the weights, for the card, such as `"mit"`; by default what the config says of the weights that
+                the model's name stands for.
 
-@contextlib.contextmanager
-def temporary_folder(folder: Path) -> Iterator[Path]:
-    """A new, empty folder that is gone at the end, unless what is inside gave it another name."""
-    shutil.rmtree(folder, ignore_errors=True)  # what a killed process left
-    folder.mkdir(parents=True)
-    try:
-        yield folder
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
+        Raises:
+            HubError: As `save_pretrained` and `push_folder`.
+        """
+        with tempfile.TemporaryDirectory() as folder:
+            self.save_pretrained(folder, label_names=label_names, data_config=data_config)
+            return push_folder(
+                folder,
+                repo_id,
+                private=private,
+                revision=revision,
+                commit_message=commit_message,
+                token=token,
+                create_pr=create_pr,
+                license=license,
+            )
+
+    @classmethod
+    def from_pretrained(
+        cls: type[_M],
+        pretrained_model_name_or_path: str | os.PathLike,
+        *,
+        revision: str | None = None,
+        token: str | bool | None = None,
+        cache_dir: str | Path | None = None,
+        force_download: bool = False,
+        local_files_only: bool = False,
+        **model_args: Any,
+    ) -> _M:
+        """Load a model from a folder or the Hub, in eval mode, after checks that name what is wrong.
+
+        `timm.create_model` makes the same model of the same files. Only safetensors are read, nothing is executed.
+
+        Args:
+            pretrained_model_name_or_path: A folder, or an id on the Hub.
+            revision: Branch, tag or commit on the Hub; by default main.
+            token: Of a user who may read it; by default HF_TOKEN or what `hf auth login` saved.
+            cache_dir: Where downloads are kept; by default huggingface_hub's cache.
+            force_download: Download also what is in the cache.
+            local_files_only: Take what is in the cache, as HF_HUB_OFFLINE=1 does.
+            model_args: Arguments of `timm.create_model`, such as `num_classes=5` for a new classifier.
+
+        Raises:
+            HubError: No such folder or model, or it is damaged, incomplete or of another class; or no connection.
+        """
+        source = os.fspath(pretrained_model_name_or_path)
+        if os.path.isdir(source):
+            folder = source
+        elif source.count("/") > 1 or source.startswith((".", "~", "/")):
+            raise HubError(f"{source!r}: there is no such folder, and it is no id on the Hub, which is USER/NAME")
+        else:
+            folder = fetch(
+                source,
+                revision=revision,
+                token=token,
+                cache_dir=cache_dir,
+                force_download=force_download,
+                local_files_only=local_files_only,
+            )
+        name = check_folder(folder)["architecture"]
+        said = "".join(f", {key}={value!r}" for key, value in model_args.items())
+        with blame(f"cannot make the {name} in {source}{said}", HubError):
+            model: Any = timm.create_model(f"local-dir:{os.fspath(folder)}", pretrained=True, **model_args).eval()
+        if not isinstance(model, cls):
+            kind = type(model).__name__
+            raise HubError(f"{source} makes a {kind}, no {cls.__name__}: load it with {kind}, or timm.create_model")
+        return model
+
+    def generate_model_card(self, *, repo_id: str) -> ModelCard:
+        """The model card that `push_to_hub(repo_id)` uploads."""
+        model: Any = self
+        return make_card(model_config(model), repo_id=repo_id)

@@ -7,6 +7,7 @@ never stopped.
 import argparse
 import contextlib
 import difflib
+import glob
 import importlib.metadata
 import importlib.util
 import json
@@ -17,6 +18,7 @@ import re
 import shlex
 import shutil
 import signal
+import subprocess
 import sys
 from collections.abc import Collection, Iterable
 from dataclasses import asdict, dataclass, field
@@ -31,11 +33,17 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from tqdm import tqdm
 
-from .hub import SaveError, blame, temporary_folder
+from .hub import HubError, SaveError, blame, push_folder, temporary_folder
 
 # What train.py writes into a run's folder; --overwrite removes these and nothing else.
 OUTPUTS = ("checkpoints", "explanations", "summary.json", "explanation.png", "config.json", "model.safetensors")
-COMMAND_OPTIONS = {"config", "output", "overwrite", "resume"}  # they belong to a command, not to the run it starts
+COMMAND_OPTIONS = {
+    "config",
+    "output",
+    "overwrite",
+    "resume",
+    "push_to_hub",
+}  # they belong to a command, not to the run it starts
 # They may differ when a run goes on: none of them changes a weight.
 FREE_OPTIONS = {"workers", "save_every", "explain_every", "explain_images", "report_to"}
 
@@ -277,9 +285,31 @@ def load_state(accelerator: Accelerator, folder: Path, options: dict[str, Any]) 
 def save_summary(folder: Path, progress: Progress, facts: dict[str, Any]) -> None:
     """Write `summary.json`: the best epoch's numbers, facts about the run, where it ran, and how it went."""
     summary = {"command": shlex.join(sys.argv), **progress.best, "seconds": progress.seconds, **facts}
+    summary["hub_data_set"] = _hub_data_set(facts["options"]["data"])
     summary |= {"environment": environment()}
     summary |= {name: value for name, value in asdict(progress).items() if name in ("history", "curve", "skipped")}
     write_text(folder / "summary.json", json.dumps(summary, indent=1) + "\n")
+
+
+def closing_words(folder: Path, progress: Progress, *, pictures: bool) -> str:
+    """What a finished run says: how good, how long, where the pictures are, how to load the model."""
+    best, note = progress.best, f"; {len(progress.skipped)} images could not be read" if progress.skipped else ""
+    return (
+        f"\naccuracy {best['accuracy']:.4f} in epoch {best['epoch']}, {progress.seconds:.0f} s in all{note}\n"
+        + (f"explanations: {folder / 'explanation.png'}\n" if pictures else "")
+        + f'\nimport timm, timm_coda\nmodel = timm.create_model("local-dir:{folder}", pretrained=True).eval()'
+    )
+
+
+def publish(folder: Path, repo_id: str | None) -> None:
+    """Push a finished run to the Hub, if it is to go there, and say where it is.
+
+    Raises:
+        HubError: It is not there; the message says how to push it later.
+    """
+    if repo_id:
+        with blame(f"the model is in {folder}, but not on the Hub; later: timm-coda push {folder} {repo_id}", HubError):
+            print(f"published: {push_folder(folder, repo_id).commit_url}")
 
 
 def find_states(folder: str | os.PathLike) -> list[Path]:
@@ -318,12 +348,23 @@ def log_picture(accelerator: Accelerator, path: Path, *, step: int) -> None:
             )
 
 
+def _hub_data_set(sources: list[str]) -> str | None:
+    """The id of a data set that came from the Hugging Face Hub; None for one that did not."""
+    here = sources == ["digits"] or any(os.path.exists(source) or glob.glob(source) for source in sources)
+    return None if here or len(sources) > 1 else sources[0]
+
+
 def environment() -> dict[str, str]:
     """Versions and hardware, for the record of a run."""
     versions = {"python": platform.python_version(), "torch": torch.__version__}
     for name in ("timm_coda", "torchvision", "timm", "accelerate", "datasets", "safetensors"):
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):  # timm_coda may run without installation
             versions[name] = importlib.metadata.version(name)
+    root = Path(__file__).parents[1]
+    if (root / ".git").exists():  # a clone, and not what pip installed
+        with contextlib.suppress(OSError, subprocess.CalledProcessError):
+            ask = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+            versions["commit"] = subprocess.run(ask, capture_output=True, text=True, check=True).stdout.strip()
     cpu = platform.processor() or platform.machine()
     with contextlib.suppress(OSError, StopIteration):
         info = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()

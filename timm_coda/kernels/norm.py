@@ -24,6 +24,8 @@ class NormTerms(NamedTuple):
 def norm_terms(up: Tensor, up_bias: Tensor, exact: torch.dtype) -> NormTerms:
     """In the dtype `exact`, of up (D*r, ...) and up_bias (D, ...)."""
     units = up_bias.shape[0]
+    # Memory-mapped weights may lie anywhere, and MKL rounds by where they lie.
+    up, up_bias = (weight.clone() if weight.data_ptr() % 64 else weight for weight in (up, up_bias))
     a, b = up.reshape(units, up.shape[0] // units, -1).to(exact), up_bias.reshape(units, -1).to(exact)
     return NormTerms(a @ a.transpose(1, 2), (a @ b.unsqueeze(2)).squeeze(2), b.square().sum(1))
 

@@ -22,12 +22,13 @@ from torch import Tensor
 from ..bcosify import bcos_classifier, bcos_logits, replace_modules
 from ..convert import from_bcos_v2
 from ..explain import ExplainMixin
+from ..hub import HubMixin
 from ..layers import GlobalPool
 
 __all__ = ["BcosResNet"]
 
 
-class BcosResNet(ExplainMixin, ResNet):
+class BcosResNet(ExplainMixin, HubMixin, ResNet):
     """B-cos ResNet. RGB images in [0, 1] (B, 3, H, W), or encoded ones (B, 6, H, W), to logits (B, num_classes).
 
     Args:

@@ -1,0 +1,250 @@
+"""Model cards: the page of a model on the Hugging Face Hub, from its config and from what was measured; nothing else.
+
+What is not known is left out.
+"""
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import timm
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+
+CARD, PICTURE, SUMMARY, RECIPE = "README.md", "explanation.png", "summary.json", "recipe.yaml"
+_HUB_LICENSES = {  # of those the Hub knows by name, the ones models have; others are "other" there, with their name
+    *("apache-2.0", "mit", "bsd-2-clause", "bsd-3-clause", "cc0-1.0", "cc-by-4.0", "cc-by-sa-4.0", "cc-by-nc-4.0"),
+    *("cc-by-nc-sa-4.0", "cc-by-nc-nd-4.0", "gpl-3.0", "lgpl-3.0", "agpl-3.0", "mpl-2.0", "openrail", "unlicense"),
+}
+_OF_WEIGHTS = ("license", "description", "origin_url", "notes")
+
+
+def make_card(
+    config: Mapping[str, Any],
+    *,
+    repo_id: str | None = None,
+    summary: Mapping[str, Any] | None = None,
+    picture: str | None = None,
+    license: str | None = None,
+) -> ModelCard:
+    """Write the model card of a model in timm's format.
+
+    Args:
+        config: Its `config.json`.
+        repo_id: Its id on the Hub, `USER/NAME`; None for a tag in timm's registry.
+        summary: What train.py measured, its `summary.json`; more numbers may stand there: `localization`, either one or
+            a mapping from names to numbers.
+        picture: Name of a picture of explanations beside the card.
+        license: Of the weights, such as `"mit"`; by default what the config says, unless the summary says that they
+            were trained from scratch: the config's description and licence are those of other weights then.
+    """
+    summary = summary or {}
+    source = dict(config.get("pretrained_cfg", {}))
+    name = repo_id.split("/")[-1] if repo_id else f"{config['architecture']}.{source['tag']}"
+    if summary.get("options", {}).get("pretrained") is False:
+        source = {key: value for key, value in source.items() if key not in _OF_WEIGHTS}
+    if license:
+        source["license"] = license
+    sections = [
+        f"# {name}",
+        _what_it_is(config, source, summary),
+        f"![Images, class probabilities, and the evidence for and against the likeliest classes]({picture})"
+        if picture
+        else "",
+        _usage(f"hf-hub:{repo_id}", explains=_explains(config)) if repo_id else _usage_of_tag(name),
+        _in_transformers(repo_id, explains=_explains(config)) if repo_id else "",
+        _measured(summary),
+        _training(summary),
+        _license(source, summary),
+    ]
+    text = "\n\n".join(section for section in sections if section)
+    return ModelCard(f"---\n{_metadata(name, source, summary, explains=_explains(config)).to_yaml()}\n---\n\n{text}\n")
+
+
+def _metadata(name: str, source: Mapping[str, Any], summary: Mapping[str, Any], *, explains: bool) -> ModelCardData:
+    data_set, results = summary.get("hub_data_set"), None
+    if "accuracy" in summary:
+        value = round(summary["accuracy"], 6)
+        results = [
+            EvalResult(
+                task_type="image-classification",
+                dataset_type=data_set or _data_name(summary),
+                dataset_name=_data_name(summary),
+                metric_type="accuracy",
+                metric_value=value,
+            )
+        ]
+    license = str(source.get("license", "")).lower()
+    other = bool(license) and license not in _HUB_LICENSES
+    return ModelCardData(
+        library_name="timm",
+        pipeline_tag="image-classification",
+        tags=["image-classification", "timm", "transformers", *(["timm_coda"] if explains else [])],
+        license="other" if other else license or None,
+        license_name=re.sub(r"[^a-z0-9.]+", "-", license).strip("-") if other else None,
+        license_link=source.get("origin_url") if other else None,
+        datasets=[data_set] if data_set else None,
+        metrics=["accuracy"] if results else None,
+        model_name=name if results else None,
+        eval_results=results,
+    )
+
+
+def _what_it_is(config: Mapping[str, Any], source: Mapping[str, Any], summary: Mapping[str, Any]) -> str:
+    if _explains(config):
+        lines = [
+            f"An image classifier that explains itself, exactly: `{config['architecture']}` of timm_coda, a timm model "
+            "whose logits are `W(x)·x + b`, so that `W(x) * x` is the decision, pixel by pixel."
+        ]
+    else:
+        lines = [f"An image classifier: `{config['architecture']}` of timm."]
+    if _is_tuned(summary) and not (start := str(summary["options"].get("model", "local-dir:"))).startswith(
+        "local-dir:"
+    ):
+        lines.append(f"Fine-tuned from `{start}`.")
+    if "description" in source:
+        tag = f".{source['tag']}" if source.get("tag") else ""
+        lines.append(f"Of the weights of `{config['architecture']}{tag}`: {source['description'].rstrip('.')}.")
+    paper, ids = source.get("paper_name"), source.get("paper_ids") or ()
+    links = [f"https://arxiv.org/abs/{i.split(':')[1]}" for i in ([ids] if isinstance(ids, str) else ids) if ":" in i]
+    if paper:
+        lines.append(f"The paper: [*{paper}*]({links[0]})." if links else f"The paper: *{paper}*.")
+    facts = []
+    classes, names = config.get("num_classes"), config.get("label_names") or source.get("label_names")
+    if classes is not None:
+        some = f": {', '.join(map(str, names[:10]))}{', ...' if len(names) > 10 else ''}" if names else ""
+        facts.append(f"- {classes} classes{some}")
+    if size := source.get("input_size"):
+        facts.append(f"- images of {size[1]} x {size[2]} pixels{', colours in [0, 1]' if _explains(config) else ''}")
+    return "\n\n".join([" ".join(lines), "\n".join(facts)]).strip()
+
+
+_IMPORT = "import timm_coda  # registers the architecture, so it comes before {}\n"
+
+
+def _usage_of_tag(name: str) -> str:
+    known = timm.get_pretrained_cfg(name)
+    if known and known.has_weights:
+        return _usage(name, explains=True)
+    recipe = f"python train.py --config hub_configs/{name}/{RECIPE}"
+    return f"## Make it\n\nThere are no weights yet. In a clone of timm_coda:\n\n```bash\n{recipe}\n```"
+
+
+def _usage(name: str, *, explains: bool) -> str:
+    ours = _IMPORT.format("create_model") if explains else ""
+    explanation = """
+explanation = model.explain(image)  # of the predicted class; or explain(image, target=3)
+explanation.contributions  # (1, H, W), signed, in logits: with the bias their sum is the logit
+explanation.save("explanation.png")"""
+    logits = """
+transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))
+logits = model(transform(image)[None])"""
+    return f"""\
+## Use it
+
+```python
+import timm
+{ours}from PIL import Image
+
+image = Image.open("image.png")
+model = timm.create_model("{name}", pretrained=True).eval(){explanation if explains else logits}
+```"""
+
+
+def _in_transformers(repo_id: str, *, explains: bool) -> str:
+    ours = _IMPORT.format("pipeline") if explains else ""
+    return f"""\
+In transformers:
+
+```python
+{ours}from transformers import pipeline
+
+pipeline("image-classification", model="{repo_id}")("image.png")
+```"""
+
+
+def _explains(config: Mapping[str, Any]) -> bool:
+    """True for this package's models."""
+    name = config["architecture"].split(".")[0]
+    return timm.is_model(name) and timm.model_entrypoint(name).__module__.split(".")[0] == __package__
+
+
+def _measured(summary: Mapping[str, Any]) -> str:
+    rows = []
+    if "accuracy" in summary:
+        count = f"{summary['test_images']:,} test images" if "test_images" in summary else "the test images"
+        rows.append(f"| accuracy | {summary['accuracy']:.2%} of {count} of {_data_name(summary)} |")
+    if "loss" in summary:
+        rows.append(f"| loss on them | {summary['loss']:.4f} |")
+    found = summary.get("localization")
+    scores = found.items() if isinstance(found, Mapping) else [("", found)]
+    for name, score in scores:
+        if isinstance(score, (int, float)) and not isinstance(score, bool):
+            rows.append(f"| {f'localisation, {name}' if name else 'localisation'} | {score:.4g} |")
+    if not rows:
+        return ""
+    lines = ["## Measured", "", "| | |", "| --- | --- |", *rows]
+    if (epochs := len(summary.get("history", ()))) > 1:
+        note = f"Epoch {summary['epoch']} of {epochs} was kept because it was the best on these test images, so expect "
+        lines += ["", note + "a little less on new ones."]
+    return "\n".join(lines)
+
+
+def _training(summary: Mapping[str, Any]) -> str:
+    options, environment = summary.get("options", {}), summary.get("environment", {})
+    lines = []
+    if "data" in options:
+        count = f"{summary['training_images']:,} images of " if "training_images" in summary else ""
+        which = ", handwritten, from UCI, CC BY 4.0; they ship with timm_coda" if options["data"] == ["digits"] else ""
+        lines.append(f"- data: {count}{_data_name(summary)}{which}")
+    if skipped := len(summary.get("skipped", ())):
+        lines.append(f"- images that could not be read: {skipped}, named in `{SUMMARY}`")
+    if "parameters" in summary:
+        lines.append(f"- parameters: {summary['parameters']:,}")
+    if "seconds" in summary:
+        gpus = environment.get("gpus", "none")
+        machine = environment.get("cpu") if gpus == "none" else gpus
+        where = f" on {machine}" if machine else ""
+        processes = f", {summary['processes']} processes" if summary.get("processes", 1) > 1 else ""
+        lines.append(f"- time: {_duration(summary['seconds'])}{where}{processes}")
+    if "commit" in environment:
+        lines.append(f"- commit of timm_coda: `{environment['commit']}`")
+    packages = [f"{name} {environment[name]}" for name in ("timm_coda", "torch", "timm") if name in environment]
+    if packages:
+        lines.append(f"- with {', '.join(packages)}")
+    if "command" in summary:
+        command = summary["command"]
+        command = f"python {command}" if command.startswith("train.py") else command
+        lines.append(f"\n```bash\n{command}\n```\n\nEvery option and number stands in `{SUMMARY}`.")
+    return "\n".join(["## How it was trained", "", *lines]) if lines else ""
+
+
+def _license(source: Mapping[str, Any], summary: Mapping[str, Any]) -> str:
+    lines = [f"Weights: {source['license']}."] if "license" in source else []
+    if "origin_url" in source:
+        lines.append(f"They {'started' if _is_tuned(summary) else 'come'} from {source['origin_url']}.")
+    notes = source.get("notes") or ()
+    lines += [notes] if isinstance(notes, str) else notes
+    if "license" in source:
+        lines.append("The code, timm_coda, is Apache-2.0.")
+    return "## Licence\n\n" + " ".join(lines) if lines else ""
+
+
+def _is_tuned(summary: Mapping[str, Any]) -> bool:
+    return bool(summary.get("options", {}).get("pretrained"))
+
+
+def _data_name(summary: Mapping[str, Any]) -> str:
+    """The data set as people call it, without folders of the machine it was on."""
+    sources = summary.get("options", {}).get("data", [])
+    if list(sources) == ["digits"]:
+        return "digits"
+    if summary.get("hub_data_set"):
+        return summary["hub_data_set"]
+    names = [re.split(r"[/\\]", str(source).rstrip("/\\"))[-1] for source in sources]
+    return ", ".join(names) or "unnamed data"
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
