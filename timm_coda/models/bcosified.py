@@ -28,6 +28,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from ..bcos import BatchNormUncentered2d
 from ..bcosify import bcos_classifier, bcos_logits, replace_modules
 from ..explain import ExplainMixin, explanation_mode
+from ..hub import HubMixin
 from ..layers import DynamicLinear, GlobalPool, InverseEncoding
 
 __all__ = ["Bcosified", "bcosify"]
@@ -48,7 +49,7 @@ class TokenMap(nn.Module):
         return f"prefix={self.prefix}, grid={self.grid}"
 
 
-class Bcosified(ExplainMixin, nn.Module):
+class Bcosified(ExplainMixin, HubMixin, nn.Module):
     """B-cos version of an architecture. RGB images in [0, 1] (B, 3, H, W), or encoded ones (B, 6, H, W), to logits.
 
     The architecture's own network, `body`, sees the encoded image; a 1x1 B-cos convolution behind its last features
