@@ -293,20 +293,20 @@ def comparison_table(report: dict[str, Any]) -> str:
         f"{setup['device']}: {environment[machine]}",
         f"{setup['repeats']} rounds: median (quartiles)",
         "",
-        _comparison_row("operation", "ms a batch", "ordinary", "x ordinary", "+ MB", "ordinary", "x"),
+        _comparison_row("operation", "ms a batch", "ordinary", "x ordinary", "+ MB", "x"),
     ]
     for row in report["rows"]:
         numbers = [_with_quartiles(row[name], 1000) for name in ("seconds", "against_seconds")]
         ours, theirs = (row.get(f"{side}extra_bytes") for side in ("", "against_"))
-        memory = ["-"] * 3
+        memory = ["-", "-"]
         if ours is not None and theirs is not None:
-            memory = [_short(ours / 1e6), _short(theirs / 1e6), _short(ours / theirs) if theirs else "-"]
+            memory = [_short(ours / 1e6), _short(ours / theirs) if theirs else "-"]
         lines.append(_comparison_row(row["operation"], *numbers, _with_quartiles(row["ratio"], digits=2), *memory))
     return "\n".join(lines)
 
 
 def _comparison_row(*words: str) -> str:
-    return "{:11} {:>16} {:>16} {:>17} {:>5} {:>8} {:>5}".format(*words)
+    return "{:11} {:>18} {:>18} {:>16} {:>6} {:>5}".format(*words)
 
 
 def _row(*words: str) -> str:
