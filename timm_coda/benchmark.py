@@ -177,19 +177,19 @@ def model_operation(
     keep_gradients: bool = False,
 ) -> Callable[[], object]:
     """One of `OPERATIONS` as a function; `run` is what computes the logits, if not the model as it is."""
-    run = model if run is None else run
+    compute: Callable[..., Any] = model if run is None else run
     truth = F.one_hot(torch.arange(len(images)) % model.num_classes, model.num_classes).float().to(images.device)
 
     def forward() -> None:
         model.eval()
         with torch.no_grad():
-            run(images)
+            compute(images)
 
     def train() -> None:
         model.train()
         if not keep_gradients:
             model.zero_grad()
-        F.binary_cross_entropy_with_logits(run(images).float(), truth).backward()
+        F.binary_cross_entropy_with_logits(compute(images).float(), truth).backward()
 
     return {"forward": forward, "train": train}.get(name) or (lambda: explain(model.eval(), images, top=targets))
 

@@ -40,7 +40,7 @@ class _Pair:
             create_model(setup.model, num_classes=classes, model_args=setup.model_args).to(**where),
             create_model(against, num_classes=classes).to(**where),
         ]
-        self.models = dict(zip(_SIDES, models, strict=True))
+        self.models: dict[str, Any] = dict(zip(_SIDES, models, strict=True))
         size = setup.img_size or models[0].pretrained_cfg["input_size"][-1]
         self.images: Tensor = torch.rand(setup.batch_size, models[0].in_chans, size, size).to(**where)
         self.targets = min(classes, 10)

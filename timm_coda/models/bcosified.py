@@ -297,7 +297,7 @@ def _carry_over(original: Any, target: Bcosified) -> None:
     if weight is None or weight.shape[1] != target.head_hidden_size:
         raise ValueError(f"the classifier ({classifier}) is not one linear layer of the last features")
     if len(weight) == target.num_classes:
-        target.head.weight.copy_(weight.reshape(*weight.shape[:2], 1, 1))
+        target.head.load_state_dict({"weight": weight.reshape(*weight.shape[:2], 1, 1)})
 
 
 def _mean_and_std(model: nn.Module) -> dict[str, Tensor]:
