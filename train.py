@@ -27,14 +27,13 @@ import torch
 from accelerate import Accelerator, DataLoaderConfiguration
 from accelerate.utils import set_seed
 from timm.data import Mixup, resolve_input_data_config
-from timm.loss import BinaryCrossEntropy
 from timm.optim import create_optimizer_v2
 from timm.scheduler import create_scheduler_v2
 from timm.utils import ModelEmaV3
 from tqdm import tqdm
 
 import timm_coda  # noqa: F401  # registers the models
-from timm_coda import data, hub, runs
+from timm_coda import data, hub, learning, runs
 
 DEFAULT_RECIPE = Path(__file__).parent / "hub_configs/coda_net_xs.digits/recipe.yaml"
 
@@ -90,18 +89,18 @@ def make_parser() -> argparse.ArgumentParser:
     add("--epochs", type=runs.positive, default=200, help="times that each training image is seen")
     add("--batch-size", type=runs.positive, default=16, help="images a step and process; GPUs want more, and more --lr")
     add("--grad-accum", type=runs.positive, default=1, help="steps in an update: a larger batch with the same memory")
-    add("--loss", choices=["bce", "ce"], default="bce", help="bce: a yes or no for each class on its own")
+    add("--loss", choices=learning.LOSSES, default="bce", help="bce: a yes or no a class; -uniform: B-cos v2's targets")
     add("--smoothing", type=float, default=0.0, help="of labels; 0 lets evidence grow without limit")
     add("--opt", default="adam", help="an optimiser of timm's")
     add("--lr", type=float, default=2.5e-4, help="highest learning rate; for batches of 16")
     add("--weight-decay", type=float, default=0.0, help="dynamic weights are bounded without it")
-    schedules = ["cosine", "step", "poly", "tanh", "wsd", "constant"]
-    add("--sched", choices=schedules, default="step", help="learning rate schedule of timm's, stepped each update")
+    add("--sched", choices=learning.SCHEDULES, default="step", help="a schedule of timm's, stepped each update")
     add("--decay-epochs", type=float, default=30, help="epochs between two decays; step only")
     add("--decay-rate", type=float, default=2 / 3, help="factor of a decay; step only")
     add("--warmup-epochs", type=float, default=0.0, help="of linear warm-up; small batches need none")
     add("--min-lr", type=float, default=0.0, help="learning rate at the end; not for step")
     add("--clip-grad", type=float, default=0.0, help="largest norm of the gradient; 0: none")
+    add("--agc", type=float, default=0.0, help="largest gradient of a unit, as a share of its weights; 0: none")
     return parser
 
 
@@ -176,8 +175,7 @@ def train(args: argparse.Namespace, stop: list[int]) -> None:
     mixing = {"mixup_alpha": args.mixup, "cutmix_alpha": args.cutmix, "label_smoothing": args.smoothing}
     mixup = Mixup(**mixing, num_classes=len(classes)) if args.mixup or args.cutmix else None
     smoothing = 0.0 if mixup else args.smoothing  # mixed labels are smooth already
-    make_loss = {"bce": BinaryCrossEntropy, "ce": lambda s: torch.nn.CrossEntropyLoss(label_smoothing=s)}[args.loss]
-    loss_function, test_loss = make_loss(smoothing), make_loss(0.0)
+    loss_function, test_loss = learning.make_loss(args.loss, smoothing), learning.make_loss(args.loss, 0.0)
     ema = ModelEmaV3(network.to(device), args.ema, use_warmup=True) if args.ema else None
     model, optimizer, loader, test_loader = accelerator.prepare(network, optimizer, loader, test_loader)
     if ema is not None:
@@ -242,8 +240,7 @@ def train(args: argparse.Namespace, stop: list[int]) -> None:
                 logits = model(images)
                 loss = loss_function(logits, targets) * weight
                 accelerator.backward(loss)
-                if args.clip_grad and accelerator.sync_gradients:
-                    accelerator.clip_grad_norm_(model.parameters(), args.clip_grad)
+                learning.limit_gradients(accelerator, model, args.clip_grad, args.agc)
                 optimizer.step()
                 optimizer.zero_grad()
             window += weight * tally(loss, logits, labels)

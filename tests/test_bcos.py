@@ -41,7 +41,17 @@ def problem(case, dtype=torch.float64):
 
 
 def by_hand(
-    x, weight, stride=(1, 1), padding=(0, 0), dilation=(1, 1), groups=1, b=2.0, max_out=1, scale=1.0, unit_norm=True
+    x,
+    weight,
+    stride=(1, 1),
+    padding=(0, 0),
+    dilation=(1, 1),
+    groups=1,
+    b=2.0,
+    max_out=1,
+    scale=1.0,
+    unit_norm=True,
+    norm_eps=1e-6,
 ):
     """One position, one unit at a time."""
     candidates, channels, kh, kw = weight.shape
@@ -62,7 +72,7 @@ def by_hand(
                         w = w / w.square().sum().sqrt() if unit_norm else w
                         products.append((w * patch).sum())
                     out = max(products)
-                    norm = (patch.square().sum() + 1e-6).sqrt()
+                    norm = (patch.square().sum() + norm_eps).sqrt()
                     if b == 2:
                         out = out * out.abs() / norm
                     elif b != 1:

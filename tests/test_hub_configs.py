@@ -5,19 +5,21 @@ python tests/test_hub_configs.py    # writes every config.json and card.md anew,
 
 import importlib.util
 import json
+import sys
 from pathlib import Path
 
 import pytest
 import timm
+import torch
 import yaml
 
-import timm_coda
 from timm_coda import hub, runs
 from timm_coda.folder import model_config
 
 ROOT = Path(__file__).parents[1]
 FOLDERS = ROOT / "hub_configs"
-TAGS = [name for model in timm.list_models("coda_net*") for name in timm.list_models(f"{model}.*", include_tags=True)]
+MODELS = [name for name in timm.list_models() if timm.model_entrypoint(name).__module__.startswith("timm_coda.")]
+TAGS = [name for model in MODELS for name in timm.list_models(f"{model}.*", include_tags=True)]
 
 
 def config_of(name: str) -> str:
@@ -26,9 +28,10 @@ def config_of(name: str) -> str:
 
 
 def test_a_folder_for_each_tag():
-    configured = {f"{name}.{tag}" for name, cfg in timm_coda.models.coda_net.default_cfgs.items() for tag in cfg.tags}
-    assert set(TAGS) == configured
-    assert {path.name for path in FOLDERS.iterdir() if path.name.startswith("coda_net")} == configured
+    families = {timm.model_entrypoint(name).__module__ for name in MODELS}
+    configs = [item for family in families for item in sys.modules[family].default_cfgs.items()]
+    assert set(TAGS) == {f"{name}.{tag}" for name, cfg in configs for tag in cfg.tags}
+    assert set(TAGS) == {path.name for path in FOLDERS.iterdir() if path.is_dir()}
 
 
 @pytest.mark.parametrize("name", TAGS)
@@ -82,7 +85,8 @@ def test_recipe_is_what_train_py_takes(name, train_module, tmp_path, monkeypatch
     for option, value in yaml.safe_load(file.read_text()).items():
         if option not in ("data", "model-args"):
             assert getattr(args, option.replace("-", "_")) == value, option
-    model = hub.create_model(args.model, num_classes=args.num_classes or 10, model_args=args.model_args)
+    with torch.device("meta"):
+        model = hub.create_model(args.model, num_classes=args.num_classes or 10, model_args=args.model_args)
     config = timm.data.resolve_input_data_config(model, {"img_size": args.img_size, "crop_pct": args.crop_pct})
     published = timm.create_model(name, num_classes=model.num_classes, device="meta")
     assert str(model) == str(published)  # layers, temperature

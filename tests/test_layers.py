@@ -1,11 +1,14 @@
+import _thread
 import copy
 import pickle
 import threading
 
 import pytest
+import timm
 import torch
 from conftest import relative_error
 
+import timm_coda
 from timm_coda import DAUConv2d, DAULinear, InverseEncoding, explanation_mode, reference
 from timm_coda.layers import GlobalPool, Logits
 
@@ -99,3 +102,32 @@ def test_pooling_and_logits():
     with torch.autocast("cpu", dtype=torch.bfloat16):
         votes = torch.tensor([0.25], dtype=torch.bfloat16)
         assert Logits(1000, -2.0)(votes).item() == pytest.approx(-1.99975, abs=1e-6), "evidence rounded away"
+
+
+def test_what_checkpointing_computes_again_in_a_thread_of_autograds_is_frozen_too():
+    torch.manual_seed(0)
+    model = timm.create_model("bcos_resnet18", num_classes=3).double().eval()
+    x = torch.rand(1, 3, 32, 32, dtype=torch.float64, requires_grad=True)
+
+    def weights(in_thread: bool) -> torch.Tensor:
+        found, done = [], threading.Event()
+        with timm_coda.explanation_mode(model):
+            y = model(x)[:, 0].sum()
+
+            def backward() -> None:
+                try:
+                    found.append(torch.autograd.grad(y, x)[0])
+                finally:
+                    done.set()
+
+            if in_thread:
+                _thread.start_new_thread(backward, ())  # unknown to `threading`, as autograd's own are
+                assert done.wait(60)
+            else:
+                backward()
+        return found[0]
+
+    expected = weights(in_thread=False)
+    model.set_grad_checkpointing()
+    assert torch.equal(weights(in_thread=False), expected)
+    assert torch.equal(weights(in_thread=True), expected)

@@ -173,7 +173,7 @@ def test_what_timms_train_script_is_made_of(folders, pretrained, head_only, digi
 
 
 def test_dropout_is_refused_not_swallowed():
-    with pytest.raises(ValueError, match=r"drop_rate=0.1: a CoDA-Net has no dropout"):
+    with pytest.raises(ValueError, match=r"drop_rate=0.1: a CodaNet has no dropout"):
         timm.create_model("coda_net_xs", drop_rate=0.1, device="meta")
 
 

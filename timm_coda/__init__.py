@@ -8,14 +8,36 @@ from .explain import ExplainMixin, Explanation, explain, explanation_mode
 from .functional import bcos_conv2d, bcos_linear, dau_conv2d, dau_linear, set_backend, use_backend
 from .hub import HubMixin
 from .layers import DAUConv2d, DAULinear, InverseEncoding
-from .models import Bcosified, BcosResNet, BcosVisionTransformer, CodaNet, bcosify
+from .models import (
+    BcosConvNet,
+    BcosConvNeXt,
+    BcosDenseNet,
+    Bcosified,
+    BcosResNet,
+    BcosV1DenseNet,
+    BcosV1InceptionV3,
+    BcosV1ResNet,
+    BcosV1VGG,
+    BcosVGG,
+    BcosVisionTransformer,
+    CodaNet,
+    bcosify,
+)
 
 __version__ = "0.1.0"
 
 __all__ = [
     "BcosConv2d",
+    "BcosConvNeXt",
+    "BcosConvNet",
+    "BcosDenseNet",
     "BcosLinear",
     "BcosResNet",
+    "BcosV1DenseNet",
+    "BcosV1InceptionV3",
+    "BcosV1ResNet",
+    "BcosV1VGG",
+    "BcosVGG",
     "BcosVisionTransformer",
     "Bcosified",
     "CodaNet",

@@ -36,7 +36,7 @@ class DynamicLayerNorm(DynamicLinear):
             frozen = self.frozen_dynamics.held()
         if frozen:
             return (_rescale(x, [-1], self.eps) * self.weight.detach()).to(x.dtype)
-        return F.layer_norm(x, (self.num_features,), self.weight, None, self.eps)
+        return F.layer_norm(x, (self.num_features,), self.weight, None, self.eps).to(x.dtype)
 
     def extra_repr(self) -> str:
         return f"{self.num_features}, eps={self.eps}"
@@ -70,7 +70,7 @@ class DynamicGroupNorm2d(DynamicLinear):
             groups = x.unflatten(1, (self.num_groups, self.num_features // self.num_groups))
             y = _rescale(groups, [2, 3, 4], self.eps).flatten(1, 2)
             return (y * self.weight.detach()[:, None, None]).to(x.dtype)
-        return F.group_norm(x, self.num_groups, self.weight, None, self.eps)
+        return F.group_norm(x, self.num_groups, self.weight, None, self.eps).to(x.dtype)
 
     def extra_repr(self) -> str:
         return f"{self.num_features}, num_groups={self.num_groups}, eps={self.eps}"

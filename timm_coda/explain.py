@@ -80,7 +80,7 @@ class Explanation:
 
     @property
     def residual(self) -> Tensor:
-        """What the contributions leave unexplained, as `value`: rounding for a CoDA-Net."""
+        """What the contributions leave unexplained, as `value`: rounding, or what a position embedding contributes."""
         return self.value - self.bias - self.contributions.sum((-2, -1))
 
     def __len__(self) -> int:
@@ -271,9 +271,9 @@ def _explain_batch(
     weights = []
     for t in range(value.shape[1]):
         grad = torch.autograd.grad(value[:, t].sum(), source, retain_graph=t + 1 < value.shape[1])[0]
-        weights.append(_as_map(grad.to(exact.dtype), grid if source is inner else None))
+        weights.append(_as_map(grad.to(exact.dtype), grid))
     weights = torch.stack(weights, 1)  # (B, T, C, H, W)
-    seen = _as_map(source.detach().to(exact.dtype), grid if source is inner else None)
+    seen = _as_map(source.detach().to(exact.dtype), grid)
     contributions = (weights * seen.unsqueeze(1)).sum(2)
     colours = encoded.detach()[:, : encoded.shape[1] // 2].to(exact.dtype)
     names = model.pretrained_cfg.get("label_names") if hasattr(model, "pretrained_cfg") else None
@@ -391,8 +391,8 @@ def _only_output(outputs: list[Any], layer: str) -> Tensor:
     if len(outputs) != 1 or not isinstance(outputs[0], Tensor) or outputs[0].dim() not in (3, 4):
         seen = [list(o.shape) if isinstance(o, Tensor) else type(o).__name__ for o in outputs]
         raise ValueError(
-            f"layer={layer!r} gives {seen or 'nothing'} in a forward pass, expected one map (B, C, H, W) or, from a "
-            "vision transformer, tokens (B, N, C)"
+            f"layer={layer!r} gives {seen or 'nothing'} in a forward pass, expected one (B, C, H, W), or the tokens "
+            "(B, N, C) of a vision transformer"
         )
     return outputs[0]
 
@@ -406,8 +406,8 @@ def _token_grid(model: Any, encoded: Tensor, tokens: Tensor, layer: str | None) 
 
 
 def _as_map(x: Tensor, grid: tuple[int, int] | None) -> Tensor:
-    """(B, C, H, W), of tokens (B, H * W, C) where their grid is given."""
-    return x if grid is None else x.transpose(1, 2).unflatten(2, grid)
+    """(B, C, H, W), also of tokens (B, H * W, C), whose grid is given."""
+    return x.transpose(1, 2).unflatten(2, grid) if grid is not None and x.dim() == 3 else x
 
 
 def _unit_output(inner: Tensor, unit: tuple[int, ...], layer: str | None) -> Tensor:

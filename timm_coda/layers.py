@@ -8,11 +8,23 @@ from torch import Tensor, nn
 
 from .functional import ACTIVATIONS, dau_conv2d, dau_linear
 
-__all__ = ["DAUConv2d", "DAULinear", "DynamicLinear", "FrozenDynamics", "GlobalPool", "InverseEncoding", "Logits"]
+__all__ = [
+    "DAUConv2d",
+    "DAULinear",
+    "DynamicLinear",
+    "FrozenDynamics",
+    "GlobalPool",
+    "InverseEncoding",
+    "Logits",
+    "adapt_colours",
+]
 
 
 def _pair(size: int | tuple[int, int]) -> tuple[int, int]:
     return (size, size) if isinstance(size, int) else (size[0], size[1])
+
+
+_ForeignThread = threading._DummyThread  # type: ignore[attr-defined]  # one that Python has not started
 
 
 class FrozenDynamics:
@@ -39,7 +51,11 @@ class FrozenDynamics:
     def held(self) -> bool:
         if torch.compiler.is_compiling():  # dynamo guards a plain number, not a thread's own
             return self._holders > 0
-        return getattr(self._thread, "depth", 0) > 0
+        if getattr(self._thread, "depth", 0) > 0:
+            return True
+        # On a GPU, what checkpointing left out is computed again by a thread of autograd's, which entered nothing.
+        autograds = torch._C._current_graph_task_id() != -1 and isinstance(threading.current_thread(), _ForeignThread)
+        return autograds and self._holders > 0
 
     __bool__ = held  # dynamo before torch 2.15 cannot trace bool() of it
 
@@ -224,6 +240,22 @@ class InverseEncoding(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{self.in_chans}, min_size={self.min_size}"
+
+
+def adapt_colours(weight: Tensor, in_chans: int) -> Tensor:
+    """Weights of an encoded image, (N, 2 C, k, k), for another number of colours, (N, 2 in_chans, k, k).
+
+    Colours are summed to one, or repeated and scaled, as timm does.
+    """
+    source = weight.shape[1] // 2
+    if source == in_chans or weight.shape[1] % 2:
+        return weight
+    weight = weight.to(torch.promote_types(weight.dtype, torch.float32))  # sums want more than half precision
+    halves = weight.unflatten(1, (2, source))  # colours, and inverse colours
+    if in_chans == 1:
+        return halves.sum(2)
+    repeated = halves[:, :, torch.arange(in_chans) % source]
+    return (repeated * (source / in_chans)).flatten(1, 2)
 
 
 class GlobalPool(nn.Module):

@@ -11,24 +11,22 @@ The networks of the second paper (B-cos v2) with its authors' ImageNet weights: 
 # torch.jit.ignore is declared for a flag only:
 # pyright: reportArgumentType=false
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch.nn.functional as F
-from timm.layers import get_device_dtype
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from timm.models.resnet import BasicBlock, Bottleneck, ResNet
 from torch import Tensor
 
 from ..bcosify import bcos_classifier, bcos_logits, replace_modules
-from ..convert import from_bcos_v2
-from ..explain import ExplainMixin
-from ..hub import HubMixin
 from ..layers import GlobalPool
+from ._bcos_v2 import LONG, BcosHead, v2_cfg, v2_weights
 
 __all__ = ["BcosResNet"]
 
 
-class BcosResNet(ExplainMixin, HubMixin, ResNet):
+class BcosResNet(BcosHead, ResNet):
     """B-cos ResNet. RGB images in [0, 1] (B, 3, H, W), or encoded ones (B, 6, H, W), to logits (B, num_classes).
 
     Args:
@@ -41,6 +39,8 @@ class BcosResNet(ExplainMixin, HubMixin, ResNet):
         output_stride: 32, 16 or 8
         global_pool: 'avg', 'sum' or '' (a logit map)
     """
+
+    classifier_name = "fc"
 
     def __init__(
         self,
@@ -86,14 +86,6 @@ class BcosResNet(ExplainMixin, HubMixin, ResNet):
         self.logits = bcos_logits(num_classes, logit_temperature, logit_bias)
         self.encoding = self.conv1.encoding
 
-    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        self.num_classes = num_classes
-        if global_pool is not None:
-            self.global_pool = GlobalPool(global_pool).train(self.training)
-        head = bcos_classifier(self.num_features, num_classes, **self._head_args, **get_device_dtype(self))
-        self.fc = head.train(self.training)
-        self.logits = bcos_logits(num_classes, *self._logit_args).train(self.training)
-
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         if pre_logits or self.num_classes == 0:
             return self.global_pool(x)
@@ -104,45 +96,23 @@ class BcosResNet(ExplainMixin, HubMixin, ResNet):
         return self.logits(x)
 
 
-def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: BcosResNet) -> dict[str, Tensor]:
-    return from_bcos_v2(state_dict, model.in_chans)
+def checkpoint_filter_fn(state_dict: Mapping[str, Any], model: BcosResNet) -> dict[str, Tensor]:
+    return v2_weights(state_dict, model, "conv1")
 
 
-_RELEASE = "https://github.com/B-cos/B-cos-v2/releases/download/v0.0.1-weights/"
+def _cfg(file: str, top1: float, **kwargs: Any) -> dict[str, Any]:
+    return v2_cfg(file, top1, "conv1", "fc", **kwargs)
 
-
-def _cfg(file: str = "", top1: float = 0.0, **kwargs: Any) -> dict[str, Any]:
-    return {
-        "url": _RELEASE + file,
-        "num_classes": 1000,
-        "input_size": (3, 224, 224),
-        "pool_size": (7, 7),
-        "crop_pct": 224 / 256,
-        "interpolation": "bilinear",
-        "mean": (0.0, 0.0, 0.0),
-        "std": (1.0, 1.0, 1.0),
-        "first_conv": "conv1",
-        "classifier": "fc",
-        "license": "apache-2.0",
-        "description": f"ImageNet-1k top-1 {top1:.2f} % as its authors report.",
-        "origin_url": "https://github.com/B-cos/B-cos-v2",
-        "paper_ids": "arXiv:2306.10898",
-        "paper_name": "B-cos Alignment for Inherently Interpretable CNNs and Vision Transformers",
-        **kwargs,
-    }
-
-
-_LONG = {"crop_pct": 224 / 232}  # the longer training's evaluation resizes to 232 pixels
 
 default_cfgs = generate_default_cfgs(
     {
         "bcos_resnet18.v2_in1k": _cfg("resnet_18-68b4160fff.pth", 68.74),
         "bcos_resnet34.v2_in1k": _cfg("resnet_34-a63425a03e.pth", 72.28),
         "bcos_resnet50.v2_in1k": _cfg("resnet_50-ead259efe4.pth", 75.88),
-        "bcos_resnet50.v2_long_in1k": _cfg("resnet_50_long-ef38a88533.pth", 79.47, **_LONG),
+        "bcos_resnet50.v2_long_in1k": _cfg("resnet_50_long-ef38a88533.pth", 79.47, **LONG),
         "bcos_resnet101.v2_in1k": _cfg("resnet_101-84c3658278.pth", 76.53),
         "bcos_resnet152.v2_in1k": _cfg("resnet_152-42051a77c1.pth", 76.48),
-        "bcos_resnet152.v2_long_in1k": _cfg("resnet_152_long-0b4b434939.pth", 80.14, **_LONG),
+        "bcos_resnet152.v2_long_in1k": _cfg("resnet_152_long-0b4b434939.pth", 80.14, **LONG),
         "bcos_resnext50_32x4d.v2_in1k": _cfg("resnext_50_32x4d-57af241ab9.pth", 75.82),
     }
 )

@@ -6,9 +6,9 @@ Papers:
     `Early Convolutions Help Transformers See Better` - https://arxiv.org/abs/2106.14881 (ViT-C)
 
 The networks of B-cos v2 with its authors' ImageNet weights: B = 2 in the patch projection, the attention's output
-projection, the MLP and the classifier; no biases, no activation; fixed position embedding; the classifier behind the
-pooling, as published. timm's stems and position embeddings do not fit (a norm behind every convolution, other
-frequencies) and are replaced by our own.
+projection, the MLP and the classifier; queries, keys and values plain linear maps; no biases, no activation; fixed
+position embedding; the classifier behind the pooling, as published. timm's convolutional stem and its sines and cosines
+do not fit (the last norm missing, other frequencies); these are our own.
 
 The position embedding is added, so a logit has a share that no pixel contributes to: logits = W(x) x + W'(x) e + bias,
 with e the embedding and W' the map from the patches on. `Explanation.residual` is that share. Explained by a layer
@@ -20,10 +20,9 @@ behind the embedding, such as `layer="blocks.0"`, nothing but rounding is left.
 
 import re
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any
 
-from timm.layers import Format, HybridEmbed, PatchEmbed, get_device_dtype, to_2tuple
-from timm.layers.trace_utils import _assert
+from timm.layers import Format, HybridEmbed, PatchEmbed, _assert, get_device_dtype, to_2tuple
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
@@ -37,7 +36,6 @@ from ..explain import ExplainMixin
 __all__ = ["BcosVisionTransformer"]
 
 _NORM_EPS = 1e-24  # of the published linear layers, of which the patch projection is one
-_Layer = TypeVar("_Layer", BcosConv2d, BcosLinear)
 
 
 def _pooling(global_pool: str) -> str:
@@ -55,36 +53,38 @@ class ConvStem(nn.Sequential):
     def __init__(self, in_chans: int, channels: tuple[int, ...], b: float, device=None, dtype=None) -> None:
         super().__init__()
         dd = {"device": device, "dtype": dtype}
-        self.num_features = 0
         self.stride = 1
+        seen = 0
         for i, units in enumerate(channels):
-            stride = 2 if units > self.num_features else 1
-            options = {"stride": stride, "padding": 1, "b": b, **dd}
-            conv = (
-                BcosConv2d(self.num_features, units, 3, **options)
-                if i
-                else EncodedBcosConv2d(in_chans, units, 3, **options)
-            )
-            self.add_module(f"conv{i}", conv)
+            options = {"stride": 2 if units > seen else 1, "padding": 1, "b": b, **dd}
+            encoded = EncodedBcosConv2d(in_chans, units, 3, **options) if i == 0 else None
+            self.add_module(f"conv{i}", encoded or BcosConv2d(seen, units, 3, **options))
             self.add_module(f"norm{i}", DynamicGroupNorm2d(units, **dd))
-            self.num_features = units
-            self.stride *= stride
+            self.stride *= options["stride"]
+            seen = units
+        self.num_features = seen
 
     def forward(self, x: Tensor) -> Tensor:
         for side in (2, 3):
-            _assert(x.shape[side] % self.stride == 0, f"image sides must be multiples of {self.stride}: resize or pad")
+            size = x.shape[side]
+            _assert(
+                size % self.stride == 0, f"image side ({size}) should be divisible by {self.stride}: resize or pad it"
+            )
         for layer in self:
             x = layer(x)
         return x
 
 
-def _with_weight(layer: _Layer, weight: nn.Parameter) -> _Layer:
-    layer.weight = weight
+def _bcos_linear(linear: nn.Linear, b: float) -> BcosLinear:
+    layer = BcosLinear(linear.in_features, linear.out_features, b=b, norm_eps=_NORM_EPS, device="meta")
+    layer.weight = nn.Parameter(linear.weight)
     return layer
 
 
 class BcosVisionTransformer(ExplainMixin, VisionTransformer):
     """B-cos ViT. RGB images in [0, 1] (B, 3, H, W), or encoded ones (B, 6, H, W), to logits (B, num_classes).
+
+    What the position embedding contributes to a logit is no pixel's: it is the `residual` of an explanation.
 
     Args:
         img_size: pixels a side of the usual image; any multiple of the stride is taken, positions go on beyond
@@ -100,7 +100,7 @@ class BcosVisionTransformer(ExplainMixin, VisionTransformer):
         drop_rate, pos_drop_rate, proj_drop_rate, attn_drop_rate, drop_path_rate: as timm's `VisionTransformer`
 
     Raises:
-        ValueError: another pooling.
+        ValueError: another pooling, sizes that do not divide.
     """
 
     def __init__(
@@ -127,12 +127,16 @@ class BcosVisionTransformer(ExplainMixin, VisionTransformer):
         dtype=None,
     ) -> None:
         dd = {"device": device, "dtype": dtype}
+        height, width = (img_size, img_size) if isinstance(img_size, int) else img_size
         embed_layer = PatchEmbed
+        stride = patch_size
         if stem is not None:
             backbone = ConvStem(in_chans, stem, b, **dd)
-            height, width = (img_size, img_size) if isinstance(img_size, int) else img_size
             size = (height // backbone.stride, width // backbone.stride)
             embed_layer = partial(HybridEmbed, backbone=backbone, feature_size=size, feature_ratio=backbone.stride)
+            stride = patch_size * backbone.stride
+        if height % stride or width % stride:
+            raise ValueError(f"img_size={img_size}: both sides must be multiples of a token's {stride} pixels")
         super().__init__(
             img_size=img_size,
             patch_size=patch_size,
@@ -161,27 +165,24 @@ class BcosVisionTransformer(ExplainMixin, VisionTransformer):
             **dd,
         )
         self.in_chans = in_chans
-        self.num_classes = num_classes
-        self._linear = {"b": b, "norm_eps": _NORM_EPS}
+        self._head_args = {"b": b, "norm_eps": _NORM_EPS}
         self._logit_args = (logit_temperature, logit_bias)
-        self.positions = SinCosPositions(embed_dim)
-        self.patch_embed.output_fmt = Format.NCHW  # the positions are added to the map
-        proj = self.patch_embed.proj
-        options = {"stride": patch_size, "b": b, "norm_eps": _NORM_EPS, "device": "meta"}
-        if stem is None:
-            projection = EncodedBcosConv2d(in_chans, embed_dim, patch_size, **options)
-            self.first_conv = "patch_embed.proj"
-        else:
-            projection = BcosConv2d(proj.in_channels, embed_dim, patch_size, **options)
-            self.first_conv = "patch_embed.backbone.conv0"
-        self.patch_embed.proj = _with_weight(projection, proj.weight)
+        embed: Any = self.patch_embed
+        blocks: Any = self.blocks
+        projection = embed.proj
+        seen = in_chans if stem is None else projection.in_channels
+        conv = EncodedBcosConv2d if stem is None else BcosConv2d
+        embed.proj = conv(seen, embed_dim, patch_size, stride=patch_size, device="meta", **self._head_args)
+        embed.proj.weight = nn.Parameter(projection.weight)
+        embed.output_fmt = Format.NCHW  # the positions are added to the map
+        self.first_conv = "patch_embed.proj" if stem is None else "patch_embed.backbone.conv0"
         self.encoding = self.get_submodule(self.first_conv).encoding
-        for block in self.blocks:
+        self.positions = SinCosPositions(embed_dim)
+        for block in blocks:
             freezable(block.attn)
-            for parent, name in ((block.attn, "proj"), (block.mlp, "fc1"), (block.mlp, "fc2")):
-                linear = getattr(parent, name)
-                replaced = BcosLinear(linear.in_features, linear.out_features, **self._linear, device="meta")
-                setattr(parent, name, _with_weight(replaced, linear.weight))
+            block.attn.proj = _bcos_linear(block.attn.proj, b)
+            block.mlp.fc1 = _bcos_linear(block.mlp.fc1, b)
+            block.mlp.fc2 = _bcos_linear(block.mlp.fc2, b)
         self.reset_classifier(num_classes)
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
@@ -190,7 +191,7 @@ class BcosVisionTransformer(ExplainMixin, VisionTransformer):
             self.global_pool = _pooling(global_pool)
         head = nn.Identity()
         if num_classes > 0:
-            head = BcosLinear(self.num_features, num_classes, **self._linear, **get_device_dtype(self))
+            head = BcosLinear(self.num_features, num_classes, **self._head_args, **get_device_dtype(self))
         self.head = head.train(self.training)
         self.logits = bcos_logits(num_classes, *self._logit_args).train(self.training)
 

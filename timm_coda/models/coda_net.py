@@ -8,49 +8,30 @@ by pixel. Written from the paper's formulas; S and L have the published layouts 
 for 64x64 images because the published one was not released.
 """
 
-# torch.jit.ignore is declared for a flag only:
+# torch declares too little of what a module holds, timm of what it takes:
 # pyright: reportArgumentType=false
 
 import re
 from collections.abc import Mapping, Sequence
+from functools import partial
+from itertools import pairwise
 from math import log
 from pathlib import Path
 from typing import Any
 
-import torch
 from timm.data import ImageNetInfo
-from timm.layers import get_device_dtype
-from timm.models import build_model_with_cfg, checkpoint_seq, generate_default_cfgs, register_model
-from timm.models._features import feature_take_indices
-from torch import Tensor, nn
+from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from torch import Tensor
 
 from ..convert import ConvertError, check_fit, resolve_weights, unwrap
-from ..explain import ExplainMixin
-from ..hub import HubMixin, blame
-from ..layers import DAUConv2d, GlobalPool, InverseEncoding, Logits
+from ..hub import blame
+from ..layers import DAUConv2d, adapt_colours
+from .conv_stack import ConvStack
 
 __all__ = ["CodaNet"]
 
 
-class CodaStage(nn.Sequential):
-    """Layers of one stage, optionally recomputed in backward to save memory."""
-
-    def __init__(self, *layers: DAUConv2d) -> None:
-        super().__init__(*layers)
-        self.grad_checkpointing = False
-
-    def forward(self, x: Tensor) -> Tensor:
-        # Recomputation in backward may run in another thread, where no explanation mode is on.
-        if not torch.jit.is_scripting():
-            frozen: Any = self[0].frozen_dynamics
-            if self.grad_checkpointing and not frozen.held():
-                return checkpoint_seq(self, x)
-        for layer in self:
-            x = layer(x)
-        return x
-
-
-class CodaNet(ExplainMixin, HubMixin, nn.Module):
+class CodaNet(ConvStack):
     """CoDA-Net. RGB images in [0, 1] (B, 3, H, W), or encoded ones (B, 6, H, W), to logits (B, num_classes).
 
     Args:
@@ -85,9 +66,6 @@ class CodaNet(ExplainMixin, HubMixin, nn.Module):
         device=None,
         dtype=None,
     ) -> None:
-        super().__init__()
-        if drop_rate != 0:
-            raise ValueError(f"drop_rate={drop_rate}: a CoDA-Net has no dropout; leave it at 0")
         ranks = [rank] * (len(channels) + 1) if isinstance(rank, int) else list(rank)
         if not len(strides) == len(channels) == len(ranks) - 1 == sum(depths):
             raise ValueError(
@@ -95,139 +73,34 @@ class CodaNet(ExplainMixin, HubMixin, nn.Module):
                 f"(the head's): got {len(channels)}, {len(strides)} and {len(ranks)}"
             )
         dd = {"device": device, "dtype": dtype}
-        self.num_classes = num_classes
-        self.in_chans = in_chans
-        self.grad_checkpointing = False
-        self.feature_info = []
-
-        stages = []
-        layer = 0
-        prev_chs = 2 * in_chans
-        reduction = 1
-        for stage, depth in enumerate(depths):
-            layers = []
-            for _ in range(depth):
-                kernel = stem_kernel if layer == 0 else 3
-                layers.append(
-                    DAUConv2d(
-                        prev_chs,
-                        channels[layer],
-                        kernel,
-                        stride=strides[layer],
-                        padding=kernel // 2,
-                        rank=ranks[layer],
-                        activation=activation,
-                        **dd,
-                    )
+        layers = []
+        for layer, (in_channels, out_channels) in enumerate(pairwise([2 * in_chans, *channels])):
+            kernel = stem_kernel if layer == 0 else 3
+            layers.append(
+                DAUConv2d(
+                    in_channels,
+                    out_channels,
+                    kernel,
+                    stride=strides[layer],
+                    padding=kernel // 2,
+                    rank=ranks[layer],
+                    activation=activation,
+                    **dd,
                 )
-                prev_chs = channels[layer]
-                reduction *= strides[layer]
-                layer += 1
-            stages.append(CodaStage(*layers))
-            self.feature_info.append({"num_chs": prev_chs, "reduction": reduction, "module": f"stages.{stage}"})
-        self.encoding = InverseEncoding(in_chans, min_size=reduction)
-        self.stages = nn.Sequential(*stages)
-
-        self.num_features = self.head_hidden_size = prev_chs
-        self._head_args = {"kernel_size": head_kernel, "rank": ranks[-1], "activation": activation}
-        self.head = self._make_head(**dd)
-        # Pooling stands behind the classifier: each position votes for the classes, and the votes are pooled.
-        self.global_pool = GlobalPool(global_pool)
-        self.logits = Logits(logit_temperature, logit_bias)
-        # timm adapts one weight of a stem to other colours, but a unit has three: checkpoint_filter_fn does it.
-        self._traits = {"first_conv": None}
-
-    def _make_head(self, device=None, dtype=None) -> nn.Module:
-        if self.num_classes == 0:
-            return nn.Identity()
-        padding = self._head_args["kernel_size"] // 2
-        return DAUConv2d(
-            self.num_features, self.num_classes, padding=padding, **self._head_args, device=device, dtype=dtype
+            )
+        head = {"kernel_size": head_kernel, "padding": head_kernel // 2, "rank": ranks[-1], "activation": activation}
+        super().__init__(
+            layers,
+            depths,
+            partial(DAUConv2d, **head),
+            logit_temperature=logit_temperature,
+            logit_bias=logit_bias,
+            num_classes=num_classes,
+            in_chans=in_chans,
+            global_pool=global_pool,
+            drop_rate=drop_rate,
+            **dd,
         )
-
-    @torch.jit.ignore
-    def no_weight_decay(self) -> set[str]:
-        return set()
-
-    @torch.jit.ignore
-    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
-        return {"stem": r"^stages\.0\.0", "blocks": r"^stages\.(\d+)" if coarse else r"^stages\.(\d+)\.(\d+)"}
-
-    @torch.jit.ignore
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
-        self.grad_checkpointing = enable
-        for stage in self.stages:
-            stage.grad_checkpointing = enable
-
-    @torch.jit.ignore
-    def get_classifier(self) -> nn.Module:
-        return self.head
-
-    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        self.num_classes = num_classes
-        if global_pool is not None:
-            self.global_pool = GlobalPool(global_pool).train(self.training)
-        self.head = self._make_head(**get_device_dtype(self)).train(self.training)
-
-    def forward_intermediates(
-        self,
-        x: Tensor,
-        indices: int | list[int] | None = None,
-        norm: bool = False,
-        stop_early: bool = False,
-        output_fmt: str = "NCHW",
-        intermediates_only: bool = False,
-    ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
-        """Features and those of the stages in between.
-
-        Args:
-            x: images, as `forward`
-            indices: the last n stages if int, all if None, else which
-            norm: without effect, there is no norm layer
-            stop_early: stop behind the last stage asked for
-            output_fmt: 'NCHW'
-            intermediates_only: return only the list
-        """
-        if output_fmt != "NCHW":
-            raise ValueError(f"output_fmt={output_fmt!r}: only 'NCHW'")
-        intermediates = []
-        take_indices, max_index = feature_take_indices(len(self.stages), indices)
-        x = self.encoding(x)
-        stages = self.stages if torch.jit.is_scripting() or not stop_early else self.stages[: max_index + 1]
-        for index, stage in enumerate(stages):
-            x = stage(x)
-            if index in take_indices:
-                intermediates.append(x)
-        return intermediates if intermediates_only else (x, intermediates)
-
-    def prune_intermediate_layers(
-        self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
-    ) -> list[int]:
-        """Remove stages behind the last of `indices`; returns which stages these are."""
-        take_indices, max_index = feature_take_indices(len(self.stages), indices)
-        prune_end = max_index < len(self.stages) - 1
-        self.stages = self.stages[: max_index + 1]
-        if prune_end:
-            self.num_features = self.head_hidden_size = self.feature_info[max_index]["num_chs"]
-        if prune_head or prune_end:
-            self.reset_classifier(0, "")
-        return take_indices
-
-    def forward_features(self, x: Tensor) -> Tensor:
-        x = self.encoding(x)
-        return self.stages(x)
-
-    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        if pre_logits or self.num_classes == 0:
-            return self.global_pool(x)
-        x = self.head(x)
-        x = self.global_pool(x)
-        return self.logits(x)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.forward_features(x)
-        x = self.forward_head(x)
-        return x
 
 
 def checkpoint_filter_fn(state_dict: Mapping[str, Any], model: CodaNet) -> dict[str, Tensor]:
@@ -241,7 +114,7 @@ def checkpoint_filter_fn(state_dict: Mapping[str, Any], model: CodaNet) -> dict[
         state_dict = _from_authors(state_dict, model)
     for name in ("stages.0.0.down.weight", "stages.0.0.up.weight", "stages.0.0.up.bias"):
         if name in state_dict:
-            state_dict[name] = _adapt_colours(state_dict[name], model.in_chans)
+            state_dict[name] = adapt_colours(state_dict[name], model.in_chans)
     check_fit(state_dict, model)
     return state_dict
 
@@ -266,19 +139,6 @@ def _from_authors(state_dict: Mapping[str, Tensor], model: CodaNet) -> dict[str,
             else:
                 converted[f"{name}.up.bias"] = value.reshape(seen.numel(), -1).T.reshape(-1, *seen).contiguous()
     return converted
-
-
-def _adapt_colours(weight: Tensor, in_chans: int) -> Tensor:
-    """(N, 2 C, k, k) to (N, 2 in_chans, k, k): colours are summed to one, or repeated and scaled, as timm does."""
-    source = weight.shape[1] // 2
-    if source == in_chans or weight.shape[1] % 2:
-        return weight
-    weight = weight.to(torch.promote_types(weight.dtype, torch.float32))  # sums want more than half precision
-    halves = weight.unflatten(1, (2, source))  # colours, and inverse colours
-    if in_chans == 1:
-        return halves.sum(2)
-    repeated = halves[:, :, torch.arange(in_chans) % source]
-    return (repeated * (source / in_chans)).flatten(1, 2)
 
 
 def _cfg(**kwargs: Any) -> dict[str, Any]:

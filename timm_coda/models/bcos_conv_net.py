@@ -1,0 +1,222 @@
+"""The nine-layer B-cos v1 network for CIFAR-10.
+
+Paper: `B-cos Networks: Alignment is All We Need for Interpretability` - https://arxiv.org/abs/2205.10268
+
+A stack of B-cos convolutions with two candidates a unit (MaxOut) and nothing between them: CoDA-Net S with another kind
+of layer. Its authors published weights for seven values of B, from a piecewise linear network (B = 1) up: from 1.5 on
+accuracy falls slowly, while explanations become sharp. Written from the paper's formulas; those weights are for
+non-commercial research only.
+"""
+
+# torch declares too little of what a module holds, timm of what it takes:
+# pyright: reportArgumentType=false
+
+import re
+from collections.abc import Mapping, Sequence
+from functools import partial
+from itertools import pairwise
+from math import log
+from typing import Any
+
+from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from torch import Tensor
+
+from ..bcos import BcosConv2d
+from ..convert import ConvertError, check_fit, resolve_weights, unwrap
+from ..layers import adapt_colours
+from .conv_stack import ConvStack
+
+__all__ = ["BcosConvNet"]
+
+# B: temperature, CIFAR-10 top-1 in %, link
+_PUBLISHED = {
+    1.0: (0.001, 93.53, "q8cRRojXZ2WNWbS"),
+    1.25: (0.001, 93.81, "oX6H7jQiSN2dfWJ"),
+    1.5: (0.01, 93.69, "3LxnBCarS8Lpq5b"),
+    1.75: (10.0, 93.69, "XLwEnaKr9bYQJaN"),
+    2.0: (100.0, 93.19, "mksX2CJMCDQbMYb"),
+    2.25: (100.0, 92.6, "qFsqLPdHLQyNHwH"),
+    2.5: (1000.0, 92.37, "XwEAFrPSEYJ2C79"),
+}
+
+
+class BcosConvNet(ConvStack):
+    """Plain B-cos network. RGB images in [0, 1] (B, 3, H, W), or encoded ones (B, 6, H, W), to (B, num_classes).
+
+    Args:
+        depths: layers of each stage
+        channels, strides: of each layer before the head
+        b: B of all layers; larger ones ask for more alignment
+        max_out: a unit is the largest of so many candidates
+        scale: s of all layers; None for the published 10^(-2 + 1.5 (2.5 - B))
+        logit_temperature: T; None for the published one of this B
+        logit_bias: b0, the logit of every class where there is no evidence
+        num_classes: 0 for pooled features
+        in_chans: colours of an image, encoded as twice as many channels inside
+        global_pool: 'avg' (the paper's), 'sum' or '' (a logit map)
+        drop_rate: 0, for there is no dropout; timm's train script passes it to every model
+
+    Raises:
+        ValueError: layers that do not go together, or a B without a published temperature and none given.
+    """
+
+    def __init__(
+        self,
+        depths: Sequence[int],
+        channels: Sequence[int],
+        strides: Sequence[int],
+        b: float = 2.0,
+        max_out: int = 2,
+        scale: float | None = None,
+        logit_temperature: float | None = None,
+        logit_bias: float = log(0.1 / 0.9),
+        num_classes: int = 10,
+        in_chans: int = 3,
+        global_pool: str = "avg",
+        drop_rate: float = 0.0,
+        device=None,
+        dtype=None,
+    ) -> None:
+        if not len(strides) == len(channels) == sum(depths):
+            raise ValueError(
+                f"{sum(depths)} layers (depths={tuple(depths)}) need as many channels and strides: "
+                f"got {len(channels)} and {len(strides)}"
+            )
+        if logit_temperature is None:
+            if b not in _PUBLISHED:
+                known = ", ".join(f"{known:g}" for known in _PUBLISHED)
+                raise ValueError(f"b={b}: there is no published temperature for it (only for {known}): give one")
+            logit_temperature = _PUBLISHED[b][0]
+        dd = {"device": device, "dtype": dtype}
+        unit = {"b": b, "max_out": max_out, "scale": 10 ** (-2 + 1.5 * (2.5 - b)) if scale is None else scale}
+        pairs = zip(pairwise([2 * in_chans, *channels]), strides, strict=True)
+        super().__init__(
+            [BcosConv2d(*pair, 3, stride=stride, padding=1, **unit, **dd) for pair, stride in pairs],
+            depths,
+            partial(BcosConv2d, **unit),
+            logit_temperature=logit_temperature,
+            logit_bias=logit_bias,
+            num_classes=num_classes,
+            in_chans=in_chans,
+            global_pool=global_pool,
+            drop_rate=drop_rate,
+            **dd,
+        )
+
+
+def checkpoint_filter_fn(state_dict: Mapping[str, Any], model: BcosConvNet) -> dict[str, Tensor]:
+    """Weights of the authors' checkpoints or ours, as `model` wants them, also with another number of colours.
+
+    Raises:
+        ConvertError: They are another network's; the message names the first differences.
+    """
+    state_dict = unwrap(state_dict)
+    if any(".linear." in name for name in state_dict):
+        state_dict = _from_authors(state_dict, model)
+    stem = "stages.0.0.weight"
+    if stem in state_dict:
+        state_dict[stem] = adapt_colours(state_dict[stem], model.in_chans)
+    check_fit(state_dict, model)
+    return state_dict
+
+
+def _from_authors(state_dict: Mapping[str, Tensor], model: BcosConvNet) -> dict[str, Tensor]:
+    """Theirs are numbered layers."""
+    names = [f"stages.{s}.{i}" for s, stage in enumerate(model.stages) for i in range(len(stage))] + ["head"]
+    converted = {}
+    for key, value in state_dict.items():
+        match = re.fullmatch(r"(\d+)\.linear\.weight", key)
+        if not match or int(match[1]) >= len(names):
+            raise ConvertError(f"{key} is not one of the {len(names)} layers of this network, in the authors' format")
+        converted[f"{names[int(match[1])]}.weight"] = value
+    return converted
+
+
+def _cfg(**kwargs: Any) -> dict[str, Any]:
+    return {
+        "url": "",
+        "num_classes": 10,
+        "label_names": ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"),
+        "input_size": (3, 32, 32),
+        "pool_size": (8, 8),
+        "crop_pct": 1.0,
+        "interpolation": "bicubic",
+        "mean": (0.0, 0.0, 0.0),
+        "std": (1.0, 1.0, 1.0),
+        "first_conv": "stages.0.0",
+        "classifier": "head",
+        "license": "apache-2.0",
+        "paper_ids": "arXiv:2205.10268",
+        "paper_name": "B-cos Networks: Alignment is All We Need for Interpretability",
+        **kwargs,
+    }
+
+
+def _mpi_cfg(name: str, token: str, top1: float) -> dict[str, Any]:
+    """Weights that the paper's authors published, downloaded from their file share."""
+    return _cfg(
+        url=(f"https://nextcloud.mpi-klsb.mpg.de/index.php/s/{token}/download", f"{name}.pt"),
+        license="non-commercial-research",
+        description="Weights published by the authors of the paper, for non-commercial research only. CIFAR-10 top-1 "
+        f"{top1} % as they report.",
+        origin_url="https://github.com/moboehle/B-cos",
+    )
+
+
+_MPI_TAGS = {f"mpi_b{b:g}_cifar10".replace(".", "_"): b for b in _PUBLISHED}
+
+# The last * is the default. Without it, the first with weights would be, and the authors' have another licence.
+default_cfgs = generate_default_cfgs(
+    {
+        **{
+            f"bcos_v1_conv9.{tag}": _mpi_cfg(f"bcos_v1_conv9.{tag}", _PUBLISHED[b][2], _PUBLISHED[b][1])
+            for tag, b in _MPI_TAGS.items()
+        },
+        "bcos_v1_conv9.b2_cifar10*": _cfg(),
+    }
+)
+# What a tag's weights were trained with, where that is not the entrypoint's default.
+_TAG_ARGS = {tag: {"b": b} for tag, b in _MPI_TAGS.items()}
+
+
+def _create_bcos_conv_net(
+    variant: str,
+    pretrained: bool = False,
+    pretrained_cfg: Any = None,
+    pretrained_cfg_overlay: dict[str, Any] | None = None,
+    cache_dir: str | None = None,
+    **kwargs: Any,
+) -> BcosConvNet:
+    config = resolve_weights(
+        variant,
+        pretrained,
+        pretrained_cfg=pretrained_cfg,
+        pretrained_cfg_overlay=pretrained_cfg_overlay,
+        cache_dir=cache_dir,
+    )
+    tag_args = _TAG_ARGS.get(config.tag or "", {})
+    kwargs = tag_args | kwargs
+    model = build_model_with_cfg(
+        BcosConvNet,
+        variant,
+        pretrained,
+        pretrained_cfg=config,  # type: ignore[arg-type]  # timm passes one on, too
+        pretrained_filter_fn=checkpoint_filter_fn,
+        cache_dir=cache_dir,
+        # The default list-net of features_only drops functional calls between the stages, such as the encoding.
+        feature_cfg={"out_indices": (0, 1, 2), "feature_cls": "getter"},
+        **kwargs,
+    )
+    model._model_args = {name: kwargs[name] for name in tag_args}  # timm adds the caller's, and saves them
+    return model
+
+
+@register_model
+def bcos_v1_conv9(pretrained: bool = False, **kwargs: Any) -> BcosConvNet:
+    """The published layout for CIFAR-10; `b` is any of the published values, or others with `logit_temperature`."""
+    model_args = {
+        "depths": (2, 3, 3),
+        "channels": (64, 64, 128, 128, 128, 256, 256, 256),
+        "strides": (1, 1, 2, 1, 1, 2, 1, 1),
+    }
+    return _create_bcos_conv_net("bcos_v1_conv9", pretrained, **dict(model_args, **kwargs))
