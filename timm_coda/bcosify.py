@@ -31,6 +31,7 @@ _ACTIVATIONS = (
 _PIECEWISE_LINEAR = (nn.ReLU, nn.LeakyReLU, nn.PReLU)  # and through the origin: backward is their frozen gate already
 _GATES = (nn.Sigmoid, nn.Hardsigmoid, nn.Softmax, nn.GLU, timm_activations.Sigmoid, timm_activations.HardSigmoid)
 _SQUEEZE_EXCITE = (timm_layers.SEModule, timm_layers.EffectiveSEModule, efficientnet_blocks.SqueezeExcite)
+_SCALES = (timm_layers.LayerScale, timm_layers.LayerScale2d)  # linear as they are
 _NORMS_2D = (
     *(timm_layers.LayerNorm2d, timm_layers.LayerNorm2dFp32, timm_layers.LayerNormAct2d),
     *(timm_layers.LayerNormAct2dFp32, timm_layers.norm.LayerNormExp2d),
@@ -111,9 +112,6 @@ def _counterpart(name: str, module: nn.Module, rules: _Rules) -> nn.Module:
     if leaf and next(module.parameters(), None) is not None and not isinstance(module, _SCALES):
         raise ValueError(f"{name} ({type(module).__name__}) has no B-cos counterpart: replace it before")
     return module
-
-
-_SCALES = (timm_layers.LayerScale, timm_layers.LayerScale2d)  # linear as they are
 
 
 def _bcos_conv(name: str, conv: nn.Conv2d, rules: _Rules) -> BcosConv2d:
