@@ -9,7 +9,7 @@ import sys
 import pytest
 
 import timm_coda
-from timm_coda import benchmark, cli, macs
+from timm_coda import benchmark, cli, compare, macs
 
 SMALL = ["benchmark", "coda_net_xs", "--model-args", "rank=2", "--img-size", "8", "--batch-size", "2", "--repeats", "2"]
 
@@ -49,6 +49,21 @@ def test_table_says_what_is_missing(monkeypatch, capsys):
     assert max(map(len, table)) <= 80
     assert any(line.startswith("reference explain     not run: needs about") for line in table)
     assert any(line.endswith("extra memory unknown: failed") for line in table)
+
+
+def test_comparison_with_an_ordinary_model(monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(compare, "SAMPLE_SECONDS", 1e-3)
+    output = tmp_path / "report.json"
+    words = ["benchmark", "bcos_resnet18", "--against", "resnet18", "--batch-size", "2", "--img-size", "32"]
+    assert cli.main([*words, "--repeats", "2", "--num-classes", "5", "--no-memory", "--output", str(output)]) == 0
+    table = capsys.readouterr().out.splitlines()
+    assert max(map(len, table[:-1])) <= 80
+    assert table[0] == "bcos_resnet18 against resnet18, 5 classes"
+    rows = json.loads(output.read_text())["rows"]
+    assert [row["operation"] for row in rows] == ["forward", "train", "explain", "explain-all"]
+    assert [line.split()[0] for line in table[6:10]] == [row["operation"] for row in rows]
+    assert cli.main([*words, "--layers"]) == 2
+    assert "a comparison with resnet18 is of whole models" in capsys.readouterr().err
 
 
 def test_version_and_help(capsys, monkeypatch):

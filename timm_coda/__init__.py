@@ -12,6 +12,7 @@ from .models import (
     BcosConvNet,
     BcosConvNeXt,
     BcosDenseNet,
+    Bcosified,
     BcosResNet,
     BcosV1DenseNet,
     BcosV1InceptionV3,
@@ -20,6 +21,7 @@ from .models import (
     BcosVGG,
     BcosVisionTransformer,
     CodaNet,
+    bcosify,
 )
 
 __version__ = "0.1.0"
@@ -37,6 +39,7 @@ __all__ = [
     "BcosV1VGG",
     "BcosVGG",
     "BcosVisionTransformer",
+    "Bcosified",
     "CodaNet",
     "DAUConv2d",
     "DAULinear",
@@ -47,6 +50,7 @@ __all__ = [
     "__version__",
     "bcos_conv2d",
     "bcos_linear",
+    "bcosify",
     "dau_conv2d",
     "dau_linear",
     "explain",

@@ -22,7 +22,7 @@ from typing import Any
 import timm
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from .explain import explain
@@ -121,23 +121,9 @@ class _Problem:
 
     def operation(self, name: str, backend: str, *, keep_gradients: bool = False) -> Callable[[], object]:
         """What is timed, as a function; without an optimiser, and with parameter gradients set to None."""
-        model, images = self.model, self.images
-        run = torch.compile(model) if self.setup.compile and backend != PUBLISHED else model
-        truth = F.one_hot(torch.arange(len(images)) % model.num_classes, model.num_classes).float().to(images.device)
-
-        def forward() -> None:
-            model.eval()
-            with torch.no_grad():
-                run(images)
-
-        def train() -> None:
-            model.train()
-            if not keep_gradients:
-                model.zero_grad()
-            F.binary_cross_entropy_with_logits(run(images).float(), truth).backward()
-
-        targets = {"explain": 1, "explain-all": self.targets}.get(name)
-        return {"forward": forward, "train": train}.get(name) or (lambda: explain(model.eval(), images, top=targets))
+        run = torch.compile(self.model) if self.setup.compile and backend != PUBLISHED else self.model
+        targets = self.targets if name == "explain-all" else 1
+        return model_operation(name, self.model, self.images, targets, run=run, keep_gradients=keep_gradients)
 
     def layer_operation(self, name: str, call: Call) -> Callable[[], object]:
         """The same for one layer alone, on random input of its shape; backward as in the model."""
@@ -181,6 +167,33 @@ class _Problem:
         return f"needs about {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free" if needed > 0.7 * free else ""
 
 
+def model_operation(
+    name: str,
+    model: Any,
+    images: Tensor,
+    targets: int = 1,
+    *,
+    run: Callable[..., Any] | None = None,
+    keep_gradients: bool = False,
+) -> Callable[[], object]:
+    """One of `OPERATIONS` as a function; `run` is what computes the logits, if not the model as it is."""
+    compute: Callable[..., Any] = model if run is None else run
+    truth = F.one_hot(torch.arange(len(images)) % model.num_classes, model.num_classes).float().to(images.device)
+
+    def forward() -> None:
+        model.eval()
+        with torch.no_grad():
+            compute(images)
+
+    def train() -> None:
+        model.train()
+        if not keep_gradients:
+            model.zero_grad()
+        F.binary_cross_entropy_with_logits(compute(images).float(), truth).backward()
+
+    return {"forward": forward, "train": train}.get(name) or (lambda: explain(model.eval(), images, top=targets))
+
+
 @dataclass
 class _Cell:
     """One thing to time in every round: an operation of the model, or of one layer of it."""
@@ -220,18 +233,18 @@ class _Cell:
         row |= {"layer": self.call.name} if self.call else {}
         if self.missing:
             return row | {"missing": self.missing}
-        row |= {"seconds": _spread(self.samples), "images_per_second": _spread([batch / s for s in self.samples])}
+        row |= {"seconds": spread(self.samples), "images_per_second": spread([batch / s for s in self.samples])}
         rates = gemms[self.problem.dtype].best
-        row["gemm_fraction"] = _spread([count / s / rate for s, rate in zip(self.samples, rates, strict=True)])
+        row["gemm_fraction"] = spread([count / s / rate for s, rate in zip(self.samples, rates, strict=True)])
         row["times_published"] = {
-            other.problem.dtype: _spread([b / a for a, b in zip(self.samples, other.samples, strict=True)])
+            other.problem.dtype: spread([b / a for a, b in zip(self.samples, other.samples, strict=True)])
             for other in cells
             if other.backend == PUBLISHED and other.operation == self.operation and other.samples and not self.call
         }
         return row
 
 
-def _spread(samples: list[float]) -> dict[str, Any]:
+def spread(samples: list[float]) -> dict[str, Any]:
     low, median, high = statistics.quantiles(samples, n=4, method="inclusive")
     return {"median": median, "low": low, "high": high, "samples": samples}
 
@@ -276,7 +289,7 @@ def measure(setup: Setup) -> dict[str, Any]:
         "macs_an_image": {"model": problem.macs.counts(problem.targets)}
         | {call.name: call.macs.counts(problem.targets) for call in problem.calls},
         "gemm_macs_per_second": {
-            dtype: {kind: _spread(samples) for kind, samples in gemm.rates.items()} for dtype, gemm in gemms.items()
+            dtype: {kind: spread(samples) for kind, samples in gemm.rates.items()} for dtype, gemm in gemms.items()
         },
         "rows": [row for row in rows if "layer" not in row],
         "layers": [row for row in rows if "layer" in row],
@@ -307,9 +320,14 @@ def _extra_memory(cell: _Cell) -> dict[str, Any]:
             return {"memory_missing": "out of memory beside the parameter gradients"}
     order = {"setup": asdict(cell.problem.setup), "dtype": cell.problem.dtype}
     order |= {"operation": cell.operation, "backend": cell.backend, "threads": torch.get_num_threads()}
-    command = [sys.executable, "-c", "from timm_coda.benchmark import _memory_process; _memory_process()"]
+    return memory_of_process("from timm_coda.benchmark import _memory_process; _memory_process()", order)
+
+
+def memory_of_process(code: str, order: dict[str, Any]) -> dict[str, Any]:
+    """`extra_bytes`, which the code, given the order, prints in a Python of its own, or `memory_missing`, why not."""
     # Large blocks leave the process when they are freed. What glibc keeps of them otherwise varies from run to run.
     variables = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "131072"}
+    command = [sys.executable, "-c", code]
     done = subprocess.run(command, input=json.dumps(order), capture_output=True, text=True, env=variables)
     if done.returncode == 0:
         return {"extra_bytes": json.loads(done.stdout.splitlines()[-1])}
@@ -326,13 +344,18 @@ def _memory_process() -> None:
 
 
 def _peak(problem: _Problem, operation: str, backend: str) -> int:
-    for parameter in problem.model.parameters():
-        parameter.grad = torch.ones_like(parameter)  # a page of zeros would take its place only once it is written to
     run = problem.operation(operation, backend, keep_gradients=True)
     with use_backend(backend):
-        if problem.setup.device == "cuda" or _CLEAR_REFS.exists():
-            run()  # sets libraries up, compiles
-        return peak_growth(run, problem.setup.device)
+        return peak_of(run, problem.model, problem.setup.device)
+
+
+def peak_of(run: Callable[[], object], model: nn.Module, device: str) -> int:
+    """`peak_growth` of an operation of the model, beside parameter gradients that are there."""
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)  # a page of zeros would take its place only once it is written to
+    if device == "cuda" or _CLEAR_REFS.exists():
+        run()  # sets libraries up, compiles
+    return peak_growth(run, device)
 
 
 def peak_growth(run: Callable[[], object], device: str) -> int:

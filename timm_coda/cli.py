@@ -62,6 +62,7 @@ matrix products.
   timm-coda benchmark coda_net_s --layers --no-memory  # who takes the time?
   timm-coda benchmark coda_net_s --batch-size 256 --dtype float32 bfloat16
   timm-coda benchmark coda_net_l --batch-size 1 --operations explain
+  timm-coda benchmark bcos_resnet50 --against resnet50 --batch-size 8
 
 A round takes every operation of every backend once, in random order, so that a
 busy machine disturbs all of them alike; still, stop other work for numbers to
@@ -72,6 +73,9 @@ publish. The table has medians over the rounds and, in brackets, quartiles.
   explain      explain() the highest class; explain-all: the 10 highest (or all)
   x published  times as fast as the published formulation, in the same dtype and
                the same round
+  x ordinary   with --against, for networks that have no published formulation
+               to compare with (B-cos): times as long as the ordinary model
+               takes in the same round, an explanation against its forward
   GEMM         counted multiply-accumulates a second, in parts of what the
                faster square matrix product reaches in that round: torch.mm or,
                for float32 on a CPU, oneDNN's, which convolutions use. What is
@@ -96,6 +100,7 @@ def _add_benchmark(subcommands: "_SubParsersAction[Any]") -> None:
     add = parser.add_argument_group("what").add_argument
     add("model", help="a name in timm's registry, such as coda_net_s; weights do not change the time, so none are read")
     add("--model-args", nargs="+", default=[], metavar="NAME=JSON", help="of its constructor, as rank=16")
+    add("--against", metavar="MODEL", help="an ordinary timm model to compare with, in place of backends")
     add("--img-size", type=int, metavar="N", help="pixels a side (default: the model's)")
     add("--num-classes", type=int, metavar="N", help="(default: the model's)")
     add(
@@ -135,6 +140,7 @@ def _benchmark(args: argparse.Namespace) -> int:
     import torch
 
     from .benchmark import Setup, measure
+    from .compare import compare
     from .runs import write_text
 
     if args.output and (args.output.is_dir() or not os.access(args.output.absolute().parent, os.W_OK)):
@@ -157,8 +163,9 @@ def _benchmark(args: argparse.Namespace) -> int:
         memory=not args.no_memory,
         layers=args.layers,
     )
-    report = {"command": args.command_line, **measure(setup)}
-    print(benchmark_table(report))
+    measured = compare(setup, args.against) if args.against else measure(setup)
+    report = {"command": args.command_line, **measured}
+    print(comparison_table(report) if args.against else benchmark_table(report))
     if args.output:
         write_text(args.output, json.dumps(report, indent=1) + "\n")
         print(f"\n{args.output}: every number")
@@ -273,6 +280,33 @@ def benchmark_table(report: dict[str, Any]) -> str:
         counts = report["macs_an_image"]
         lines += _layer_table([row for row in report["layers"] if row["dtype"] == dtype], counts)
     return "\n".join(lines)
+
+
+def comparison_table(report: dict[str, Any]) -> str:
+    """What `compare.compare` reports as text, 80 columns wide."""
+    setup, environment = report["setup"], report["environment"]
+    machine = "gpus" if setup["device"] == "cuda" else "cpu"
+    size = "x".join(map(str, report["image"]))
+    lines = [
+        f"{' '.join([setup['model'], *setup['model_args']])} against {report['against']}, {report['classes']} classes",
+        f"batches of {setup['batch_size']} images {size}, {setup['dtypes'][0]}",
+        f"{setup['device']}: {environment[machine]}",
+        f"{setup['repeats']} rounds: median (quartiles)",
+        "",
+        _comparison_row("operation", "ms a batch", "ordinary", "x ordinary", "+ MB", "x"),
+    ]
+    for row in report["rows"]:
+        numbers = [_with_quartiles(row[name], 1000) for name in ("seconds", "against_seconds")]
+        ours, theirs = (row.get(f"{side}extra_bytes") for side in ("", "against_"))
+        memory = ["-", "-"]
+        if ours is not None and theirs is not None:
+            memory = [_short(ours / 1e6), _short(ours / theirs) if theirs else "-"]
+        lines.append(_comparison_row(row["operation"], *numbers, _with_quartiles(row["ratio"], digits=2), *memory))
+    return "\n".join(lines)
+
+
+def _comparison_row(*words: str) -> str:
+    return "{:11} {:>18} {:>18} {:>16} {:>6} {:>5}".format(*words)
 
 
 def _row(*words: str) -> str:

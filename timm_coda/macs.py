@@ -87,10 +87,13 @@ def layer_calls(model: Any, image_size: int | tuple[int, int]) -> list[Call]:
     handles = [
         layer.register_forward_hook(lambda *seen, name=name: note(name, *seen))
         for name, layer in model.named_modules()
-        if hasattr(layer, "frozen_dynamics")
+        if hasattr(layer, "frozen_dynamics") and hasattr(layer, "rank")
     ]
     if not handles:
-        raise ValueError(f"{type(model).__name__} has no dynamic alignment layer: choose one of timm_coda's models")
+        raise ValueError(
+            f"{type(model).__name__} has no dynamic alignment layer: choose a CoDA-Net; a B-cos network has an "
+            "ordinary counterpart to be measured with (timm-coda benchmark bcos_resnet50 --against resnet50)"
+        )
     try:
         state = [*model.named_parameters(), *model.named_buffers()]
         shapes = {name: torch.empty(tensor.shape, device="meta") for name, tensor in state}

@@ -7,6 +7,7 @@ from .bcos_resnet import BcosResNet
 from .bcos_v1 import BcosV1DenseNet, BcosV1InceptionV3, BcosV1ResNet, BcosV1VGG
 from .bcos_vgg import BcosVGG
 from .bcos_vit import BcosVisionTransformer
+from .bcosified import Bcosified, bcosify
 from .coda_net import CodaNet
 
 __all__ = [
@@ -20,5 +21,7 @@ __all__ = [
     "BcosV1VGG",
     "BcosVGG",
     "BcosVisionTransformer",
+    "Bcosified",
     "CodaNet",
+    "bcosify",
 ]

@@ -1,0 +1,140 @@
+"""Time and memory of a model that explains itself against those of an ordinary timm model, such as B-cos ResNets'.
+
+Both are measured side by side: a round takes every operation of both once, in random order, and a ratio is formed
+within a round before its median over the rounds is taken. An explanation is compared with the other's forward pass.
+"""
+
+import json
+import math
+import random
+import sys
+from collections.abc import Callable
+from dataclasses import asdict
+from typing import Any
+
+import timm
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from .benchmark import DTYPES, BenchmarkError, Setup, memory_of_process, model_operation, peak_of, spread
+from .hub import create_model
+from .macs import SAMPLE_SECONDS, seconds
+from .runs import environment
+
+__all__ = ["compare"]
+
+_SIDES = ("", "against_")
+
+
+class _Pair:
+    """Both models, on the same images."""
+
+    def __init__(self, setup: Setup, against: str) -> None:
+        config = timm.get_pretrained_cfg(setup.model) if timm.is_model(setup.model) else None
+        classes = setup.num_classes or (config.num_classes if config else 1000)
+        torch.manual_seed(setup.seed)
+        layout = torch.channels_last if setup.channels_last else torch.contiguous_format
+        where = {"device": setup.device, "dtype": DTYPES[setup.dtypes[0]], "memory_format": layout}
+        models: list[Any] = [
+            create_model(setup.model, num_classes=classes, model_args=setup.model_args).to(**where),
+            create_model(against, num_classes=classes).to(**where),
+        ]
+        self.models: dict[str, Any] = dict(zip(_SIDES, models, strict=True))
+        size = setup.img_size or models[0].pretrained_cfg["input_size"][-1]
+        self.images: Tensor = torch.rand(setup.batch_size, models[0].in_chans, size, size).to(**where)
+        self.targets = min(classes, 10)
+
+    def operation(self, name: str, side: str, *, keep_gradients: bool = False) -> Callable[[], object]:
+        if side and name.startswith("explain"):
+            name = "forward"
+        targets = self.targets if name == "explain-all" else 1
+        return model_operation(name, self.models[side], self.images, targets, keep_gradients=keep_gradients)
+
+
+def compare(setup: Setup, against: str) -> dict[str, Any]:
+    """Measure both models, and report it as JSON knows it.
+
+    Of every row: `seconds` of a batch and `against_seconds`, `ratio` of the two, each with `median`, the quartiles
+    `low` and `high`, and `samples`, one a round; `extra_bytes` and `against_extra_bytes` as `benchmark.measure`.
+
+    Args:
+        setup: the model to measure; one dtype, no backends, layers or compilation
+        against: name of the ordinary model in timm's registry
+
+    Raises:
+        BenchmarkError: a setup of which part is not for comparisons.
+        ValueError: no such model.
+    """
+    if len(setup.dtypes) != 1 or setup.layers or setup.compile:
+        raise BenchmarkError(
+            f"dtypes={setup.dtypes}, layers={setup.layers}, compile={setup.compile}: a comparison with {against} is of "
+            "whole models, uncompiled, in one dtype"
+        )
+    threads = torch.get_num_threads()
+    torch.set_num_threads(setup.threads or threads)
+    try:
+        with torch.random.fork_rng(devices=[]):
+            pair = _Pair(setup, against)
+            samples = _sample(pair, setup)
+        rows = [_row(name, samples) for name in setup.operations]
+        for row in tqdm(rows, "memory", disable=None, leave=False):
+            if setup.memory:
+                row |= _extra_memory(setup, against, pair, row["operation"])
+        machine = environment()
+    finally:
+        torch.set_num_threads(threads)
+    return {
+        "setup": asdict(setup),
+        "against": against,
+        "image": list(pair.images.shape[1:]),
+        "classes": pair.models[""].num_classes,
+        "environment": machine,
+        "rows": rows,
+    }
+
+
+def _sample(pair: _Pair, setup: Setup) -> dict[tuple[str, str], list[float]]:
+    """Seconds of each operation of each side, one a round."""
+    jobs: list[tuple[tuple[str, str], Callable[[], object], int]] = []
+    for name in tqdm(setup.operations, "warming up", disable=None, leave=False):
+        for side in _SIDES:
+            run = pair.operation(name, side)
+            seconds(run, 1, setup.device)  # fills caches
+            once = seconds(run, 1, setup.device)
+            jobs.append(((name, side), run, math.ceil(min(SAMPLE_SECONDS / once, 1000))))
+    samples: dict[tuple[str, str], list[float]] = {key: [] for key, _, _ in jobs}
+    order = random.Random(setup.seed)
+    for _ in tqdm(range(setup.repeats), "rounds", disable=None, leave=False):
+        order.shuffle(jobs)
+        for key, run, calls in jobs:
+            samples[key].append(seconds(run, calls, setup.device))
+    return samples
+
+
+def _row(name: str, samples: dict[tuple[str, str], list[float]]) -> dict[str, Any]:
+    ours, theirs = (samples[name, side] for side in _SIDES)
+    ratio = spread([a / b for a, b in zip(ours, theirs, strict=True)])
+    return {"operation": name, "seconds": spread(ours), "against_seconds": spread(theirs), "ratio": ratio}
+
+
+def _extra_memory(setup: Setup, against: str, pair: _Pair, operation: str) -> dict[str, Any]:
+    found = {}
+    for side in _SIDES:
+        if setup.device == "cuda":
+            run = pair.operation(operation, side, keep_gradients=True)
+            memory: dict[str, Any] = {"extra_bytes": peak_of(run, pair.models[side], "cuda")}
+        else:
+            order = {"setup": asdict(setup), "against": against, "operation": operation, "side": side}
+            order["threads"] = torch.get_num_threads()
+            memory = memory_of_process("from timm_coda.compare import _memory_process; _memory_process()", order)
+        found |= {side + name: value for name, value in memory.items()}
+    return found
+
+
+def _memory_process() -> None:
+    order = json.load(sys.stdin)
+    torch.set_num_threads(order["threads"])
+    pair = _Pair(Setup(**order["setup"]), order["against"])
+    run = pair.operation(order["operation"], order["side"], keep_gradients=True)
+    print(json.dumps(peak_of(run, pair.models[order["side"]], order["setup"]["device"])))
