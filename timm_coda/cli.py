@@ -140,6 +140,7 @@ def _benchmark(args: argparse.Namespace) -> int:
     import torch
 
     from .benchmark import Setup, measure
+    from .benchmark_table import benchmark_table, comparison_table
     from .compare import compare
     from .runs import write_text
 
@@ -253,118 +254,6 @@ def _convert(args: argparse.Namespace) -> int:
     print(f"wrote config.json and model.safetensors, {size:.1f} MB, into {args.output}\n")
     print(f'import timm, timm_coda\nmodel = timm.create_model("local-dir:{args.output}", pretrained=True).eval()')
     return 0
-
-
-def benchmark_table(report: dict[str, Any]) -> str:
-    """What `benchmark.measure` reports as text, 80 columns wide."""
-    setup, environment, macs = report["setup"], report["environment"], report["macs_an_image"]["model"]
-    size, machine = "x".join(map(str, report["image"])), "gpus" if setup["device"] == "cuda" else "cpu"
-    options = [word for word in ("channels_last", "compile") if setup[word]]
-    counts = [f"{macs[name] / 1e6:.4g} {name}" for name in setup["operations"]]
-    lines = [
-        " ".join([setup["model"], *setup["model_args"]]) + f", {report['classes']} classes",
-        ", ".join([f"batches of {setup['batch_size']} images {size}", *options]),
-        f"{setup['device']}: {environment[machine]}",
-        f"million multiply-accumulates an image: {', '.join(counts)}",
-        f"{setup['repeats']} rounds: median (quartiles)",
-    ]
-    for dtype, rates in report["gemm_macs_per_second"].items():
-        unit, name = (1e12, "TFLOP/s") if rates["mm"]["median"] > 5e11 else (1e9, "GFLOP/s")
-        reached = [f"{kind} {_with_quartiles(rate, 2 / unit)}" for kind, rate in rates.items()]
-        lines += ["", f"{dtype}; GEMM in {name}: {', '.join(reached)}"]
-        lines.append(_row("backend", "operation", "ms a batch", "images/s", "x published", "GEMM", "+ MB"))
-        for row in (row for row in report["rows"] if row["dtype"] == dtype):
-            lines.append(_benchmark_row(row))
-            if "memory_missing" in row:
-                lines.append(f"{'':21} extra memory unknown: {row['memory_missing']}"[:80])
-        counts = report["macs_an_image"]
-        lines += _layer_table([row for row in report["layers"] if row["dtype"] == dtype], counts)
-    return "\n".join(lines)
-
-
-def comparison_table(report: dict[str, Any]) -> str:
-    """What `compare.compare` reports as text, 80 columns wide."""
-    setup, environment = report["setup"], report["environment"]
-    machine = "gpus" if setup["device"] == "cuda" else "cpu"
-    size = "x".join(map(str, report["image"]))
-    lines = [
-        f"{' '.join([setup['model'], *setup['model_args']])} against {report['against']}, {report['classes']} classes",
-        f"batches of {setup['batch_size']} images {size}, {setup['dtypes'][0]}",
-        f"{setup['device']}: {environment[machine]}",
-        f"{setup['repeats']} rounds: median (quartiles)",
-        "",
-        _comparison_row("operation", "ms a batch", "ordinary", "x ordinary", "+ MB", "x"),
-    ]
-    for row in report["rows"]:
-        numbers = [_with_quartiles(row[name], 1000) for name in ("seconds", "against_seconds")]
-        ours, theirs = (row.get(f"{side}extra_bytes") for side in ("", "against_"))
-        memory = ["-", "-"]
-        if ours is not None and theirs is not None:
-            memory = [_short(ours / 1e6), _short(ours / theirs) if theirs else "-"]
-        lines.append(_comparison_row(row["operation"], *numbers, _with_quartiles(row["ratio"], digits=2), *memory))
-    return "\n".join(lines)
-
-
-def _comparison_row(*words: str) -> str:
-    return "{:11} {:>18} {:>18} {:>16} {:>6} {:>5}".format(*words)
-
-
-def _row(*words: str) -> str:
-    return "{:9} {:11} {:>19} {:>8} {:>16} {:>5} {:>6}".format(*words)
-
-
-def _benchmark_row(row: dict[str, Any]) -> str:
-    if "missing" in row:
-        return f"{row['backend']:9} {row['operation']:11} not run: {row['missing']}"[:80]
-    published = row["times_published"].get(row["dtype"])
-    return _row(
-        row["backend"],
-        row["operation"],
-        _with_quartiles(row["seconds"], 1000),
-        _short(row["images_per_second"]["median"]),
-        "1" if row["backend"] == "reference" else _with_quartiles(published, digits=2) if published else "-",
-        f"{row['gemm_fraction']['median']:.0%}",
-        _short(row["extra_bytes"] / 1e6) if "extra_bytes" in row else "-",
-    )
-
-
-def _layer_table(rows: list[dict[str, Any]], counts: dict[str, dict[str, int]]) -> list[str]:
-    """For each backend a line a layer."""
-    lines = []
-    for backend in dict.fromkeys(row["backend"] for row in rows):
-        mine = [row for row in rows if row["backend"] == backend]
-        operations = list(dict.fromkeys(row["operation"] for row in mine))
-        lines += ["", f"layers alone, {backend}: forward MMAC an image; ms, part of all layers' ms, GEMM"]
-        lines.append(f"{'layer':12}{'MMAC':>8}" + "".join(f"{name:>20}" for name in operations))
-        total = {name: sum(_milliseconds(row) for row in mine if row["operation"] == name) for name in operations}
-        for layer in dict.fromkeys(row["layer"] for row in mine):
-            line = f"{layer:12}{_short(counts[layer]['forward'] / 1e6):>8}"
-            for row in (row for row in mine if row["layer"] == layer):
-                time = _milliseconds(row)
-                words = (
-                    "not run"
-                    if not time
-                    else (
-                        f"{_short(time):>8} {time / total[row['operation']]:5.0%} {row['gemm_fraction']['median']:5.0%}"
-                    )
-                )
-                line += f"{words:>20}"
-            lines.append(line)
-    return lines
-
-
-def _milliseconds(row: dict[str, Any]) -> float:
-    return 0 if "missing" in row else 1000 * row["seconds"]["median"]
-
-
-def _with_quartiles(spread: dict[str, float], unit: float = 1, digits: int = 3) -> str:
-    median, low, high = (_short(unit * spread[name], digits) for name in ("median", "low", "high"))
-    return f"{median} ({low}-{high})"
-
-
-def _short(number: float, digits: int = 3) -> str:
-    """As many digits or more, never an exponent, at most two behind the point of what is 1 or more."""
-    return f"{number:.0f}" if number >= 100 else f"{number:#.3g}" if number >= 1 else f"{number:.{digits}g}"
 
 
 _PUSH = """\
