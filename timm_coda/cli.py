@@ -438,6 +438,7 @@ def _push(args: argparse.Namespace) -> int:
     if not args.create_pr:
         at = f"@{args.revision}" if args.revision else ""
         print(f'import timm, timm_coda\ntimm.create_model("hf-hub:{commit.repo_url.repo_id}{at}", pretrained=True)')
+    return 0
 
 
 _EXPORT = """\
