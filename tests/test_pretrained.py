@@ -81,7 +81,7 @@ def test_shipped_weights_anywhere_offline(tmp_path, digits, test_set):
     assert file.stat().st_size < 5e6
     assert {value.dtype for value in load_file(file).values()} == {torch.float16}
     assert digits.pretrained_cfg["hf_hub_id"] == "timm-coda/coda_net_xs.digits"
-    assert accuracy(digits, test_set) == 448 / 450, "what the README says"
+    assert accuracy(digits, test_set) == 449 / 450, "what the README says"
     code = "import timm, timm_coda, torch; m = timm.create_model('coda_net_xs', pretrained=True).eval()\n"
     code += "torch.save(m(torch.ones(1, 3, 16, 16)), 'logits.pt')"
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path), "TORCH_HOME": str(tmp_path)}

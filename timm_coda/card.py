@@ -40,7 +40,7 @@ def make_card(
     summary = summary or {}
     source = dict(config.get("pretrained_cfg", {}))
     name = repo_id.split("/")[-1] if repo_id else f"{config['architecture']}.{source['tag']}"
-    if summary.get("options", {}).get("pretrained") is False:
+    if repo_id and summary.get("options", {}).get("pretrained") is False:  # a tag's description is of its weights
         source = {key: value for key, value in source.items() if key not in _OF_WEIGHTS}
     if license:
         source["license"] = license

@@ -370,7 +370,8 @@ def environment() -> dict[str, str]:
         info = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
         cpu = next(line.split(":")[1].strip() for line in info if line.startswith("model name"))
     gpus = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
-    hardware = {"cpu": f"{cpu}, {torch.get_num_threads()} threads", "gpus": ", ".join(gpus) or "none"}
+    threads = torch.get_num_threads()
+    hardware = {"cpu": f"{cpu}, {threads} thread{'s' if threads > 1 else ''}", "gpus": ", ".join(gpus) or "none"}
     return {**versions, "platform": platform.platform(), **hardware}
 
 
