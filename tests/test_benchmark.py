@@ -104,7 +104,7 @@ def test_report(fast):
     assert json.loads(json.dumps(report, allow_nan=False))["setup"]["seed"] == 3
     assert torch.equal(torch.get_rng_state(), state)
     assert functional._backend == backend
-    assert "1 threads" in report["environment"]["cpu"]
+    assert "1 thread" in report["environment"]["cpu"]
     assert report["image"] == [3, 8, 8]
 
     rows = {(row["dtype"], row["backend"], row["operation"]): row for row in report["rows"]}
