@@ -133,7 +133,7 @@ def test_text_is_replaced_all_or_nothing(folder):
 
 def test_environment():
     facts = runs.environment()
-    assert facts["timm"] and facts["torch"] and "threads" in facts["cpu"]
+    assert facts["timm"] and facts["torch"] and " thread" in facts["cpu"]
 
 
 def test_summary_names_only_data_sets_of_the_hub(folder):
