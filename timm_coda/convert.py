@@ -22,10 +22,11 @@ from typing import Any
 import safetensors.torch
 import timm
 import torch
-from timm.models import PretrainedCfg, adapt_input_conv, clean_state_dict, load_state_dict, resolve_pretrained_cfg
+from timm.models import PretrainedCfg, clean_state_dict, load_state_dict, resolve_pretrained_cfg
 from torch import Tensor, nn
 
 from .hub import HubError, SaveError, blame, create_model, save_model
+from .layers import adapt_colours
 
 _logger = logging.getLogger(__name__)
 TIMEOUT = 30.0  # seconds without an answer after which a server counts as dead
@@ -237,9 +238,8 @@ def from_bcos_v2(state_dict: dict[str, Tensor], in_chans: int = 3, first_conv: s
     converted = {k.replace(".linear.", "."): v for k, v in state_dict.items() if not k.endswith(unread)}
     name = f"{first_conv}.weight"
     weight = converted.get(name)
-    if weight is not None and weight.shape[1] == 6 and in_chans != 3:
-        halves = [adapt_input_conv(in_chans, half, base_chans=3) for half in weight.chunk(2, 1)]
-        converted[name] = torch.cat(halves, 1)
+    if weight is not None and weight.dim() > 1:  # else it is another network's, which `check_fit` says
+        converted[name] = adapt_colours(weight, in_chans)
     return converted
 
 

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from timm.layers import ConvNormAct, get_device_dtype
-from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from timm.models import generate_default_cfgs, register_model
 from timm.models._features import feature_take_indices
 from timm.models.densenet import DenseNet
 from timm.models.inception_v3 import InceptionB, InceptionD, InceptionV3
@@ -29,10 +29,11 @@ from timm.models.vgg import VGG, cfgs
 from torch import Tensor, nn
 
 from ..bcos import BcosConv2d, EncodedBcosConv2d
-from ..convert import check_fit, resolve_weights, unwrap
+from ..convert import check_fit, unwrap
 from ..explain import ExplainMixin
 from ..hub import HubMixin
 from ..layers import GlobalPool, Logits, adapt_colours
+from ._builder import build_model
 
 __all__ = ["BcosV1DenseNet", "BcosV1InceptionV3", "BcosV1ResNet", "BcosV1VGG"]
 
@@ -338,31 +339,8 @@ default_cfgs = generate_default_cfgs(
 )
 
 
-def _create_bcos_v1(
-    model_cls: type[_BcosV1],
-    variant: str,
-    pretrained: bool = False,
-    pretrained_cfg: Any = None,
-    pretrained_cfg_overlay: dict[str, Any] | None = None,
-    cache_dir: str | None = None,
-    **kwargs: Any,
-) -> Any:
-    config = resolve_weights(
-        variant,
-        pretrained,
-        pretrained_cfg=pretrained_cfg,
-        pretrained_cfg_overlay=pretrained_cfg_overlay,
-        cache_dir=cache_dir,
-    )
-    return build_model_with_cfg(
-        model_cls,
-        variant,
-        pretrained,
-        pretrained_cfg=config,
-        pretrained_filter_fn=checkpoint_filter_fn,
-        cache_dir=cache_dir,
-        **kwargs,
-    )
+def _create_bcos_v1(model_cls: type[_BcosV1], variant: str, pretrained: bool = False, **kwargs: Any) -> Any:
+    return build_model(model_cls, variant, pretrained, checkpoint_filter_fn, **kwargs)
 
 
 @register_model

@@ -20,13 +20,14 @@ from pathlib import Path
 from typing import Any
 
 from timm.data import ImageNetInfo
-from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from timm.models import generate_default_cfgs, register_model
 from torch import Tensor
 
-from ..convert import ConvertError, check_fit, resolve_weights, unwrap
+from ..convert import ConvertError, check_fit, unwrap
 from ..hub import blame
 from ..layers import DAUConv2d, adapt_colours
-from .conv_stack import ConvStack
+from ._builder import build_model
+from .conv_stack import STAGE_FEATURES, ConvStack
 
 __all__ = ["CodaNet"]
 
@@ -219,36 +220,10 @@ default_cfgs = generate_default_cfgs(
 _TAG_ARGS = {f"mpi_t{t}_cifar10": {"logit_temperature": float(t)} for t in _MPI_CIFAR}
 
 
-def _create_coda_net(
-    variant: str,
-    pretrained: bool = False,
-    pretrained_cfg: Any = None,
-    pretrained_cfg_overlay: dict[str, Any] | None = None,
-    cache_dir: str | None = None,
-    **kwargs: Any,
-) -> CodaNet:
-    config = resolve_weights(
-        variant,
-        pretrained,
-        pretrained_cfg=pretrained_cfg,
-        pretrained_cfg_overlay=pretrained_cfg_overlay,
-        cache_dir=cache_dir,
+def _create_coda_net(variant: str, pretrained: bool = False, **kwargs: Any) -> CodaNet:
+    return build_model(
+        CodaNet, variant, pretrained, checkpoint_filter_fn, tag_args=_TAG_ARGS, feature_cfg=STAGE_FEATURES, **kwargs
     )
-    tag_args = _TAG_ARGS.get(config.tag or "", {})
-    kwargs = tag_args | kwargs
-    model = build_model_with_cfg(
-        CodaNet,
-        variant,
-        pretrained,
-        pretrained_cfg=config,  # type: ignore[arg-type]  # timm passes one on, too
-        pretrained_filter_fn=checkpoint_filter_fn,
-        cache_dir=cache_dir,
-        # The default list-net of features_only drops functional calls between the stages, such as the encoding.
-        feature_cfg={"out_indices": (0, 1, 2), "feature_cls": "getter"},
-        **kwargs,
-    )
-    model._model_args = {name: kwargs[name] for name in tag_args}  # timm adds the caller's, and saves them
-    return model
 
 
 _CIFAR_LAYOUT = {

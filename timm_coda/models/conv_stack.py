@@ -18,7 +18,10 @@ from ..explain import ExplainMixin
 from ..hub import HubMixin
 from ..layers import DynamicLinear, GlobalPool, InverseEncoding, Logits
 
-__all__ = ["ConvStack"]
+__all__ = ["STAGE_FEATURES", "ConvStack"]
+
+# The default list-net of features_only drops functional calls between the stages, such as the encoding.
+STAGE_FEATURES = {"out_indices": (0, 1, 2), "feature_cls": "getter"}
 
 
 class ConvStage(nn.Sequential):
