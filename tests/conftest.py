@@ -1,7 +1,9 @@
-"""Shared helpers: error norms, random DAU problems, the golden numbers' folder."""
+"""Shared helpers: error norms, timm's own tests, the golden numbers' folder."""
 
 import importlib.util
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -22,6 +24,21 @@ def relative_error(actual, expected) -> float:
         return float("inf")
     scale = expected.norm().item()
     return (actual - expected).norm().item() / scale if scale else actual.norm().item()
+
+
+def run_timm_suite(models: str, *options: str, home: Path | None = None, skips: bool = False) -> None:
+    """timm's own tests, unchanged, on the models of that pattern; none may fail, and none skip unless `skips`.
+
+    Weights that timm would download are looked for in `home`/hub/checkpoints first.
+    """
+    script = SHARED / "tools" / "run_timm_suite.sh"
+    if not script.exists():
+        pytest.skip(f"{script} is not here")
+    environment = os.environ | {"PYTHON": sys.executable} | ({"TORCH_HOME": str(home)} if home else {})
+    command = [script, "timm_coda", models, "-q", "-rs", *options]
+    run = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stdout[-4000:] + run.stderr[-2000:]
+    assert skips or "skipped" not in run.stdout.splitlines()[-1], run.stdout[-2000:]
 
 
 @pytest.fixture(scope="session")

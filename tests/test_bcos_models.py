@@ -1,8 +1,5 @@
 """B-cos models: the authors' numbers, exactness on a second input, timm's contract."""
 
-import os
-import subprocess
-import sys
 from math import log
 from types import MethodType
 
@@ -10,7 +7,7 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
-from conftest import SHARED, relative_error
+from conftest import relative_error, run_timm_suite
 
 import timm_coda
 from timm_coda.bcos import BatchNormUncentered2d, BcosConv2d, EncodedBcosConv2d
@@ -257,15 +254,7 @@ def test_gradient_checkpointing_changes_nothing():
 @pytest.mark.parametrize("name", ["bcos_resnet18"])
 def test_timm_suite(golden, name, tmp_path):
     """timm's own tests, unchanged, with a file of the published name where timm would download to."""
-    script = SHARED / "tools" / "run_timm_suite.sh"
-    if not script.exists():
-        pytest.skip(f"{script} is not here")
     folder = tmp_path / "hub" / "checkpoints"
     folder.mkdir(parents=True)
     published_file(golden, "bcosv2_resnet18_64px", folder)
-    environment = os.environ | {"PYTHON": sys.executable, "TORCH_HOME": str(tmp_path)}
-    run = subprocess.run(
-        [script, "timm_coda", name, "-q", "-rs"], env=environment, capture_output=True, text=True, check=False
-    )
-    assert run.returncode == 0, run.stdout[-4000:] + run.stderr[-2000:]
-    assert "skipped" not in run.stdout.splitlines()[-1], run.stdout[-2000:]
+    run_timm_suite(name, home=tmp_path)

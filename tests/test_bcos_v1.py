@@ -1,7 +1,6 @@
 """B-cos v1 networks: the authors' numbers, exactness on a second input, tags, timm's contract."""
 
 import os
-import subprocess
 import sys
 from math import log, sqrt
 from types import MethodType
@@ -10,7 +9,7 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
-from conftest import SHARED, relative_error
+from conftest import relative_error, run_timm_suite
 from timm.models.resnet import BasicBlock
 
 import timm_coda
@@ -297,18 +296,10 @@ LARGE = ("bcos_v1_resnet34", "bcos_v1_inception_v3", "bcos_v1_vgg11")
 @pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow if n in LARGE else []) for n in SUITE])
 def test_timm_suite(golden, name, tmp_path):
     """timm's own tests, unchanged, with files of the published names where downloads are kept."""
-    script = SHARED / "tools" / "run_timm_suite.sh"
-    if not script.exists():
-        pytest.skip(f"{script} is not here")
     folder = tmp_path / "hub" / "checkpoints"
     folder.mkdir(parents=True)
     torch.save(published_weights(golden, SUITE[name]), tmp_path / "published.pt")
     for tag in timm.list_pretrained(f"{name}.*"):
         os.link(tmp_path / "published.pt", folder / timm.get_pretrained_cfg_value(tag, "url")[1])
-    environment = os.environ | {"PYTHON": sys.executable, "TORCH_HOME": str(tmp_path)}
-    run = subprocess.run(
-        [script, "timm_coda", name, "-q", "-rs"], env=environment, capture_output=True, text=True, check=False
-    )
-    assert run.returncode == 0, run.stdout[-4000:] + run.stderr[-2000:]
-    if name != "bcos_v1_vgg11":  # timm leaves out a test of networks above 100 million parameters
-        assert "skipped" not in run.stdout.splitlines()[-1], run.stdout[-2000:]
+    # timm leaves out a test of networks above 100 million parameters
+    run_timm_suite(name, home=tmp_path, skips=name == "bcos_v1_vgg11")

@@ -1,7 +1,5 @@
 """B-cos DenseNets, VGG and ConvNeXts: the authors' numbers, exactness on a second input, timm's contract."""
 
-import os
-import subprocess
 import sys
 from math import log
 from types import MethodType
@@ -9,7 +7,7 @@ from types import MethodType
 import pytest
 import timm
 import torch
-from conftest import SHARED, relative_error
+from conftest import relative_error, run_timm_suite
 from test_bcos_models import freeze
 
 from timm_coda import BcosConvNeXt, BcosDenseNet, BcosVGG
@@ -319,18 +317,10 @@ def test_gradient_checkpointing_changes_nothing(name):
 )
 def test_timm_suite(golden, name, tmp_path):
     """timm's own tests, unchanged, with files of the published names where timm would download to."""
-    script = SHARED / "tools" / "run_timm_suite.sh"
-    if not script.exists():
-        pytest.skip(f"{script} is not here")
     folder = tmp_path / "hub" / "checkpoints"
     folder.mkdir(parents=True)
     case = SUITE[name]
     weights = timm.create_model(name).state_dict() if case is None else published(golden, case)
     for tag in timm.list_pretrained(f"{name}.*"):
         torch.save(weights, file_of(tag, folder))
-    environment = os.environ | {"PYTHON": sys.executable, "TORCH_HOME": str(tmp_path)}
-    run = subprocess.run(
-        [script, "timm_coda", name, "-q", "-rs"], env=environment, capture_output=True, text=True, check=False
-    )
-    assert run.returncode == 0, run.stdout[-4000:] + run.stderr[-2000:]
-    assert "skipped" not in run.stdout.splitlines()[-1], run.stdout[-2000:]
+    run_timm_suite(name, home=tmp_path)

@@ -1,8 +1,5 @@
 """B-cos vision transformers: the authors' numbers, exactness on other images, tokens, timm's contract."""
 
-import os
-import subprocess
-import sys
 from itertools import pairwise
 from math import log
 from types import MethodType
@@ -11,7 +8,7 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
-from conftest import SHARED, relative_error
+from conftest import relative_error, run_timm_suite
 from timm.layers import Attention
 
 import timm_coda
@@ -397,16 +394,9 @@ def test_saved_model_comes_back(tmp_path):
 @pytest.mark.parametrize("size", ["tiny", *(pytest.param(s, marks=pytest.mark.slow) for s in list(SIZES.values())[1:])])
 def test_timm_suite(size, tmp_path):
     """timm's own tests, unchanged, with files of the published names where timm would download to."""
-    script = SHARED / "tools" / "run_timm_suite.sh"
-    if not script.exists():
-        pytest.skip(f"{script} is not here")
     folder = tmp_path / "hub" / "checkpoints"
     folder.mkdir(parents=True)
     models = [name for name in MODELS if size in name]
     for name in models:
         torch.save(timm.create_model(name).state_dict(), folder / timm.get_pretrained_cfg(name).url.rsplit("/", 1)[1])
-    environment = os.environ | {"PYTHON": sys.executable, "TORCH_HOME": str(tmp_path)}
-    command = [script, "timm_coda", f"vit_{size}_*_bcos_224", "-q", "-rs"]
-    run = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    assert run.returncode == 0, run.stdout[-4000:] + run.stderr[-2000:]
-    assert "skipped" not in run.stdout.splitlines()[-1], run.stdout[-2000:]
+    run_timm_suite(f"vit_{size}_*_bcos_224", home=tmp_path)

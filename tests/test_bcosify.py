@@ -1,15 +1,12 @@
 """B-cos versions of timm's architectures: exact on other images, trained, saved, refused where that cannot be."""
 
-import os
-import subprocess
-import sys
 from types import MethodType
 
 import pytest
 import timm
 import torch
 import torch.nn.functional as F
-from conftest import SHARED, relative_error
+from conftest import relative_error, run_timm_suite
 from timm.layers import Attention
 from torch import nn
 
@@ -310,11 +307,4 @@ def test_norms_and_activations_have_counterparts():
 
 def test_timm_suite(tmp_path):
     """timm's own tests, unchanged."""
-    script = SHARED / "tools" / "run_timm_suite.sh"
-    if not script.exists():
-        pytest.skip(f"{script} is not here")
-    environment = os.environ | {"PYTHON": sys.executable, "TORCH_HOME": str(tmp_path)}
-    run = subprocess.run(
-        [script, "timm_coda", "bcosified", "-q", "-rs"], env=environment, capture_output=True, text=True, check=False
-    )
-    assert run.returncode == 0, run.stdout[-4000:] + run.stderr[-2000:]
+    run_timm_suite("bcosified", home=tmp_path, skips=True)

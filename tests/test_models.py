@@ -1,11 +1,7 @@
-import os
-import subprocess
-import sys
-
 import pytest
 import timm
 import torch
-from conftest import SHARED, relative_error
+from conftest import relative_error, run_timm_suite
 
 import timm_coda
 from timm_coda.models import coda_net
@@ -153,26 +149,15 @@ def test_export_and_state_dict():
     assert model.state_dict()["stages.0.0.up.bias"].shape == (4, 6, 3, 3)
 
 
+@pytest.mark.parametrize("name", ["coda_net_xs", "bcos_v1_conv9"])
+def test_a_second_backbone_is_as_the_first(name):
+    """timm takes keys out of the feature_cfg that it is given."""
+    first, second = (timm.create_model(name, features_only=True) for _ in range(2))
+    assert type(first) is type(second)
+    assert first.feature_info.channels() == second.feature_info.channels()
+
+
 def test_timm_suite():
     """timm's own tests, unchanged, on every model."""
-    script = SHARED / "tools" / "run_timm_suite.sh"
-    if not script.exists():
-        pytest.skip(f"{script} is not here")
-    environment = os.environ | {"PYTHON": sys.executable}
-    run = subprocess.run(
-        [
-            script,
-            "timm_coda",
-            "coda*",
-            "-q",
-            "-rs",
-            "-k",
-            "not (mpi_t and pretrained)",
-        ],  # whose weights would be downloaded
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert run.returncode == 0, run.stdout[-4000:] + run.stderr[-2000:]
-    assert "skipped" not in run.stdout.splitlines()[-1], run.stdout[-2000:]
+    # The authors' weights would be downloaded.
+    run_timm_suite("coda*", "-k", "not (mpi_t and pretrained)")

@@ -18,6 +18,7 @@ def build_model(
     checkpoint_filter_fn: Callable,
     *,
     tag_args: Mapping[str, Mapping[str, Any]] | None = None,
+    feature_cfg: Mapping[str, Any] | None = None,
     pretrained_cfg: Any = None,
     pretrained_cfg_overlay: dict[str, Any] | None = None,
     cache_dir: str | None = None,
@@ -29,6 +30,7 @@ def build_model(
         model_cls, variant, pretrained: as timm's
         checkpoint_filter_fn: of the family
         tag_args: of a tag, the constructor's arguments that are not the entrypoint's; the caller's win, all are saved
+        feature_cfg: what timm makes of the model under `features_only=True`
         pretrained_cfg, pretrained_cfg_overlay, cache_dir: as timm hands them to an entrypoint
         kwargs: of timm's builder and the constructor
     """
@@ -48,6 +50,7 @@ def build_model(
         pretrained_cfg=config,  # type: ignore[arg-type]  # timm passes one on, too
         pretrained_filter_fn=checkpoint_filter_fn,
         cache_dir=cache_dir,
+        feature_cfg=dict(feature_cfg or {}),  # a copy, because timm takes keys out of what it is given
         **kwargs,
     )
     if brought:
