@@ -5,7 +5,7 @@
     python train.py --data path/to/images --model coda_net_xs --img-size 64 --epochs 50       # train/cat/1.png, ...
     python train.py --config recipe.yaml --lr 1e-3       # a recipe, with one thing changed
     python train.py --resume runs/my-run                 # go on exactly where a run was stopped or killed
-    accelerate launch --num_processes 2 train.py         # with any of these options
+    accelerate launch --multi_gpu --num_processes 2 train.py          # with any of these options, with or without GPUs
 
 The output folder is a model, of the best epoch: timm.create_model("local-dir:FOLDER", pretrained=True) after `import
 timm_coda`. Beside it: explanation.png, summary.json, recipe.yaml (for --config) and checkpoints/ (for --resume).
@@ -15,6 +15,7 @@ timm_coda`. Beside it: explanation.png, summary.json, recipe.yaml (for --config)
 import argparse
 import math
 import os
+import signal
 import sys
 import time
 from pathlib import Path
@@ -33,7 +34,7 @@ from timm.utils import ModelEmaV3
 from tqdm import tqdm
 
 import timm_coda  # noqa: F401  # registers the models
-from timm_coda import data, hub, learning, runs
+from timm_coda import data, hub, learning, loading, runs, states, streaming, trackers
 
 DEFAULT_RECIPE = Path(__file__).parent / "hub_configs/coda_net_xs.digits/recipe.yaml"
 
@@ -66,6 +67,13 @@ def make_parser() -> argparse.ArgumentParser:
     add("--label-column", help="(default: the only one with classes, or the one named label)")
     add("--num-classes", type=runs.positive, help="(default: the data set's)")
     add("--workers", type=runs.natural, default=2, help="processes that decode images; 0 is best for tiny ones")
+    buffer = {"type": runs.positive, "nargs": "?", "const": 8192, "metavar": "IMAGES"}
+    add(
+        "--streaming",
+        **buffer,
+        help="read parquet files as the run goes, shuffled in a buffer (of 8192 without IMAGES)",
+    )
+    add("--data-on-device", action=switch, default=False, help="for small images: decoded once, shifted, flipped there")
     add = parser.add_argument_group("images").add_argument
     add("--img-size", type=runs.positive, help="height and width in pixels (default: the model's)")
     add("--interpolation", help="nearest, bilinear or bicubic (default: the model's)")
@@ -84,6 +92,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--model-args", nargs="+", action="extend", default=[], metavar="NAME=JSON", help="as logit_temperature=100")
     add("--pretrained", action=switch, default=False, help="start from the model's published weights")
     add("--head-only", action=switch, default=False, help="freeze all but the classifier: quick, and seldom enough")
+    add("--grad-checkpointing", action=switch, default=False, help="compute activations again to save memory")
     add("--ema", type=float, default=0.0, help="decay of averaged weights, which are then tested and saved; 0: none")
     add = parser.add_argument_group("learning").add_argument
     add("--epochs", type=runs.positive, default=200, help="times that each training image is seen")
@@ -104,27 +113,6 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def tally(loss: torch.Tensor, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """Sums over images: of the loss, of right answers, of one."""
-    right = (logits.argmax(1) == labels).sum()
-    return torch.stack([loss.detach() * len(labels), right, torch.full_like(right, len(labels))])
-
-
-@torch.no_grad()
-def evaluate(accelerator: Any, model: torch.nn.Module, loader: Any, loss_function: torch.nn.Module):
-    """Mean loss and accuracy over the images that can be read, and the others with the reason."""
-    sums, unread = torch.zeros(3, device=accelerator.device), []
-    model.eval()
-    for images, labels, skipped in loader:
-        unread += skipped
-        if len(labels):
-            with accelerator.autocast():
-                logits = model(images).float()
-            sums += tally(loss_function(logits, labels), logits, labels)
-    loss, right, count = accelerator.reduce(sums).tolist()
-    return loss / max(count, 1), right / max(count, 1), unread
-
-
 def train(args: argparse.Namespace, stop: list[int]) -> None:
     """One run, from top to bottom, or until a signal is in `stop`."""
     output, options = Path(args.output), runs.run_options(args)
@@ -135,8 +123,9 @@ def train(args: argparse.Namespace, stop: list[int]) -> None:
     def chosen(names: str) -> dict[str, Any]:
         return {name: options[name] for name in names.split()}
 
-    with hub.blame(f"--mixed-precision {args.mixed_precision} or --report-to {args.report_to}", runs.RunError):
+    with hub.blame(f"--mixed-precision {args.mixed_precision} or --report-to {args.report_to}", states.RunError):
         accelerator: Any = Accelerator(
+            cpu=not torch.accelerator.is_available(),  # else several processes without a GPU would not find each other
             mixed_precision=args.mixed_precision,
             gradient_accumulation_steps=args.grad_accum,
             log_with=None if args.report_to == "none" else args.report_to,
@@ -148,26 +137,28 @@ def train(args: argparse.Namespace, stop: list[int]) -> None:
 
     # Data and model
     names = "subset image_column label_column train_split test_split val_fraction num_classes"
-    source = data.load_data(args.data, **chosen(names))
+    source = (streaming.load_stream if args.streaming else data.load_data)(args.data, **chosen(names))
     classes = source.label_names
     network: Any = hub.create_model(args.model, num_classes=len(classes), **chosen("pretrained model_args head_only"))
-    with hub.blame("--img-size, --interpolation, --crop-pct or a random change of the images", runs.RunError):
+    if args.grad_checkpointing:
+        network.set_grad_checkpointing()
+    with hub.blame("--img-size, --interpolation, --crop-pct or a random change of the images", states.RunError):
         config = resolve_input_data_config(network, chosen("img_size interpolation crop_pct"))
         changes = chosen("crop_padding scale ratio hflip color_jitter auto_augment erase")
         transform, test_transform = data.create_transforms(config, **changes)
-    train_set = data.ImageDataset(source.train, transform, seed=args.seed)
+    how = chosen("batch_size seed workers streaming data_on_device") | {"config": config, "changes": changes}
+    place = {"process": accelerator.process_index, "processes": processes, "device": device}
+    loader = loading.make_train_loader(source.train, transform, **how, **place)
     test_set = data.ImageDataset(source.test, test_transform)
-    sampler = data.EpochSampler(len(train_set), seed=args.seed)
-    loader = data.create_loader(train_set, sampler=sampler, **chosen("batch_size workers"))
     test_loader = data.create_loader(test_set, **chosen("batch_size workers"))
     examples = test_set.examples(args.explain_images)
     data.check_images(network, examples.images)
 
     # Learning
-    batches = len(train_set) // (args.batch_size * processes)
+    batches, images_seen = len(loader), len(source.train)
     if batches == 0:
-        raise runs.RunError(f"--batch-size {args.batch_size}, {processes} processes: only {len(train_set)} images")
-    with hub.blame("--opt, --lr, --sched or a number that belongs to them", runs.RunError):
+        raise states.RunError(f"--batch-size {args.batch_size}, {processes} processes: only {images_seen} images")
+    with hub.blame("--opt, --lr, --sched or a number that belongs to them", states.RunError):
         optimizer = create_optimizer_v2(network, **chosen("opt lr weight_decay"))
         schedule = chosen("sched decay_epochs decay_rate warmup_epochs min_lr")
         schedule |= {"num_epochs": args.epochs, "updates_per_epoch": math.ceil(batches / args.grad_accum)}
@@ -177,23 +168,28 @@ def train(args: argparse.Namespace, stop: list[int]) -> None:
     smoothing = 0.0 if mixup else args.smoothing  # mixed labels are smooth already
     loss_function, test_loss = learning.make_loss(args.loss, smoothing), learning.make_loss(args.loss, 0.0)
     ema = ModelEmaV3(network.to(device), args.ema, use_warmup=True) if args.ema else None
-    model, optimizer, loader, test_loader = accelerator.prepare(network, optimizer, loader, test_loader)
+    model, optimizer, test_loader = accelerator.prepare(network, optimizer, test_loader)
+    if args.data_on_device:
+        test_loader = list(test_loader)
     if ema is not None:
         accelerator.register_for_checkpointing(ema)
+    updates = learning.Updates(accelerator, model, optimizer, norm=args.clip_grad, adaptive=args.agc)
     published: Any = network if ema is None else ema.module
 
     # Begin, or go on
-    runs.start_trackers(accelerator, args.report_to, options)
-    progress = runs.load_state(accelerator, output / "checkpoints", options) if args.resume else runs.Progress()
+    trackers.start(accelerator, args.report_to, options)
+    progress = states.load_state(accelerator, output / "checkpoints", options) if args.resume else states.Progress()
     if progress.update:
         accelerator.print(f"going on with {output} after update {progress.update}")
     elif main:
         runs.start_folder(output, options)
     silent, parameters = runs.no_pictures(network), sum(weight.numel() for weight in network.parameters())
-    accelerator.print(f"{args.model}, {parameters:,} parameters, on {device}; results go to {output}")
-    about = f"{len(train_set)} training and {len(test_set)} {source.test.name} images of {len(classes)} classes"
+    accelerator.print(
+        f"{args.model}, {parameters:,} parameters, on {processes} x {device.type}; results go to {output}"
+    )
+    about = f"{images_seen} training and {len(test_set)} {source.test.name} images of {len(classes)} classes"
     accelerator.print(about, *(f"note: {note}" for note in (*source.notes, silent) if note), sep="\n")
-    window = torch.tensor(progress.window if main else [0.0] * 3, device=device)
+    window = torch.tensor(progress.window[accelerator.process_index] if progress.window else [0.0] * 3, device=device)
     before = time.perf_counter() - progress.seconds
 
     def explain(path: Path) -> None:
@@ -201,34 +197,37 @@ def train(args: argparse.Namespace, stop: list[int]) -> None:
         if main and not silent:
             explanation = published.eval().explain(examples.images.to(device), top=min(2, len(classes)))
             explanation.save(path, label_names=classes, true_labels=examples.labels)
-            runs.log_picture(accelerator, path, step=progress.update)
+            trackers.log_picture(accelerator, path, step=progress.update)
 
     def add_point() -> dict[str, float]:
         means = progress.add_point(*accelerator.reduce(window.clone()).tolist())
         window.zero_()
-        accelerator.log({**means, "lr": optimizer.param_groups[0]["lr"]}, step=progress.update)
+        trackers.log(accelerator, {**means, "lr": optimizer.param_groups[0]["lr"]}, step=progress.update)
         return means
 
     def stopping() -> bool:  # all processes or none
         return bool(stop if processes == 1 else accelerator.reduce(torch.tensor(len(stop), device=device)).item())
 
     def save() -> None:
-        progress.window, progress.seconds = accelerator.reduce(window.clone()).tolist(), time.perf_counter() - before
-        runs.save_state(accelerator, output / "checkpoints", progress, options)
+        progress.window, progress.seconds = accelerator.gather(window[None]).tolist(), time.perf_counter() - before
+        progress.check(learning.evaluate(accelerator, network, [examples], test_loss)[0])  # never save spoilt weights
+        states.save_state(accelerator, output / "checkpoints", progress, options)
         if stopping():
-            accelerator.end_training()
-            raise runs.Stopped(f"stopped and saved; to go on: python train.py --resume {output}", code=130)
+            trackers.finish(accelerator)
+            code = 130 if signal.SIGINT in stop else 0  # SIGTERM: a scheduler wants its machine back, nothing is wrong
+            raise runs.Stopped(f"stopped and saved; resume with: python train.py --resume {output}", code=code)
 
     while progress.epoch < args.epochs:
         model.train()
-        sampler.seek(progress.epoch, progress.batch * args.batch_size * processes)
         look = {"ncols": 80, "bar_format": "{desc} |{bar}| {n_fmt}/{total_fmt}{postfix}, {remaining} left"}
         look |= {"leave": False, "file": sys.stdout, "disable": not (main and sys.stdout.isatty())}
-        bar = tqdm(loader, f"epoch {progress.epoch + 1}/{args.epochs}", batches, initial=progress.batch, **look)
+        todo = loader.from_batch(progress.epoch, progress.batch)
+        bar = tqdm(todo, f"epoch {progress.epoch + 1}/{args.epochs}", batches, initial=progress.batch, **look)
         clock, seen = time.perf_counter(), 0
         for images, labels, skipped in bar:
             progress.batch += 1
-            set_seed(data.derive_seed(args.seed, progress.epoch, progress.batch, accelerator.process_index))
+            number = progress.batch * processes + accelerator.process_index  # so that mixup depends on the batch alone
+            set_seed(data.derive_seed(args.seed, progress.epoch, number))
             progress.skip(skipped)
             weight = float(len(labels) > 0)
             if not weight:  # all images are broken; other processes wait for this one, so it learns nothing from others
@@ -240,16 +239,14 @@ def train(args: argparse.Namespace, stop: list[int]) -> None:
                 logits = model(images)
                 loss = loss_function(logits, targets) * weight
                 accelerator.backward(loss)
-                learning.limit_gradients(accelerator, model, args.clip_grad, args.agc)
-                optimizer.step()
-                optimizer.zero_grad()
-            window += weight * tally(loss, logits, labels)
+                made = updates.step()
+            window += torch.where(loss.isfinite(), weight * learning.tally(loss, logits, labels), 0)
             seen += len(labels) * processes
             if not accelerator.sync_gradients:
                 continue
-            progress.update += 1
+            progress.add_update(made)
             scheduler.step_update(progress.update)
-            if ema is not None:
+            if ema is not None and made:
                 ema.update(network, step=progress.update)
             if progress.update % args.log_every == 0:
                 means, speed = add_point(), seen / (time.perf_counter() - clock)
@@ -259,9 +256,9 @@ def train(args: argparse.Namespace, stop: list[int]) -> None:
                 save()
 
         means, speed = add_point(), seen / (time.perf_counter() - clock)
-        loss, accuracy, unread = evaluate(accelerator, published, test_loader, test_loss)
+        loss, accuracy, unread = learning.evaluate(accelerator, published, test_loader, test_loss)
         progress.skip(unread)
-        accelerator.log({"test_loss": loss, "test_accuracy": accuracy}, step=progress.update)
+        trackers.log(accelerator, {"test_loss": loss, "test_accuracy": accuracy}, step=progress.update)
         numbers = {"loss": loss, "accuracy": accuracy, **means, "images_per_second": speed}
         if progress.add_epoch(numbers) and main:
             hub.save_model(published, output, label_names=classes, data_config=config)
@@ -275,9 +272,9 @@ def train(args: argparse.Namespace, stop: list[int]) -> None:
         published = timm.create_model(f"local-dir:{output}", pretrained=True).to(device)  # as anyone loads it
         explain(output / "explanation.png")
         facts = {"options": options, "parameters": parameters, "processes": processes, "label_names": classes}
-        runs.save_summary(output, progress, facts | {"training_images": len(train_set), "test_images": len(test_set)})
+        runs.save_summary(output, progress, facts | {"training_images": images_seen, "test_images": len(test_set)})
         print(runs.closing_words(output, progress, pictures=not silent))
-    accelerator.end_training()
+    trackers.finish(accelerator)
     runs.publish(output, repo_id if main else None)
 
 
@@ -285,9 +282,9 @@ def main() -> int:
     try:
         train(runs.parse_options(make_parser(), sys.argv[1:], DEFAULT_RECIPE), stop=runs.watch_signals())
         return 0
-    except (runs.RunError, data.DataError, hub.HubError) as error:
+    except (states.RunError, data.DataError, hub.HubError) as error:
         print(f"train.py: error: {error}", file=sys.stderr)
-        return 1 if isinstance(error, (hub.SaveError, runs.Diverged)) else 2
+        return 1 if isinstance(error, (hub.SaveError, states.Diverged)) else 2
     except (runs.Stopped, KeyboardInterrupt) as stopped:
         print(stopped)
         return getattr(stopped, "code", 130)

@@ -8,8 +8,10 @@ import sys
 import tempfile
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+import train_cases
 from filelock import FileLock
 
 if not torch.cuda.is_available():
@@ -63,3 +65,16 @@ def golden():
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture(scope="session")
+def colours(tmp_path_factory) -> str:
+    """A data set of three classes that is easy to learn: noise that is red, green or blue."""
+    folder = tmp_path_factory.mktemp("colours")
+    rng = np.random.default_rng(0)
+    for split, count in (("train", 72), ("test", 21)):
+        for row in range(count):
+            name = ("red", "green", "blue")[row % 3]
+            (folder / split / name).mkdir(parents=True, exist_ok=True)
+            (folder / split / name / f"{row:03}.png").write_bytes(train_cases.image_file(rng, row % 3))
+    return str(folder)

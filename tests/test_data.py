@@ -351,15 +351,6 @@ def test_randomness_is_a_function_of_seed_epoch_and_index():
     assert not torch.equal(data.ImageDataset(digits.train, transform, seed=4)[1, 5][0], one)
     assert one.min() >= 0 and one.max() <= 1
 
-    batches = []
-    for workers in (0, 1, 2):
-        sampler = data.EpochSampler(len(dataset), seed=3)
-        sampler.seek(7, start=len(dataset) - 64)
-        batches.append(list(data.create_loader(dataset, batch_size=16, workers=workers, sampler=sampler)))
-    assert len(batches[0]) == 4
-    for other in batches[1:]:
-        assert all(torch.equal(a.images, b.images) for a, b in zip(batches[0], other, strict=True))
-
 
 def test_randomness_is_put_back_after_an_error():
     before = global_state()
@@ -367,17 +358,6 @@ def test_randomness_is_put_back_after_an_error():
         torch.rand(3), np.random.rand(3), random.random()
         raise ZeroDivisionError
     assert global_state() == before
-
-
-def test_an_epoch_is_a_permutation_that_can_begin_in_its_middle():
-    sampler = data.EpochSampler(10, seed=1)
-    first = list(sampler)
-    assert sorted(first) == [(0, index) for index in range(10)]
-    sampler.seek(0, start=4)
-    assert list(sampler) == first[4:] and len(sampler) == 6
-    sampler.seek(1)
-    assert [index for _, index in sampler] != [index for _, index in first]
-    assert {epoch for epoch, _ in sampler} == {1}
 
 
 def test_transforms_give_one_channel_where_the_model_has_one():

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from timm_coda import runs
+from timm_coda import runs, states
 
 
 def parse(*argv: str, default: Path = Path("none.yaml")) -> argparse.Namespace:
@@ -54,7 +54,7 @@ def test_defaults_then_the_recipe_then_the_command_line(folder):
 )
 def test_recipes_that_cannot_be_read(folder, text, message):
     (folder / "bad.yaml").write_text(text)
-    with pytest.raises(runs.RunError, match=f"--config bad.yaml: .*{message}"):
+    with pytest.raises(states.RunError, match=f"--config bad.yaml: .*{message}"):
         parse("--config", "bad.yaml")
 
 
@@ -72,12 +72,12 @@ def test_the_output_folder(folder):
     assert parse("--data", "x").output == "runs/net-3"
     assert parse("--data", "x", "--output", "runs/net").output == "runs/net"  # empty
     (folder / "runs/net/mine.txt").write_text("")
-    with pytest.raises(runs.RunError, match=r"runs/net is in use.*--resume runs/net.*--overwrite"):
+    with pytest.raises(states.RunError, match=r"runs/net is in use.*--resume runs/net.*--overwrite"):
         parse("--data", "x", "--output", "runs/net")
-    with pytest.raises(runs.RunError, match="in use"):  # no run of ours to go on with
+    with pytest.raises(states.RunError, match="in use"):  # no run of ours to go on with
         parse("--data", "x", "--output", "runs/net", "--resume")
     assert parse("--data", "x", "--output", "runs/net", "--overwrite").overwrite
-    with pytest.raises(runs.RunError, match=r"mine\.txt is in use"):
+    with pytest.raises(states.RunError, match=r"mine\.txt is in use"):
         parse("--data", "x", "--output", "runs/net/mine.txt")
 
 
@@ -93,14 +93,14 @@ def test_resuming_takes_the_recipe_of_the_run(folder):
     runs.start_folder(folder / "run", {"lr": 1e-5, "data": ["a b", "c"], "model": "net", "scale": None})
     args = parse("--resume", "run")
     assert (args.lr, args.data, args.output, args.config) == (1e-5, ["a b", "c"], "run", "run/recipe.yaml")
-    with pytest.raises(runs.RunError, match="--resume nowhere: no run is there"):
+    with pytest.raises(states.RunError, match="--resume nowhere: no run is there"):
         parse("--resume", "nowhere")
-    with pytest.raises(runs.RunError, match="--resume goes on with a run and --overwrite replaces it"):
+    with pytest.raises(states.RunError, match="--resume goes on with a run and --overwrite replaces it"):
         parse("--resume", "run", "--overwrite")
 
 
 def test_progress():
-    progress = runs.Progress()
+    progress = states.Progress()
     assert progress.add_point(6.0, 1, 3) == {"train_loss": 2.0, "train_accuracy": 1 / 3}
     assert progress.add_point(0.0, 1, 1) == {"train_loss": 1.5, "train_accuracy": 0.5}
     assert progress.add_point(0.0, 0, 0) == {"train_loss": 1.5, "train_accuracy": 0.5}  # only broken images
@@ -111,12 +111,12 @@ def test_progress():
     assert progress.add_epoch({"loss": 0.9, "accuracy": 0.5})
     assert progress.best["epoch"] == 4 and progress.totals == [0, 0, 0]
     for loss in (math.nan, math.inf):
-        with pytest.raises(runs.Diverged, match=r"the loss is (nan|inf) at update 0.*--lr"):
+        with pytest.raises(states.Diverged, match=r"the loss is (nan|inf) at update 0.*--lr"):
             progress.add_point(loss, 1, 1)
 
 
 def test_skipped_images_are_named_once(capsys):
-    progress = runs.Progress()
+    progress = states.Progress()
     progress.skip([("train row 1", "broken")])
     progress.skip([("train row 1", "broken"), ("train row 2", "gone")])
     assert capsys.readouterr().out == "skipped train row 1: broken\nskipped train row 2: gone\n"
@@ -138,7 +138,7 @@ def test_environment():
 
 def test_summary_names_only_data_sets_of_the_hub(folder):
     (folder / "pets").mkdir()
-    progress = runs.Progress(best={"accuracy": 0.5})
+    progress = states.Progress(best={"accuracy": 0.5})
     for sources, expected in (
         (["digits"], None),
         (["me/animals"], "me/animals"),

@@ -1,13 +1,11 @@
 """train.py as people run it: finished, killed, stopped, on a full disk, on bad input."""
 
 import importlib.util
-import io
 import json
 import os
 import re
 import resource
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -21,35 +19,10 @@ from accelerate.state import AcceleratorState, GradientState, PartialState
 from accelerate.tracking import GeneralTracker, on_main_process, register_tracker_class
 from PIL import Image
 from safetensors.torch import load_file
+from train_cases import QUIET, ROOT, SMALL, assert_equal, assert_same_run, image_file, start, wait_for_state
 
 import timm_coda  # noqa: F401
-from timm_coda import data, hub, runs
-
-ROOT = Path(__file__).parents[1]
-SMALL = ["--model", "coda_net_xs", "--model-args", "rank=2", "logit_temperature=20", "--img-size", "8"]
-SMALL += ["--batch-size", "8", "--workers", "0", "--lr", "0.003", "--crop-padding", "1"]
-QUIET = ["--explain-every", "0", "--explain-images", "2"]
-
-
-def image_file(rng: np.random.Generator, label: int) -> bytes:
-    pixels = rng.integers(0, 80, (8, 8, 3), dtype=np.uint8)
-    pixels[:, :, label] += 150
-    file = io.BytesIO()
-    Image.fromarray(pixels).save(file, "PNG")
-    return file.getvalue()
-
-
-@pytest.fixture(scope="module")
-def colours(tmp_path_factory) -> str:
-    """A data set of three classes that is easy to learn: noise that is red, green or blue."""
-    folder = tmp_path_factory.mktemp("colours")
-    rng = np.random.default_rng(0)
-    for split, count in (("train", 72), ("test", 21)):
-        for row in range(count):
-            name = ("red", "green", "blue")[row % 3]
-            (folder / split / name).mkdir(parents=True, exist_ok=True)
-            (folder / split / name / f"{row:03}.png").write_bytes(image_file(rng, row % 3))
-    return str(folder)
+from timm_coda import data, hub, runs, states
 
 
 @pytest.fixture(scope="module")
@@ -77,60 +50,6 @@ def train(train_module, monkeypatch, tmp_path):
     signal.signal(signal.SIGINT, interrupt)
     for state in (AcceleratorState, GradientState, PartialState):
         state._reset_state()
-
-
-def start(*options, cwd: Path, **more) -> subprocess.Popen:
-    """train.py as a process of its own."""
-    environment = os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"} | more.pop("environment", {})
-    command = [sys.executable, str(ROOT / "train.py"), *map(str, options)]
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    return subprocess.Popen(command, cwd=cwd, env=environment, **pipes, **more)
-
-
-def wait_for_state(run: subprocess.Popen, folder: Path, update: int) -> None:
-    """Wait until a training state of that update, or a later one, is there."""
-    limit = time.monotonic() + 60
-    while time.monotonic() < limit and run.poll() is None:
-        for state in runs.find_states(folder / "checkpoints"):
-            try:
-                if json.loads((state / "record.json").read_text())["progress"]["update"] >= update:
-                    return
-            except FileNotFoundError:  # just deleted
-                pass
-        time.sleep(0.005)
-    raise AssertionError(f"no state of update {update}: {run.communicate()}")
-
-
-def assert_same_run(one: Path, other: Path) -> None:
-    """The same curve, the same weights, optimiser and average, bit for bit, and the same model to publish."""
-    summaries = [json.loads((folder / "summary.json").read_text()) for folder in (one, other)]
-    assert summaries[0]["curve"] == summaries[1]["curve"]
-    for epochs in zip(*(summary["history"] for summary in summaries), strict=True):
-        first, second = ({k: v for k, v in epoch.items() if k != "images_per_second"} for epoch in epochs)
-        assert first == second
-    states = [runs.find_states(folder / "checkpoints") for folder in (one, other)]
-    assert [state.name for state in states[0]] == [state.name for state in states[1]]
-    for file in ("model.safetensors", "optimizer.bin", "custom_checkpoint_0.pkl"):
-        paths = [state[-1] / file for state in states]
-        assert paths[0].exists() == paths[1].exists()
-        if paths[0].exists():
-            assert_equal(*(load_file(path) if path.suffix == ".safetensors" else torch.load(path) for path in paths))
-    assert_equal(*(load_file(folder / "model.safetensors") for folder in (one, other)))
-
-
-def assert_equal(one, other) -> None:
-    assert type(one) is type(other)
-    if isinstance(one, torch.Tensor):
-        assert torch.equal(one, other)
-    elif isinstance(one, dict):
-        assert one.keys() == other.keys()
-        for key in one:
-            assert_equal(one[key], other[key])
-    elif isinstance(one, list):
-        for pair in zip(one, other, strict=True):
-            assert_equal(*pair)
-    else:
-        assert one == other
 
 
 def test_the_first_command(tmp_path):
@@ -226,10 +145,10 @@ def test_every_way_to_learn_at_once(train, colours):
         losses[name], updates[name] = summary["train_loss"], summary["curve"][-1][0]
     assert len(set(losses.values())) == len(ways) - 1 and losses["average"] == losses["plain"]
     assert updates == dict.fromkeys(ways, 9) | {"accumulated": 3}
-    state = runs.find_states("average/checkpoints")[-1]
+    state = states.find_states("average/checkpoints")[-1]
     weights, average = load_file(state / "model.safetensors"), load_file("average/model.safetensors")
     assert not torch.equal(weights["head.up.weight"], average["head.up.weight"]), "what is published is the average"
-    plain = runs.find_states("plain/checkpoints")[-1]
+    plain = states.find_states("plain/checkpoints")[-1]
     assert_equal(load_file(plain / "model.safetensors"), load_file("plain/model.safetensors"))
 
 
@@ -279,7 +198,7 @@ def test_stopped_then_a_full_disk_then_resumed(colours, tmp_path):
     run.send_signal(signal.SIGINT)
     out, err = run.communicate(timeout=60)
     assert run.returncode == 130 and not err
-    assert out.splitlines()[-1] == "stopped and saved; to go on: python train.py --resume run"
+    assert out.splitlines()[-1] == "stopped and saved; resume with: python train.py --resume run"
     before = {path: path.read_bytes() for path in sorted((tmp_path / "run").rglob("*")) if path.is_file()}
     assert tmp_path / "run/model.safetensors" in before
 
@@ -310,7 +229,7 @@ def test_resuming_with_other_options(train, colours, capsys, tmp_path):
     assert (
         "goes on only with the options it had: batch_size was 8, is 4; lr was 0.003, is 1.0" in capsys.readouterr().err
     )
-    (runs.find_states("out/checkpoints")[-1] / "model.safetensors").write_bytes(b"broken")
+    (states.find_states("out/checkpoints")[-1] / "model.safetensors").write_bytes(b"broken")
     assert train("--resume", "out") == 2
     assert "cannot be read" in capsys.readouterr().err
 
@@ -355,7 +274,7 @@ def test_a_loss_that_is_no_number(train, colours, capsys):
     )
     err = capsys.readouterr().err
     assert "the loss is nan at update" in err and "--lr" in err and "--clip-grad" in err
-    assert not Path("out/summary.json").exists() and not runs.find_states("out/checkpoints")
+    assert not Path("out/summary.json").exists() and not states.find_states("out/checkpoints")
 
 
 def test_trackers_get_numbers_and_pictures(train, colours):

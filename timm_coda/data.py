@@ -1,8 +1,8 @@
 """Labelled images in: data sets from the Hub, parquet files, image folders or the package itself, as torch batches.
 
-`load_data` finds the splits, the columns and the class names, and checks every label. `ImageDataset`, `EpochSampler`
-and `collate` turn a split into batches that depend on nothing but a seed: not on the number of worker processes, not
-on the global random state, not on whether the run was interrupted. An image that cannot be read is reported, not fatal.
+`load_data` finds the splits, the columns and the class names, and checks every label. `ImageDataset` and `collate` turn
+a split into batches that depend on nothing but a seed: not on the number of worker processes, not on the global random
+state, not on whether the run was interrupted. An image that cannot be read is reported, not fatal.
 """
 
 import contextlib
@@ -25,7 +25,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 from timm.data.transforms_factory import create_transform
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
 
 DIGITS = Path(__file__).parent / "digits"
@@ -60,19 +60,14 @@ class Split:
 
     def image(self, index: int) -> PIL.Image.Image:
         """Decode an image to RGB. Raises whatever the decoder raises where it cannot."""
-        encoded = self.rows[int(self.indices[index])][self.column]
-        if encoded is None or (encoded["bytes"] is None and encoded["path"] is None):
-            raise DataError("there is no image in this row")
-        with PIL.Image.open(encoded["path"] if encoded["bytes"] is None else io.BytesIO(encoded["bytes"])) as image:
-            image.load()
-            return to_rgb(PIL.ImageOps.exif_transpose(image))
+        return decode(self.rows[int(self.indices[index])][self.column])
 
 
 @dataclass(frozen=True)
 class ImageData:
     """A labelled image data set: what to train on, what to evaluate on, and what the classes are called."""
 
-    train: Split
+    train: Any  # a Split, or a StreamedSplit of streaming.py
     test: Split
     image_column: str
     label_column: str
@@ -149,6 +144,15 @@ def load_data(
     return ImageData(train, test, image_column, label_column, names, tuple(notes))
 
 
+def decode(encoded: dict[str, Any] | None) -> PIL.Image.Image:
+    """Decode the `bytes`, or the file at `path`, to RGB. Raises whatever the decoder raises where it cannot."""
+    if encoded is None or (encoded["bytes"] is None and encoded["path"] is None):
+        raise DataError("there is no image in this row")
+    with PIL.Image.open(encoded["path"] if encoded["bytes"] is None else io.BytesIO(encoded["bytes"])) as image:
+        image.load()
+        return to_rgb(PIL.ImageOps.exif_transpose(image))
+
+
 class Skipped(NamedTuple):
     """An image that could not be read."""
 
@@ -168,7 +172,7 @@ class ImageDataset(Dataset):
     """A split as a torch data set of `(image, label)`, or `Skipped` where the image cannot be read.
 
     A random transform draws from (seed, epoch, index) alone, and leaves Python's, NumPy's and torch's global random
-    state as it found it. The index is an int, or the pair (epoch, index) that `EpochSampler` gives.
+    state as it found it. The index is an int, or the pair (epoch, index) that an order gives (`loading.py`).
 
     Args:
         split: The images.
@@ -176,7 +180,7 @@ class ImageDataset(Dataset):
         seed: Seed of the transform; None where it draws no random numbers.
     """
 
-    def __init__(self, split: Split, transform: Callable[[PIL.Image.Image], torch.Tensor], *, seed: int | None = None):
+    def __init__(self, split: Any, transform: Callable[[PIL.Image.Image], torch.Tensor], *, seed: int | None = None):
         self.split, self.transform, self.seed = split, transform, seed
 
     def __len__(self) -> int:
@@ -188,10 +192,12 @@ class ImageDataset(Dataset):
             image = self.split.image(index)
         except Exception as error:  # a decoder meets broken bytes with nearly any exception
             return Skipped(self.split.describe(index), f"{type(error).__name__}: {error}")
-        if self.seed is None:
-            return self.transform(image), int(self.split.labels[index])
-        with fixed_randomness(self.seed, epoch, index):
-            return self.transform(image), int(self.split.labels[index])
+        return self.change(image, epoch, index), int(self.split.labels[index])
+
+    def change(self, image: PIL.Image.Image, epoch: int, index: int) -> torch.Tensor:
+        """The transformed image."""
+        with contextlib.nullcontext() if self.seed is None else fixed_randomness(self.seed, epoch, index):
+            return self.transform(image)
 
     def examples(self, count: int) -> Batch:
         """The first images that can be read, at most `count`, from as many classes as possible, always the same."""
@@ -209,24 +215,6 @@ class ImageDataset(Dataset):
         return collate(samples)
 
 
-class EpochSampler(Sampler):
-    """Shuffled (epoch, index) pairs; the order is a function of (seed, epoch), and an epoch can start in its middle."""
-
-    def __init__(self, length: int, *, seed: int):
-        self.length, self.seed, self.epoch, self.start = length, seed, 0, 0
-
-    def seek(self, epoch: int, start: int = 0) -> None:
-        """Let the next iteration be the given epoch, without its first `start` samples."""
-        self.epoch, self.start = epoch, start
-
-    def __len__(self) -> int:
-        return self.length - self.start
-
-    def __iter__(self) -> Iterator[tuple[int, int]]:
-        order = np.random.default_rng((self.seed, self.epoch)).permutation(self.length)
-        return iter([(self.epoch, int(index)) for index in order[self.start :]])
-
-
 def collate(samples: Sequence[tuple[torch.Tensor, int] | Skipped]) -> Batch:
     """Make a batch of the images that could be read, and a list of the others."""
     skipped = [sample for sample in samples if isinstance(sample, Skipped)]
@@ -235,25 +223,23 @@ def collate(samples: Sequence[tuple[torch.Tensor, int] | Skipped]) -> Batch:
     return Batch(images, torch.tensor([label for _, label in read], dtype=torch.long), skipped)
 
 
-def create_loader(
-    dataset: ImageDataset, *, batch_size: int, workers: int, sampler: Sampler | None = None
-) -> DataLoader:
-    """Make a loader of `Batch`es: in order, or in the sampler's order and then without a last, smaller batch."""
+def create_loader(dataset: Dataset, *, batch_size: int = 1, workers: int, order: Any = None) -> DataLoader:
+    """Make a loader of `Batch`es: of that size, one after the other, or as an order (`loading.py`) says."""
     return DataLoader(
         dataset,
         batch_size=batch_size,
-        sampler=sampler,
-        drop_last=sampler is not None,
+        batch_sampler=order,
         num_workers=workers,
         persistent_workers=workers > 0,
         collate_fn=collate,
-        worker_init_fn=_ignore_interrupts,
+        worker_init_fn=_ignore_signals,
         pin_memory=torch.cuda.is_available(),
     )
 
 
-def _ignore_interrupts(worker: int) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches every process; it is the main one's to see to
+def _ignore_signals(worker: int) -> None:
+    for number in (signal.SIGINT, signal.SIGTERM):  # they reach every process; they are the main one's to see to
+        signal.signal(number, signal.SIG_IGN)
 
 
 def check_images(model: torch.nn.Module, images: torch.Tensor) -> None:
@@ -365,12 +351,18 @@ def _find_splits(sources: list[str], subset: str | None) -> tuple[dict[str, data
     """Find the splits of a data set, by name, and what to tell about how they were found."""
     if sources == ["digits"]:
         return {split: _read_in_memory([str(DIGITS / f"{split}.parquet")]) for split in ("train", "test")}, []
+    if len(sources) == 1 and os.path.isdir(sources[0]) and not any(Path(sources[0]).rglob("*.parquet")):
+        return _read_image_folder(Path(sources[0])), []
+    files = _find_files(sources)
+    return _read_parquet(files) if files else _read_hub(sources[0], subset)
+
+
+def _find_files(sources: list[str]) -> dict[str, list[str]]:
+    """Find parquet files, by the name of the split they belong to; none where the source may be an id on the Hub."""
     files: dict[str, str] = {}  # path: the part of it that may name a split
     for source in sources:
         if os.path.isdir(source):
             found = sorted(str(path) for path in Path(source).rglob("*.parquet"))
-            if not found and len(sources) == 1:
-                return _read_image_folder(Path(source)), []
             files |= {file: os.path.relpath(file, source) for file in found}
         else:
             found = [source] if os.path.isfile(source) else sorted(glob.glob(source, recursive=True))
@@ -379,12 +371,19 @@ def _find_splits(sources: list[str], subset: str | None) -> tuple[dict[str, data
             raise DataError(
                 f"nothing is at {source!r}: no parquet file, no folder, and no file matches it as a pattern"
             )
-    if not files:
-        return _read_hub(sources[0], subset)
     for file in files:
         if not file.endswith(".parquet"):
             raise DataError(f"{file!r} is not a parquet file; give parquet files, a folder of images, or a Hub id")
-    return _read_parquet(files)
+    by_split: dict[str, list[str]] = {}
+    for file, name in files.items():
+        words = re.findall(r"[a-z]+", name.lower().removesuffix(".parquet"))
+        named = [word for word in words if word in _TRAIN + _EVAL]
+        by_split.setdefault(named[-1] if named else "", []).append(file)
+    if set(by_split) == {""}:
+        return {"train": by_split[""]}
+    if "" in by_split:
+        raise DataError(f"{_list(by_split[''])} says neither train nor test in its name, unlike the other files")
+    return by_split
 
 
 def _read_hub(name: str, subset: str | None) -> tuple[dict[str, datasets.Dataset], list[str]]:
@@ -398,17 +397,8 @@ def _read_hub(name: str, subset: str | None) -> tuple[dict[str, datasets.Dataset
         ) from error
 
 
-def _read_parquet(files: dict[str, str]) -> tuple[dict[str, datasets.Dataset], list[str]]:
-    """Read parquet files, divided into splits by their names."""
-    by_split: dict[str, list[str]] = {}
-    for file, name in files.items():
-        words = re.findall(r"[a-z]+", name.lower().removesuffix(".parquet"))
-        named = [word for word in words if word in _TRAIN + _EVAL]
-        by_split.setdefault(named[-1] if named else "", []).append(file)
-    if set(by_split) == {""}:
-        by_split = {"train": by_split[""]}
-    elif "" in by_split:
-        raise DataError(f"{_list(by_split[''])} says neither train nor test in its name, unlike the other files")
+def _read_parquet(by_split: dict[str, list[str]]) -> tuple[dict[str, datasets.Dataset], list[str]]:
+    """Read the parquet files of each split."""
     for split, paths in by_split.items():
         rows = 0
         for file in paths:
@@ -425,6 +415,7 @@ def _read_parquet(files: dict[str, str]) -> tuple[dict[str, datasets.Dataset], l
         return {split: _read_in_memory(paths) for split, paths in by_split.items()}, [note]
     except Exception as error:
         reason = error.__cause__ or error
+        files = [file for paths in by_split.values() for file in paths]
         raise DataError(f"{_list(files)} cannot be read as one data set: {reason}") from error
 
 

@@ -1,5 +1,6 @@
-"""What train.py's networks learn with, beyond timm's: losses by name, and limits for gradients."""
+"""What train.py's networks learn with, beyond timm's: losses by name, limits for gradients, updates, a test."""
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -8,7 +9,9 @@ from timm.loss import BinaryCrossEntropy
 from timm.utils.agc import adaptive_clip_grad
 from torch import Tensor, nn
 
-__all__ = ["LOSSES", "SCHEDULES", "limit_gradients", "make_loss"]
+from .data import Batch
+
+__all__ = ["LOSSES", "SCHEDULES", "Updates", "evaluate", "limit_gradients", "make_loss", "tally"]
 
 LOSSES = ("bce", "bce-uniform", "ce")
 SCHEDULES = ("cosine", "step", "poly", "tanh", "wsd", "constant")
@@ -51,3 +54,63 @@ def limit_gradients(accelerator: Any, model: nn.Module, norm: float, adaptive: f
         accelerator.unscale_gradients()
         with torch.no_grad():
             adaptive_clip_grad([weight for weight in model.parameters() if weight.grad is not None], adaptive)
+
+
+class Updates:
+    """Updates of a network's weights, without those whose gradient is not finite, which would spoil them for good.
+
+    After all processes' gradients are averaged all see the same, so all skip the same. With a skipped update, buffers
+    (running variances) go back to what they were after the update before.
+
+    Args:
+        accelerator: Accelerate's, which knows when gradients are accumulated
+        model, optimizer: as `accelerator.prepare` gave them
+        norm, adaptive: of `limit_gradients`
+    """
+
+    def __init__(self, accelerator: Any, model: nn.Module, optimizer: Any, *, norm: float, adaptive: float) -> None:
+        self.accelerator, self.model, self.optimizer = accelerator, model, optimizer
+        self.norm, self.adaptive = norm, adaptive
+        self._buffers = [buffer.clone() for buffer in model.buffers()]
+
+    @torch.no_grad()
+    def step(self) -> bool:
+        """The update that the gradients ask for, or nothing while they are accumulated. False if it was skipped."""
+        if not self.accelerator.sync_gradients:
+            return True
+        limit_gradients(self.accelerator, self.model, self.norm, self.adaptive)
+        if self.accelerator.scaler is None:
+            gradients = [weight.grad for weight in self.model.parameters() if weight.grad is not None]
+            made = bool(nn.utils.get_total_norm(gradients).isfinite())
+            if made:
+                self.optimizer.step()
+        else:  # float16: the scaler looks, and skips updates also while it looks for its scale
+            self.optimizer.step()
+            made = not self.optimizer.step_was_skipped
+        self.optimizer.zero_grad()
+        for buffer, good in zip(self.model.buffers(), self._buffers, strict=True):
+            good.copy_(buffer) if made else buffer.copy_(good)
+        return made
+
+
+def tally(loss: Tensor, logits: Tensor, labels: Tensor) -> Tensor:
+    """Sums over images: of the loss, of right answers, of one."""
+    right = (logits.argmax(1) == labels).sum()
+    return torch.stack([loss.detach() * len(labels), right, torch.full_like(right, len(labels))])
+
+
+@torch.no_grad()
+def evaluate(accelerator: Any, model: nn.Module, batches: Iterable[Batch], loss_function: nn.Module):
+    """Mean loss and accuracy over the images that can be read, and the others with the reason."""
+    sums, unread, training = torch.zeros(3, device=accelerator.device), [], model.training
+    model.eval()
+    for images, labels, skipped in batches:
+        unread += skipped
+        if len(labels):
+            images, labels = images.to(accelerator.device), labels.to(accelerator.device)
+            with accelerator.autocast():
+                logits = model(images).float()
+            sums += tally(loss_function(logits, labels), logits, labels)
+    model.train(training)
+    loss, right, count = accelerator.reduce(sums).tolist()
+    return loss / max(count, 1), right / max(count, 1), unread

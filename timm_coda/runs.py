@@ -1,8 +1,4 @@
-"""The bookkeeping of training runs: options and recipes, how far a run has come, states to go on from, pictures, facts.
-
-A run that is killed at any moment leaves its newest complete state behind; a run that goes on from it ends as if it had
-never stopped.
-"""
+"""The bookkeeping of training runs: options and recipes, signals, folders, facts."""
 
 import argparse
 import contextlib
@@ -11,7 +7,6 @@ import glob
 import importlib.metadata
 import importlib.util
 import json
-import math
 import os
 import platform
 import re
@@ -20,40 +15,22 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Collection, Iterable
-from dataclasses import asdict, dataclass, field
+import time
+from collections.abc import Collection
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import PIL.Image
 import torch
 import yaml
-from accelerate import Accelerator
-from accelerate.utils import gather_object
-from tqdm import tqdm
 
-from .hub import HubError, SaveError, blame, push_folder, temporary_folder
+from .hub import HubError, SaveError, blame, push_folder
+from .states import Progress, RunError
 
 # What train.py writes into a run's folder; --overwrite removes these and nothing else.
 OUTPUTS = ("checkpoints", "explanations", "summary.json", "explanation.png", "config.json", "model.safetensors")
-COMMAND_OPTIONS = {
-    "config",
-    "output",
-    "overwrite",
-    "resume",
-    "push_to_hub",
-}  # they belong to a command, not to the run it starts
-# They may differ when a run goes on: none of them changes a weight.
-FREE_OPTIONS = {"workers", "save_every", "explain_every", "explain_images", "report_to"}
-
-
-class RunError(ValueError):
-    """Options that do not go together, or with what they name; the message says how to mend it."""
-
-
-class Diverged(RunError):
-    """The loss is no longer a number."""
+# They belong to a command, not to the run it starts.
+COMMAND_OPTIONS = {"config", "output", "overwrite", "resume", "push_to_hub"}
 
 
 class Stopped(Exception):
@@ -65,16 +42,25 @@ class Stopped(Exception):
 
 
 def watch_signals() -> list[int]:
-    """Let Ctrl-C add to the list that is returned, so that a run can finish its update; a second one interrupts."""
+    """Let SIGINT (Ctrl-C) and SIGTERM add to the list that is returned, so that a run can finish its update and save.
+
+    A second Ctrl-C interrupts at once. Within a second it does not count: a launcher passes on to its processes what
+    the terminal has sent them already.
+    """
     seen: list[int] = []
+    first = 0.0
 
     def note(number: int, frame: Any) -> None:
-        if seen:
+        nonlocal first
+        if not seen:
+            first = time.monotonic()
+            print("\nstopping after this update; Ctrl-C again to stop at once", flush=True)
+        elif number == signal.SIGINT and time.monotonic() - first > 1:
             raise KeyboardInterrupt
         seen.append(number)
-        print("\nstopping after this update; again to stop at once", flush=True)
 
-    signal.signal(signal.SIGINT, note)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, note)
     return seen
 
 
@@ -187,113 +173,20 @@ def start_folder(folder: Path, options: dict[str, Any]) -> None:
     write_text(folder / "recipe.yaml", yaml.safe_dump(options, sort_keys=False, allow_unicode=True))
 
 
-@dataclass
-class Progress:
-    """How far a run has come: with the states of model and optimiser, all it takes to go on exactly."""
-
-    epoch: int = 0
-    batch: int = 0  # batches of this epoch that are done
-    update: int = 0
-    seconds: float = 0.0
-    window: list[float] = field(default_factory=lambda: [0.0] * 3)  # loss, correct, images since the last curve point
-    totals: list[float] = field(default_factory=lambda: [0.0] * 3)  # the same of this epoch, up to that point
-    best: dict[str, Any] = field(default_factory=dict)  # the epoch whose weights are published
-    history: list[dict[str, Any]] = field(default_factory=list)
-    curve: list[list[float]] = field(default_factory=list)  # update, mean loss since the point before
-    skipped: dict[str, str] = field(default_factory=dict)  # image, reason
-
-    def check(self, loss: float) -> None:
-        """Raise `Diverged` if a loss is NaN or infinite."""
-        if not math.isfinite(loss):
-            raise Diverged(
-                f"the loss is {loss} at update {self.update} (epoch {self.epoch + 1}): try a lower --lr, a longer "
-                "--warmup-epochs, --clip-grad 1, or --mixed-precision no; what was saved before is there"
-            )
-
-    def add_point(self, loss: float, correct: float, images: float) -> dict[str, float]:
-        """Add a point to the loss curve, from sums over images; returns the means of the epoch so far."""
-        self.check(loss)
-        if images:
-            self.curve.append([self.update, loss / images])
-        self.totals = [a + b for a, b in zip(self.totals, (loss, correct, images), strict=True)]
-        count = max(self.totals[2], 1)
-        return {"train_loss": self.totals[0] / count, "train_accuracy": self.totals[1] / count}
-
-    def add_epoch(self, entry: dict[str, Any]) -> bool:
-        """Close an epoch. True if it is the best so far: by accuracy, between equals by loss."""
-        self.check(entry["loss"])
-        entry = {"epoch": self.epoch + 1, **entry}
-        self.history.append(entry)
-        better = not self.best or (entry["accuracy"], -entry["loss"]) > (self.best["accuracy"], -self.best["loss"])
-        self.best = entry if better else self.best
-        self.epoch, self.batch, self.totals = self.epoch + 1, 0, [0.0] * 3
-        return better
-
-    def skip(self, unread: Iterable[tuple[str, str]]) -> None:
-        """Take note of images that could not be read, with the reason, and say so of each that is new."""
-        for name, reason in unread:
-            if name not in self.skipped:
-                tqdm.write(f"skipped {name}: {reason}")
-            self.skipped[name] = reason
-
-
-def save_state(accelerator: Accelerator, folder: Path, progress: Progress, options: dict[str, Any]) -> None:
-    """Write a complete training state; the one before is deleted only when it is complete. Every process calls.
-
-    Raises:
-        SaveError: It could not be written, such as on a full disk; the state before is still there.
-    """
-    progress.check(progress.window[0])
-    main, temporary = accelerator.is_main_process, folder / ".saving"
-    target = folder / f"epoch-{progress.epoch:05}-batch-{progress.batch:07}"
-    progress.skipped.update(gather_object([*progress.skipped.items()]))
-    record = {"options": options | {"processes": accelerator.num_processes}, "progress": asdict(progress)}
-    with blame(f"the training state {target} could not be saved, but the one before is there", SaveError):
-        with temporary_folder(temporary) if main else contextlib.nullcontext():
-            accelerator.wait_for_everyone()
-            accelerator.save_state(str(temporary))
-            accelerator.wait_for_everyone()
-            if main and not target.exists():
-                (temporary / "record.json").write_text(json.dumps(record), encoding="utf-8")
-                os.rename(temporary, target)
-        for old in find_states(folder) if main else ():
-            if old != target:
-                shutil.rmtree(old)
-
-
-def load_state(accelerator: Accelerator, folder: Path, options: dict[str, Any]) -> Progress:
-    """Go back to the newest training state in a folder; to the beginning if there is none.
-
-    Raises:
-        RunError: The state cannot be read, or the options are not those of the run: it would be another run.
-    """
-    states = find_states(folder)
-    if not states:
-        return Progress()
-    now = options | {"processes": accelerator.num_processes}
-    with blame(f"the training state {states[-1]} cannot be read", RunError):
-        record = json.loads((states[-1] / "record.json").read_text(encoding="utf-8"))
-        before = {name: record["options"].get(name) for name in now.keys() - FREE_OPTIONS}
-    changed = [f"{name} was {was}, is {now[name]}" for name, was in sorted(before.items()) if now[name] != was]
-    if changed:
-        raise RunError(f"a run goes on only with the options it had: {'; '.join(changed)}")
-    with blame(f"the training state {states[-1]} cannot be read", RunError):
-        accelerator.load_state(str(states[-1]))
-    return Progress(**record["progress"])
-
-
 def save_summary(folder: Path, progress: Progress, facts: dict[str, Any]) -> None:
     """Write `summary.json`: the best epoch's numbers, facts about the run, where it ran, and how it went."""
     summary = {"command": shlex.join(sys.argv), **progress.best, "seconds": progress.seconds, **facts}
     summary["hub_data_set"] = _hub_data_set(facts["options"]["data"])
     summary |= {"environment": environment()}
-    summary |= {name: value for name, value in asdict(progress).items() if name in ("history", "curve", "skipped")}
+    how = ("history", "curve", "skipped", "skipped_updates")
+    summary |= {name: value for name, value in asdict(progress).items() if name in how}
     write_text(folder / "summary.json", json.dumps(summary, indent=1) + "\n")
 
 
 def closing_words(folder: Path, progress: Progress, *, pictures: bool) -> str:
     """What a finished run says: how good, how long, where the pictures are, how to load the model."""
     best, note = progress.best, f"; {len(progress.skipped)} images could not be read" if progress.skipped else ""
+    note += f"; {progress.skipped_updates} updates were skipped" if progress.skipped_updates else ""
     return (
         f"\naccuracy {best['accuracy']:.4f} in epoch {best['epoch']}, {progress.seconds:.0f} s in all{note}\n"
         + (f"explanations: {folder / 'explanation.png'}\n" if pictures else "")
@@ -312,40 +205,12 @@ def publish(folder: Path, repo_id: str | None) -> None:
             print(f"published: {push_folder(folder, repo_id).commit_url}")
 
 
-def find_states(folder: str | os.PathLike) -> list[Path]:
-    """The complete training states in a folder, the newest last."""
-    return sorted(path.parent for path in Path(folder).glob("epoch-*/record.json"))
-
-
 def no_pictures(model: Any) -> str:
     """Why no explanation of a model can be drawn; empty if one can."""
     if not hasattr(model, "explain"):
         return f"{type(model).__name__} cannot explain itself, unlike the models of timm_coda: no pictures"
     missing = importlib.util.find_spec("matplotlib") is None
     return "no pictures, for want of matplotlib: pip install timm_coda[viz]" if missing else ""
-
-
-def start_trackers(accelerator: Accelerator, wanted: str, options: dict[str, Any]) -> None:
-    """Start the tracker that the accelerator was made with, and give it the run's options.
-
-    Raises:
-        RunError: Its package is missing, which Accelerate passes over in silence, or it does not start.
-    """
-    if wanted != "none":
-        if not accelerator.log_with:
-            raise RunError(f"--report-to {wanted}: its package is not installed")
-        with blame(f"--report-to {wanted}", RunError):
-            accelerator.init_trackers("timm_coda", {name: str(value) for name, value in options.items()})
-
-
-def log_picture(accelerator: Accelerator, path: Path, *, step: int) -> None:
-    """Give a picture to the trackers that take pictures."""
-    for tracker in accelerator.trackers:
-        if hasattr(tracker, "log_images"):
-            layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
-            tracker.log_images(
-                {"explanation": np.asarray(PIL.Image.open(path).convert("RGB"))[None]}, step=step, **layout
-            )
 
 
 def _hub_data_set(sources: list[str]) -> str | None:

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["dau_conv2d", "rescaling", "rescaling_slope"]
+__all__ = ["dau_conv2d", "rescaling", "rescaling_slope", "squared_norm"]
 
 
 def rescaling(squared: Tensor, activation: str) -> Tensor:
@@ -46,14 +46,14 @@ def dau_conv2d(
     u = F.conv2d(x, up, None, stride, padding, dilation).unflatten(1, (units, rank))  # (B, D, r, H', W')
     aligned = (u * z.unsqueeze(1)).sum(2) + F.conv2d(x, up_bias, None, stride, padding, dilation)  # v^T p
     if torch.jit.is_scripting() or x.is_meta:
-        factor = rescaling(_squared_norm(z, up, up_bias), activation)
+        factor = rescaling(squared_norm(z, up, up_bias), activation)
     else:
         with torch.autocast(x.device.type, enabled=False):
-            factor = rescaling(_squared_norm(z, up, up_bias), activation)
+            factor = rescaling(squared_norm(z, up, up_bias), activation)
     return (aligned * factor).to(aligned.dtype)
 
 
-def _squared_norm(z: Tensor, up: Tensor, up_bias: Tensor) -> Tensor:
+def squared_norm(z: Tensor, up: Tensor, up_bias: Tensor) -> Tensor:
     """|v|^2 in float32 or better, (B, D, H', W')."""
     exact = torch.promote_types(z.dtype, torch.float32)
     units, rank = up_bias.shape[0], z.shape[1]
