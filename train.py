@@ -15,7 +15,6 @@ timm_coda`. Beside it: explanation.png, summary.json, recipe.yaml (for --config)
 import argparse
 import math
 import os
-import signal
 import sys
 import time
 from pathlib import Path
@@ -27,14 +26,13 @@ import timm
 import torch
 from accelerate import Accelerator, DataLoaderConfiguration
 from accelerate.utils import set_seed
-from timm.data import Mixup, resolve_input_data_config
+from timm.data import resolve_input_data_config
 from timm.optim import create_optimizer_v2
 from timm.scheduler import create_scheduler_v2
 from timm.utils import ModelEmaV3
-from tqdm import tqdm
 
 import timm_coda  # noqa: F401  # registers the models
-from timm_coda import data, hub, learning, loading, runs, states, streaming, trackers
+from timm_coda import data, hub, learning, linear_map, loading, runs, states, streaming, trackers
 
 DEFAULT_RECIPE = Path(__file__).parent / "hub_configs/coda_net_xs.digits/recipe.yaml"
 
@@ -99,6 +97,12 @@ def make_parser() -> argparse.ArgumentParser:
     add("--batch-size", type=runs.positive, default=16, help="images a step and process; GPUs want more, and more --lr")
     add("--grad-accum", type=runs.positive, default=1, help="steps in an update: a larger batch with the same memory")
     add("--loss", choices=learning.LOSSES, default="bce", help="bce: a yes or no a class; -uniform: B-cos v2's targets")
+    add(
+        "--map-penalty",
+        type=float,
+        default=0.0,
+        help="times mean |W(x)|, added to the loss: sparse maps; CoDA-Nets only",
+    )
     add("--smoothing", type=float, default=0.0, help="of labels; 0 lets evidence grow without limit")
     add("--opt", default="adam", help="an optimiser of timm's")
     add("--lr", type=float, default=2.5e-4, help="highest learning rate; for batches of 16")
@@ -163,11 +167,12 @@ def train(args: argparse.Namespace, stop: list[int]) -> None:
         schedule = chosen("sched decay_epochs decay_rate warmup_epochs min_lr")
         schedule |= {"num_epochs": args.epochs, "updates_per_epoch": math.ceil(batches / args.grad_accum)}
         scheduler: Any = create_scheduler_v2(optimizer, step_on_epochs=False, **schedule)[0]
-    mixing = {"mixup_alpha": args.mixup, "cutmix_alpha": args.cutmix, "label_smoothing": args.smoothing}
-    mixup = Mixup(**mixing, num_classes=len(classes)) if args.mixup or args.cutmix else None
-    smoothing = 0.0 if mixup else args.smoothing  # mixed labels are smooth already
+    mixing = learning.Mixing(args.mixup, args.cutmix, args.smoothing, len(classes))
+    smoothing = 0.0 if mixing.on else args.smoothing  # mixed labels are smooth already
     loss_function, test_loss = learning.make_loss(args.loss, smoothing), learning.make_loss(args.loss, 0.0)
     ema = ModelEmaV3(network.to(device), args.ema, use_warmup=True) if args.ema else None
+    with hub.blame("--map-penalty", states.RunError):
+        penalty = linear_map.MapPenalty(network, args.map_penalty, mixed=mixing.on)
     model, optimizer, test_loader = accelerator.prepare(network, optimizer, test_loader)
     if args.data_on_device:
         test_loader = list(test_loader)
@@ -184,9 +189,8 @@ def train(args: argparse.Namespace, stop: list[int]) -> None:
     elif main:
         runs.start_folder(output, options)
     silent, parameters = runs.no_pictures(network), sum(weight.numel() for weight in network.parameters())
-    accelerator.print(
-        f"{args.model}, {parameters:,} parameters, on {processes} x {device.type}; results go to {output}"
-    )
+    where = f"on {processes} x {device.type}; results go to {output}"
+    accelerator.print(f"{args.model}, {parameters:,} parameters, {where}")
     about = f"{images_seen} training and {len(test_set)} {source.test.name} images of {len(classes)} classes"
     accelerator.print(about, *(f"note: {note}" for note in (*source.notes, silent) if note), sep="\n")
     window = torch.tensor(progress.window[accelerator.process_index] if progress.window else [0.0] * 3, device=device)
@@ -196,8 +200,8 @@ def train(args: argparse.Namespace, stop: list[int]) -> None:
         """Draw where the evidence for the two likeliest classes of the examples is."""
         if main and not silent:
             explanation = published.eval().explain(examples.images.to(device), top=min(2, len(classes)))
-            explanation.save(path, label_names=classes, true_labels=examples.labels)
-            trackers.log_picture(accelerator, path, step=progress.update)
+            if runs.save_picture(explanation, path, label_names=classes, true_labels=examples.labels):
+                trackers.log_picture(accelerator, path, step=progress.update)
 
     def add_point() -> dict[str, float]:
         means = progress.add_point(*accelerator.reduce(window.clone()).tolist())
@@ -214,30 +218,25 @@ def train(args: argparse.Namespace, stop: list[int]) -> None:
         states.save_state(accelerator, output / "checkpoints", progress, options)
         if stopping():
             trackers.finish(accelerator)
-            code = 130 if signal.SIGINT in stop else 0  # SIGTERM: a scheduler wants its machine back, nothing is wrong
-            raise runs.Stopped(f"stopped and saved; resume with: python train.py --resume {output}", code=code)
+            raise runs.stopped(output, stop)
 
     while progress.epoch < args.epochs:
         model.train()
-        look = {"ncols": 80, "bar_format": "{desc} |{bar}| {n_fmt}/{total_fmt}{postfix}, {remaining} left"}
-        look |= {"leave": False, "file": sys.stdout, "disable": not (main and sys.stdout.isatty())}
-        todo = loader.from_batch(progress.epoch, progress.batch)
-        bar = tqdm(todo, f"epoch {progress.epoch + 1}/{args.epochs}", batches, initial=progress.batch, **look)
+        todo, name = loader.from_batch(progress.epoch, progress.batch), f"epoch {progress.epoch + 1}/{args.epochs}"
+        bar = runs.progress_bar(todo, name, total=batches, initial=progress.batch, shown=main)
         clock, seen = time.perf_counter(), 0
         for images, labels, skipped in bar:
             progress.batch += 1
-            number = progress.batch * processes + accelerator.process_index  # so that mixup depends on the batch alone
+            number = (progress.batch - 1) * processes + accelerator.process_index  # of the batch, whoever has it
             set_seed(data.derive_seed(args.seed, progress.epoch, number))
             progress.skip(skipped)
             weight = float(len(labels) > 0)
             if not weight:  # all images are broken; other processes wait for this one, so it learns nothing from others
                 images, labels = examples.images.to(device), examples.labels.to(device)
-            if mixup and len(labels) % 2:  # it mixes pairs
-                images, labels = torch.cat([images, images[-1:]]), torch.cat([labels, labels[-1:]])
-            images, targets = mixup(images, labels) if mixup else (images, labels)
+            images, labels, targets = mixing(images, labels)
             with accelerator.accumulate(model):
                 logits = model(images)
-                loss = loss_function(logits, targets) * weight
+                loss = (loss_function(logits, targets) + penalty(labels)) * weight
                 accelerator.backward(loss)
                 made = updates.step()
             window += torch.where(loss.isfinite(), weight * learning.tally(loss, logits, labels), 0)

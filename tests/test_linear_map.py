@@ -23,7 +23,7 @@ def images() -> torch.Tensor:
 @pytest.mark.parametrize("backend", ["cpu", "torch", "reference"])
 def test_it_is_the_map_of_the_explanation(options, backend):
     model, classes = small(**options), torch.tensor([[0, 3], [1, 1], [2, 0]])
-    penalty = MapPenalty(model)
+    penalty = MapPenalty(model, 1.0)
     with functional.use_backend(backend):
         model(images())
         found = linear_map(penalty._inputs, classes, average=options.get("global_pool") == "avg")
@@ -38,12 +38,12 @@ def test_its_derivatives_are_those_of_finite_differences(backend, checkpointing)
     """Of loss and penalty together, in each parameter, along a random direction."""
     model, labels = small(), torch.tensor([3, 0, 2])
     model.set_grad_checkpointing(checkpointing)
-    penalty = MapPenalty(model)
+    penalty = MapPenalty(model, 3.0)
 
     def objective() -> torch.Tensor:
         torch.manual_seed(5)
         logits = model(images())
-        return torch.nn.functional.cross_entropy(logits, labels) + 3 * penalty(labels)
+        return torch.nn.functional.cross_entropy(logits, labels) + penalty(labels)
 
     with functional.use_backend(backend):
         objective().backward()
@@ -66,7 +66,7 @@ def test_its_derivatives_are_those_of_finite_differences(backend, checkpointing)
 
 def test_the_classes_are_the_true_one_and_another():
     model = small()
-    penalty, seen = MapPenalty(model), []
+    penalty, seen = MapPenalty(model, 1.0), []
     for seed in range(12):
         torch.manual_seed(seed)
         model(images()[:1])
@@ -81,6 +81,23 @@ def test_the_classes_are_the_true_one_and_another():
 
 def test_only_that_of_coda_nets():
     with pytest.raises(ValueError, match="the linear map of a ResNet: only that of a CoDA-Net"):
-        MapPenalty(timm.create_model("test_resnet"))
+        MapPenalty(timm.create_model("test_resnet"), 1.0)
     with pytest.raises(ValueError, match="with pooled classes"):
-        MapPenalty(small(num_classes=0))
+        MapPenalty(small(num_classes=0), 1.0)
+    with pytest.raises(ValueError, match="leave out --mixup"):
+        MapPenalty(small(), 1.0, mixed=True)
+    assert MapPenalty(timm.create_model("test_resnet"), 0.0, mixed=True)(torch.zeros(1)) == 0
+
+
+def test_it_follows_autocast():
+    model = small().float()
+    penalty = MapPenalty(model, 2.0)
+    values = []
+    for enabled in (False, True):
+        torch.manual_seed(0)
+        with torch.autocast("cpu", torch.bfloat16, enabled):
+            model(images().float())
+        value = penalty(torch.tensor([3, 0, 2]))
+        value.backward()
+        values.append(value.item())
+    assert 0 < abs(values[1] / values[0] - 1) < 0.02

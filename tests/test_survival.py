@@ -14,7 +14,7 @@ from timm_coda import states
 ODD = ["--model", "coda_net_with_gaps", "--report-to", "unplugged"]
 
 
-@pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.parametrize("processes", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_a_scheduler_stops_a_run(colours, tmp_path, processes):
     """SIGTERM to all of its processes, workers too: it saves and all is well, and it goes on as if never stopped."""
     options = ["--data", colours, *SMALL, *QUIET, "--epochs", 6, "--workers", 1]
@@ -64,6 +64,7 @@ def test_no_gradient_is_a_number_any_more(colours, tmp_path):
     assert "9 updates were skipped" in finish(run)
 
 
+@pytest.mark.slow
 def test_one_process_has_a_gradient_that_is_no_number(colours, tmp_path):
     """The other one skips the update, too: else they would wait for each other, or have different weights."""
     options = ["--data", colours, *SMALL, *QUIET, "--model", "coda_net_with_gaps", "--epochs", 2, "--output", "run"]

@@ -136,6 +136,9 @@ def test_every_way_to_learn_at_once(train, colours):
         "clipped units": ["--agc", 0.01, "--opt", "sgd"],
         "average": ["--ema", 0.9],
         "accumulated": ["--grad-accum", 4],
+        "sparse": ["--map-penalty", 3],
+        "recomputed": ["--grad-checkpointing"],
+        "on the device": ["--data-on-device"],
         "changed": ["--scale", 0.5, 1, "--ratio", 0.9, 1.1, "--color-jitter", 0.2, "--erase", 0.5, "--hflip", 0],
     }
     losses, updates = {}, {}
@@ -143,7 +146,9 @@ def test_every_way_to_learn_at_once(train, colours):
         assert train(*base, "--output", name, *options) == 0, name
         summary = json.loads(Path(name, "summary.json").read_text())
         losses[name], updates[name] = summary["train_loss"], summary["curve"][-1][0]
-    assert len(set(losses.values())) == len(ways) - 1 and losses["average"] == losses["plain"]
+    assert len(set(losses.values())) == len(ways) - 2
+    assert losses["average"] == losses["plain"] == losses["recomputed"]
+    assert abs(losses["sparse"] - losses["plain"]) > 1e-4
     assert updates == dict.fromkeys(ways, 9) | {"accumulated": 3}
     state = states.find_states("average/checkpoints")[-1]
     weights, average = load_file(state / "model.safetensors"), load_file("average/model.safetensors")
@@ -328,6 +333,10 @@ def test_trackers_get_numbers_and_pictures(train, colours):
         (["--opt", "adamantium"], "--opt.*adamantium"),
         (["--interpolation", "cubist"], "--interpolation.*cubist"),
         (["--auto-augment", "rand-x9"], "a random change of the images"),
+        (["--data-on-device", "--erase", "0.5"], "--data-on-device shifts and flips .* leave out it or --erase 0.5"),
+        (["--streaming"], "--streaming: .* is neither a file or folder here"),
+        (["--map-penalty", "1", "--mixup", "0.1"], "--map-penalty: it looks at the class of an image"),
+        (["--map-penalty", "1", "--model", "bcos_v1_conv9"], "--map-penalty: .*only that of a CoDA-Net"),
         (["--report-to", "tensorboad"], "--report-to tensorboad"),
         (["--resume", "nowhere"], "--resume nowhere: no run is there"),
     ],

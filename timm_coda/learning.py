@@ -5,13 +5,14 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from timm.data import Mixup
 from timm.loss import BinaryCrossEntropy
 from timm.utils.agc import adaptive_clip_grad
 from torch import Tensor, nn
 
 from .data import Batch
 
-__all__ = ["LOSSES", "SCHEDULES", "Updates", "evaluate", "limit_gradients", "make_loss", "tally"]
+__all__ = ["LOSSES", "SCHEDULES", "Mixing", "Updates", "evaluate", "limit_gradients", "make_loss", "tally"]
 
 LOSSES = ("bce", "bce-uniform", "ce")
 SCHEDULES = ("cosine", "step", "poly", "tanh", "wsd", "constant")
@@ -54,6 +55,30 @@ def limit_gradients(accelerator: Any, model: nn.Module, norm: float, adaptive: f
         accelerator.unscale_gradients()
         with torch.no_grad():
             adaptive_clip_grad([weight for weight in model.parameters() if weight.grad is not None], adaptive)
+
+
+class Mixing:
+    """Images mixed with each other, and so their labels, as timm's `Mixup` does; as they are where both alphas are 0.
+
+    Args:
+        mixup, cutmix: alphas, see timm
+        smoothing: of the mixed labels
+        num_classes: number of classes
+    """
+
+    def __init__(self, mixup: float, cutmix: float, smoothing: float, num_classes: int) -> None:
+        self.on = mixup > 0 or cutmix > 0
+        settings: Any = {"mixup_alpha": mixup, "cutmix_alpha": cutmix, "label_smoothing": smoothing}
+        self._mix = Mixup(**settings, num_classes=num_classes) if self.on else None
+
+    def __call__(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Images, their labels and what to learn; the last image twice where it would have none to be mixed with."""
+        if self._mix is None:
+            return images, labels, labels
+        if len(labels) % 2:
+            images, labels = torch.cat([images, images[-1:]]), torch.cat([labels, labels[-1:]])
+        mixed, targets = self._mix(images, labels)
+        return mixed, labels, targets
 
 
 class Updates:

@@ -5,6 +5,7 @@ W(x), is written out from the inputs that each layer had in the forward pass. It
 depends on: the layers' parameters and, through the inputs, the layers before.
 """
 
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -19,24 +20,32 @@ __all__ = ["MapPenalty", "linear_map"]
 
 
 class MapPenalty:
-    """Mean |W_c(x)| of the images of the last training step, for the true class and one other, drawn at random.
+    """Strength times mean |W_c(x)| of the last training step's images, for the true class and one other, at random.
 
     W_c(x) is the map from the encoded image to the class's pooled votes, before the temperature. Less of it is needed
     where fewer pixels matter: maps become sparser. Source: Böhle et al., CVPR 2021 (arXiv 2104.00032), the second term
     of the loss.
 
     Args:
-        model: whose training steps are looked at from now on
+        model: whose training steps are looked at from now on, if strength is not 0
+        strength: the factor; the paper's lambda
+        mixed: whether its images are mixtures of several
 
     Raises:
-        ValueError: it is not a CoDA-Net with pooled classes.
+        ValueError: it is not a CoDA-Net with pooled classes, or images are mixed.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, strength: float, *, mixed: bool = False) -> None:
+        self.strength = strength
+        if strength == 0:
+            return
+        if mixed:
+            raise ValueError("it looks at the class of an image: leave out --mixup and --cutmix")
         if not isinstance(model, CodaNet) or not model.num_classes or model.global_pool.pool_type == "":
             raise ValueError(f"the linear map of a {type(model).__name__}: only that of a CoDA-Net with pooled classes")
         self.model = model
         self._inputs: list[tuple[Any, Tensor]] = []  # a layer and its input
+        self._autocast: Any = nullcontext()
         model.register_forward_pre_hook(lambda *_: self._inputs.clear())
         for layer in model.modules():
             if isinstance(layer, DAUConv2d):
@@ -44,10 +53,14 @@ class MapPenalty:
 
     def _keep(self, layer: Any, inputs: tuple[Tensor]) -> None:
         if layer.training:
+            kind = inputs[0].device.type
+            self._autocast = torch.autocast(kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind))
             self._inputs.append((layer, inputs[0]))
 
-    def __call__(self, labels: Tensor) -> Tensor:
-        """The mean, for the true classes `labels` (B,) of the images."""
+    def __call__(self, labels: Tensor) -> Tensor | float:
+        """The penalty, for the true classes `labels` (B,) of the images."""
+        if self.strength == 0:
+            return 0.0
         classes = self.model.num_classes
         chosen = labels[:, None]
         if classes > 1:
@@ -55,7 +68,9 @@ class MapPenalty:
             chosen = torch.stack([labels, (labels + other) % classes], 1)
         inputs, self._inputs = self._inputs[: self._layers()], []
         average = self.model.global_pool.pool_type == "avg"
-        return linear_map(inputs, chosen, average=average).abs().mean()
+        with self._autocast:  # as in the forward pass
+            weights = linear_map(inputs, chosen, average=average)
+        return self.strength * weights.to(torch.promote_types(weights.dtype, torch.float32)).abs().mean()
 
     def _layers(self) -> int:
         return sum(isinstance(layer, DAUConv2d) for layer in self.model.modules())

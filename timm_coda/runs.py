@@ -16,13 +16,14 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Collection
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
+from tqdm import tqdm
 
 from .hub import HubError, SaveError, blame, push_folder
 from .states import Progress, RunError
@@ -39,6 +40,12 @@ class Stopped(Exception):
     def __init__(self, message: str, *, code: int):
         super().__init__(message)
         self.code = code  # exit code
+
+
+def stopped(folder: Path, signals: list[int]) -> Stopped:
+    """That a run was stopped by these signals, of which SIGTERM is no failure: a scheduler wants its machine back."""
+    code = 130 if signal.SIGINT in signals else 0
+    return Stopped(f"stopped and saved; resume with: python train.py --resume {folder}", code=code)
 
 
 def watch_signals() -> list[int]:
@@ -171,6 +178,23 @@ def start_folder(folder: Path, options: dict[str, Any]) -> None:
         shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
     folder.mkdir(parents=True, exist_ok=True)
     write_text(folder / "recipe.yaml", yaml.safe_dump(options, sort_keys=False, allow_unicode=True))
+
+
+def save_picture(explanation: Any, path: Path, *, label_names: Sequence[str], true_labels: Any) -> bool:
+    """Save an explanation's picture. False if it cannot be written: a full disk may have room again for what counts."""
+    try:
+        explanation.save(path, label_names=label_names, true_labels=true_labels)
+    except OSError as error:
+        tqdm.write(f"there is no picture {path}: {error}")
+        return False
+    return True
+
+
+def progress_bar(batches: Iterable[Any], name: str, *, total: int, initial: int, shown: bool) -> tqdm:
+    """A bar for an epoch's batches, where someone watches."""
+    look = {"ncols": 80, "bar_format": "{desc} |{bar}| {n_fmt}/{total_fmt}{postfix}, {remaining} left"}
+    look |= {"leave": False, "file": sys.stdout, "disable": not (shown and sys.stdout.isatty())}
+    return tqdm(batches, name, total, initial=initial, **look)
 
 
 def save_summary(folder: Path, progress: Progress, facts: dict[str, Any]) -> None:
