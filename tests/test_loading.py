@@ -1,10 +1,13 @@
 """Orders and batches of training images: whatever the workers and processes, on the CPU and on the device."""
 
 import itertools
+import time
 
 import numpy as np
 import pytest
+import timm
 import torch
+from conftest import SHARED
 
 from timm_coda import data, loading
 
@@ -94,3 +97,52 @@ def test_images_on_the_device_are_shifted_and_flipped():
 def test_the_device_only_shifts_and_flips():
     with pytest.raises(data.DataError, match=r"leave out it or --scale \[0.5, 1\], --erase 0.5"):
         make_loader(PLAIN | {"scale": [0.5, 1], "erase": 0.5}, data_on_device=True)
+
+
+@pytest.mark.slow
+def test_how_many_images_a_second_real_data_cost():
+    """Printed (-s): training steps with images from the device, and from the loader, against one batch in memory."""
+    folder = SHARED / "data/cifar10"
+    if not folder.is_dir():
+        pytest.skip(f"no CIFAR-10 in {folder}")
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    config, changes = CONFIG | {"input_size": (3, 32, 32)}, PLAIN | {"crop_padding": 4, "hflip": 0.5}
+    transform, _ = data.create_transforms(config, **changes)
+    split = data.load_data(folder / "test.parquet", val_fraction=0.5).train  # 5000 images
+    same = {"batch_size": 32, "seed": 0, "streaming": None, "process": 0, "processes": 1, "device": device}
+    same |= {"config": config, "changes": changes}
+    kinds = {"on the device": (True, 0), "loader, no workers": (False, 0), "loader, one worker": (False, 1)}
+    loaders = {
+        name: loading.make_train_loader(split, transform, data_on_device=kept, workers=workers, **same)
+        for name, (kept, workers) in kinds.items()
+    }
+    model = timm.create_model("coda_net_xs").to(device).train()
+    optimizer = torch.optim.Adam(model.parameters(), 1e-3)
+
+    def speed(batches) -> float:
+        seen, begin = 0, None
+        for step, (images, labels, _) in enumerate(batches):
+            loss = torch.nn.functional.cross_entropy(model(images), labels)
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            assert np.isfinite(loss.item())
+            if step == 2:  # warm
+                begin = time.perf_counter()
+            elif step > 2:
+                seen += len(labels)
+            if step == 10:
+                break
+        assert begin is not None
+        return seen / (time.perf_counter() - begin)
+
+    fixed = next(loaders["on the device"].from_batch(0, 0))
+    speeds: dict[str, list[float]] = {"one batch in memory": [], **{name: [] for name in loaders}}
+    for round_ in range(3):
+        for name, values in speeds.items():
+            batches = itertools.repeat(fixed) if name not in loaders else loaders[name].from_batch(round_, 0)
+            values.append(speed(batches))
+    print()
+    for name, values in speeds.items():
+        share = np.median(np.array(values) / np.array(speeds["one batch in memory"]))
+        print(f"{name:20} {np.median(values):8.0f} images/s, {share:6.1%} of one batch in memory")
