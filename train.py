@@ -5,7 +5,7 @@
     python train.py --data path/to/images --model coda_net_xs --img-size 64 --epochs 50       # train/cat/1.png, ...
     python train.py --config recipe.yaml --lr 1e-3       # a recipe, with one thing changed
     python train.py --resume runs/my-run                 # go on exactly where a run was stopped or killed
-    accelerate launch --multi_gpu --num_processes 2 train.py          # with any of these options, with or without GPUs
+    accelerate launch --multi_gpu --num_processes 2 train.py             # two processes, on GPUs or without one
 
 The output folder is a model, of the best epoch: timm.create_model("local-dir:FOLDER", pretrained=True) after `import
 timm_coda`. Beside it: explanation.png, summary.json, recipe.yaml (for --config) and checkpoints/ (for --resume).
@@ -24,7 +24,6 @@ os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # before torch: on busy CPUs, t
 
 import timm
 import torch
-from accelerate import Accelerator, DataLoaderConfiguration
 from accelerate.utils import set_seed
 from timm.data import resolve_input_data_config
 from timm.optim import create_optimizer_v2
@@ -50,6 +49,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--seed", type=runs.natural, default=0, help="the same seed gives the same weights, with any number of workers")
     add("--mixed-precision", choices=["no", "bf16", "fp16"], help="(default: what accelerate launch says, else no)")
     add("--save-every", type=runs.natural, default=0, help="updates between training states; epochs save one anyway")
+    add("--keep", type=runs.natural, default=0, help="models of so many best epochs to keep in best/, too")
     add("--log-every", type=runs.positive, default=10, help="updates between points of the loss curve")
     add("--explain-every", type=runs.natural, default=5, help="epochs between explanation pictures; 0: one at the end")
     add("--explain-images", type=runs.positive, default=8, help="test images in such a picture; 8 fit a page")
@@ -66,11 +66,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--num-classes", type=runs.positive, help="(default: the data set's)")
     add("--workers", type=runs.natural, default=2, help="processes that decode images; 0 is best for tiny ones")
     buffer = {"type": runs.positive, "nargs": "?", "const": 8192, "metavar": "IMAGES"}
-    add(
-        "--streaming",
-        **buffer,
-        help="read parquet files as the run goes, shuffled in a buffer (of 8192 without IMAGES)",
-    )
+    add("--streaming", **buffer, help="read parquet files as the run goes, shuffled in a buffer (alone: of 8192)")
     add("--data-on-device", action=switch, default=False, help="for small images: decoded once, shifted, flipped there")
     add = parser.add_argument_group("images").add_argument
     add("--img-size", type=runs.positive, help="height and width in pixels (default: the model's)")
@@ -127,15 +123,7 @@ def train(args: argparse.Namespace, stop: list[int]) -> None:
     def chosen(names: str) -> dict[str, Any]:
         return {name: options[name] for name in names.split()}
 
-    with hub.blame(f"--mixed-precision {args.mixed_precision} or --report-to {args.report_to}", states.RunError):
-        accelerator: Any = Accelerator(
-            cpu=not torch.accelerator.is_available(),  # else several processes without a GPU would not find each other
-            mixed_precision=args.mixed_precision,
-            gradient_accumulation_steps=args.grad_accum,
-            log_with=None if args.report_to == "none" else args.report_to,
-            project_dir=output,
-            dataloader_config=DataLoaderConfiguration(even_batches=False),  # so that no test image counts twice
-        )
+    accelerator: Any = runs.make_accelerator(output, **chosen("mixed_precision grad_accum report_to"))
     main, processes, device = accelerator.is_main_process, accelerator.num_processes, accelerator.device
     set_seed(args.seed)
 
@@ -203,6 +191,9 @@ def train(args: argparse.Namespace, stop: list[int]) -> None:
             if runs.save_picture(explanation, path, label_names=classes, true_labels=examples.labels):
                 trackers.log_picture(accelerator, path, step=progress.update)
 
+    def save_model(folder: Path) -> None:
+        hub.save_model(published, folder, label_names=classes, data_config=config)
+
     def add_point() -> dict[str, float]:
         means = progress.add_point(*accelerator.reduce(window.clone()).tolist())
         window.zero_()
@@ -260,7 +251,9 @@ def train(args: argparse.Namespace, stop: list[int]) -> None:
         trackers.log(accelerator, {"test_loss": loss, "test_accuracy": accuracy}, step=progress.update)
         numbers = {"loss": loss, "accuracy": accuracy, **means, "images_per_second": speed}
         if progress.add_epoch(numbers) and main:
-            hub.save_model(published, output, label_names=classes, data_config=config)
+            save_model(output)
+        if main:
+            states.keep_best(output / "best", progress.history, args.keep, save_model)
         shown = f"loss {means['train_loss']:.4f}, test loss {loss:.4f}, accuracy {accuracy:.4f}, {speed:.0f} img/s"
         accelerator.print(f"epoch {progress.epoch:3}/{args.epochs}: {shown}")
         if args.explain_every and progress.epoch % args.explain_every == 0:

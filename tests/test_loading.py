@@ -3,6 +3,7 @@
 import itertools
 import time
 
+import datasets
 import numpy as np
 import pytest
 import timm
@@ -97,6 +98,24 @@ def test_images_on_the_device_are_shifted_and_flipped():
 def test_the_device_only_shifts_and_flips():
     with pytest.raises(data.DataError, match=r"leave out it or --scale \[0.5, 1\], --erase 0.5"):
         make_loader(PLAIN | {"scale": [0.5, 1], "erase": 0.5}, data_on_device=True)
+
+
+def test_images_that_cannot_be_read_are_left_out_on_the_device():
+    digits = data.load_data("digits").train
+    rows = digits.rows.select(range(40)).to_list()
+    broken = [{"image": {"bytes": b"no", "path": f"{row}.png"}} if row in (3, 17) else rows[row] for row in range(40)]
+    split = data.Split("train", datasets.Dataset.from_list(broken), "image", np.arange(40), digits.labels[:40])
+    transform, _ = data.create_transforms(CONFIG, **PLAIN)
+    options = {"batch_size": 19, "seed": 3, "workers": 0, "streaming": None, "process": 0, "processes": 1}
+    options |= {"config": CONFIG, "changes": PLAIN, "device": torch.device("cpu"), "data_on_device": True}
+    loader = loading.make_train_loader(split, transform, **options)
+    first, second = loader.from_batch(0, 0)
+    assert [name for name, _ in first.skipped] == ["train row 3 (3.png)", "train row 17 (17.png)"]
+    assert second.skipped == [] and len(second.labels) == 19
+    kept = [row for row in range(40) if row not in (3, 17)]
+    assert sorted(torch.cat([first.labels, second.labels]).tolist()) == sorted(digits.labels[kept].tolist())
+    images = {data.ImageDataset(split, transform)[row][0].numpy().tobytes() for row in kept}
+    assert {image.numpy().tobytes() for image in torch.cat([first.images, second.images])} == images
 
 
 @pytest.mark.slow

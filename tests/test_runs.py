@@ -6,6 +6,8 @@ import math
 from pathlib import Path
 
 import pytest
+import timm
+import torch
 
 from timm_coda import runs, states
 
@@ -148,3 +150,24 @@ def test_summary_names_only_data_sets_of_the_hub(folder):
     ):
         runs.save_summary(folder, progress, {"options": {"data": sources}})
         assert json.loads((folder / "summary.json").read_text())["hub_data_set"] == expected
+
+
+def test_the_best_models_are_kept(folder):
+    accuracies, kept = [0.5, 0.7, 0.6, 0.7, 0.4], []
+    for epoch in range(1, 6):
+        history = [{"epoch": e, "accuracy": a, "loss": -e} for e, a in enumerate(accuracies[:epoch], 1)]
+        states.keep_best(folder / "best", history, 2, lambda place: place.mkdir(parents=True))
+        kept.append(sorted(int(place.name[-4:]) for place in (folder / "best").iterdir()))
+    assert kept == [[1], [1, 2], [2, 3], [2, 4], [2, 4]]
+    states.keep_best(folder / "none", history, 0, lambda place: place.mkdir())
+    assert not (folder / "none").exists()
+
+
+def test_a_picture_that_cannot_be_written_is_no_reason_to_stop(folder, capsys):
+    model = timm.create_model("coda_net_xs.digits", pretrained=True).eval()
+    explanation = model.explain(torch.rand(1, 3, 16, 16))
+    (folder / "file").write_text("")
+    places = [folder / "file/picture.png", folder / "picture.png"]
+    saved = [runs.save_picture(explanation, place, label_names="0123456789", true_labels=[3]) for place in places]
+    assert saved == [False, True] and places[1].stat().st_size > 1000
+    assert "there is no picture" in capsys.readouterr().out

@@ -93,6 +93,7 @@ def test_every_recipe_names_options_and_models_that_are_there(train_module, reci
 
 def test_a_whole_run(train, colours, tmp_path, capsys):
     options = ["--data", colours, "--output", "out", "--epochs", 3, "--explain-every", 2, *SMALL, "--sched", "cosine"]
+    options += ["--keep", 2]
     assert train(*options, "--explain-images", 4) == 0
     out = capsys.readouterr().out
     assert "72 training and 21 test images of 3 classes" in out
@@ -105,7 +106,10 @@ def test_a_whole_run(train, colours, tmp_path, capsys):
     assert summary["options"]["lr"] == 0.003 and summary["parameters"] > 0 and summary["skipped"] == {}
     files = {str(path.relative_to("out")) for path in Path("out").rglob("*") if path.is_file()}
     state = "checkpoints/epoch-00003-batch-0000000/"
-    assert files == {
+    ranked = sorted(summary["history"], key=lambda epoch: (-epoch["accuracy"], epoch["loss"]))
+    kept = [f"best/epoch-{epoch['epoch']:04}" for epoch in ranked[:2]]
+    assert_equal(*(load_file(Path("out", folder, "model.safetensors")) for folder in (kept[0], "")))
+    assert files - {f"{folder}/{name}" for folder in kept for name in ("config.json", "model.safetensors")} == {
         "config.json", "model.safetensors", "recipe.yaml", "summary.json", "explanation.png",
         "explanations/epoch-0002.png", state + "model.safetensors", state + "optimizer.bin", state + "record.json",
         state + "random_states_0.pkl",
@@ -274,9 +278,8 @@ def test_broken_images_do_not_stop_a_run(train, colours, tmp_path, capsys):
 
 
 def test_a_loss_that_is_no_number(train, colours, capsys):
-    assert (
-        train("--data", colours, *SMALL, *QUIET, "--output", "out", "--opt", "sgd", "--lr", "1e38", "--epochs", 2) == 1
-    )
+    options = ["--data", colours, *SMALL, *QUIET, "--output", "out", "--opt", "sgd", "--lr", "1e38", "--epochs", 2]
+    assert train(*options, "--save-every", 1) == 1
     err = capsys.readouterr().err
     assert "the loss is nan at update" in err and "--lr" in err and "--clip-grad" in err
     assert not Path("out/summary.json").exists() and not states.find_states("out/checkpoints")

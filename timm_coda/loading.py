@@ -107,6 +107,9 @@ class DeviceImages:
         crop_padding: shift by up to so many pixels; what comes in is black
         hflip: probability of a left-right flip
         mean, std: of the colours, for a model that wants them normalised
+
+    Raises:
+        DataError: No image can be read.
     """
 
     def __init__(
@@ -127,6 +130,8 @@ class DeviceImages:
                 parts.append((batch.images * 255).round().byte())
             labels.append(batch.labels)
             self.skipped += batch.skipped
+        if not parts:
+            raise DataError("none of the images to train on can be read")
         images = torch.cat(parts)
         self.size = images.shape[-2:]
         self.images = torch.nn.functional.pad(images, [crop_padding] * 4).to(device)

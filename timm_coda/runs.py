@@ -23,13 +23,14 @@ from typing import Any
 
 import torch
 import yaml
+from accelerate import Accelerator, DataLoaderConfiguration
 from tqdm import tqdm
 
 from .hub import HubError, SaveError, blame, push_folder
 from .states import Progress, RunError
 
 # What train.py writes into a run's folder; --overwrite removes these and nothing else.
-OUTPUTS = ("checkpoints", "explanations", "summary.json", "explanation.png", "config.json", "model.safetensors")
+OUTPUTS = ("checkpoints", "best", "explanations", "summary.json", "explanation.png", "config.json", "model.safetensors")
 # They belong to a command, not to the run it starts.
 COMMAND_OPTIONS = {"config", "output", "overwrite", "resume", "push_to_hub"}
 
@@ -40,6 +41,27 @@ class Stopped(Exception):
     def __init__(self, message: str, *, code: int):
         super().__init__(message)
         self.code = code  # exit code
+
+
+def make_accelerator(folder: Path, *, mixed_precision: str | None, grad_accum: int, report_to: str) -> Accelerator:
+    """Accelerate's view of the machine: device, processes, precision.
+
+    Raises:
+        RunError: The precision is not the machine's, there is no such tracker, or parameters are to be divided.
+    """
+    with blame(f"--mixed-precision {mixed_precision} or --report-to {report_to}", RunError):
+        accelerator = Accelerator(
+            cpu=not torch.accelerator.is_available(),  # else several processes without a GPU would not find each other
+            mixed_precision=mixed_precision,
+            gradient_accumulation_steps=grad_accum,
+            log_with=None if report_to == "none" else report_to,
+            project_dir=folder,
+            dataloader_config=DataLoaderConfiguration(even_batches=False),  # so that no test image counts twice
+        )
+    if accelerator.distributed_type in ("FSDP", "DEEPSPEED", "MEGATRON_LM"):
+        kind = accelerator.distributed_type.value
+        raise RunError(f"{kind} divides the parameters, and train.py saves whole models: launch with --multi_gpu")
+    return accelerator
 
 
 def stopped(folder: Path, signals: list[int]) -> Stopped:

@@ -9,7 +9,7 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from tqdm import tqdm
 from .hub import SaveError, blame, temporary_folder
 
 # They may differ when a run goes on: none of them changes a weight.
-FREE_OPTIONS = {"workers", "save_every", "explain_every", "explain_images", "report_to"}
+FREE_OPTIONS = {"workers", "keep", "save_every", "explain_every", "explain_images", "report_to"}
 MOST_SKIPPED = 10  # updates in a row: a rare image may cost one, weights that have exploded cost all
 
 
@@ -146,3 +146,13 @@ def load_state(accelerator: Accelerator, folder: Path, options: dict[str, Any]) 
 def find_states(folder: str | os.PathLike) -> list[Path]:
     """The complete training states in a folder, the newest last."""
     return sorted(path.parent for path in Path(folder).glob("epoch-*/record.json"))
+
+
+def keep_best(folder: Path, history: list[dict[str, Any]], count: int, save_model: Callable[[Path], Any]) -> None:
+    """Save the model of the latest epoch if it is one of the `count` best, and then delete those that no longer are."""
+    ranked = sorted(history, key=lambda epoch: (-epoch["accuracy"], epoch["loss"]))[:count]
+    best = [folder / f"epoch-{epoch['epoch']:04}" for epoch in ranked]
+    if history[-1] in ranked:
+        save_model(folder / f"epoch-{history[-1]['epoch']:04}")
+    for old in set(folder.glob("epoch-*")) - set(best):
+        shutil.rmtree(old)
