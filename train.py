@@ -93,12 +93,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--batch-size", type=runs.positive, default=16, help="images a step and process; GPUs want more, and more --lr")
     add("--grad-accum", type=runs.positive, default=1, help="steps in an update: a larger batch with the same memory")
     add("--loss", choices=learning.LOSSES, default="bce", help="bce: a yes or no a class; -uniform: B-cos v2's targets")
-    add(
-        "--map-penalty",
-        type=float,
-        default=0.0,
-        help="times mean |W(x)|, added to the loss: sparse maps; CoDA-Nets only",
-    )
+    add("--map-penalty", type=float, default=0.0, help="times mean |W(x)|, added to the loss; for CoDA-Nets")
     add("--smoothing", type=float, default=0.0, help="of labels; 0 lets evidence grow without limit")
     add("--opt", default="adam", help="an optimiser of timm's")
     add("--lr", type=float, default=2.5e-4, help="highest learning rate; for batches of 16")
@@ -132,8 +127,8 @@ def train(args: argparse.Namespace, stop: list[int]) -> None:
     source = (streaming.load_stream if args.streaming else data.load_data)(args.data, **chosen(names))
     classes = source.label_names
     network: Any = hub.create_model(args.model, num_classes=len(classes), **chosen("pretrained model_args head_only"))
-    if args.grad_checkpointing:
-        network.set_grad_checkpointing()
+    with hub.blame("--grad-checkpointing", states.RunError):
+        network.set_grad_checkpointing(args.grad_checkpointing)
     with hub.blame("--img-size, --interpolation, --crop-pct or a random change of the images", states.RunError):
         config = resolve_input_data_config(network, chosen("img_size interpolation crop_pct"))
         changes = chosen("crop_padding scale ratio hflip color_jitter auto_augment erase")
