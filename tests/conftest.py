@@ -11,7 +11,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-import train_cases
 from filelock import FileLock
 
 if not torch.cuda.is_available():
@@ -70,6 +69,8 @@ def golden():
 @pytest.fixture(scope="session")
 def colours(tmp_path_factory) -> str:
     """A data set of three classes that is easy to learn: noise that is red, green or blue."""
+    import train_cases  # not above: it imports Triton, which looks at TRITON_INTERPRET only then
+
     folder = tmp_path_factory.mktemp("colours")
     rng = np.random.default_rng(0)
     for split, count in (("train", 72), ("test", 21)):

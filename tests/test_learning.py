@@ -8,6 +8,7 @@ from accelerate import Accelerator
 from torch import nn
 
 from timm_coda import learning
+from timm_coda.data import Batch, Skipped
 
 
 def test_uniform_targets():
@@ -52,3 +53,49 @@ def test_gradients_are_limited_unit_by_unit():
     before = layer.weight.grad.clone()
     learning.limit_gradients(SimpleNamespace(sync_gradients=False), model, 1e-9, 1e-9)
     assert torch.equal(layer.weight.grad, before)
+
+
+def test_an_update_without_a_finite_gradient_is_skipped_whole():
+    """Weights, the optimiser's memory and running variances stay as they were, and the next update is as if first."""
+    accelerator = Accelerator(cpu=True)
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4))
+    model, optimizer = accelerator.prepare(network, torch.optim.Adam(network.parameters(), 0.1))
+    updates = learning.Updates(accelerator, model, optimizer, norm=1.0, adaptive=0.0)
+    images = torch.rand(8, 3)
+
+    def step(factor: float) -> bool:
+        with accelerator.accumulate(model):
+            accelerator.backward(model(images * factor).square().sum() * factor)
+            return updates.step()
+
+    assert step(1.0)
+    before = {name: value.clone() for name, value in network.state_dict().items()}
+    assert not step(float("nan")) and not step(float("inf"))
+    assert all(torch.equal(value, before[name]) for name, value in network.state_dict().items())
+    assert all(weight.grad is None for weight in network.parameters())
+    assert step(1.0)
+    assert {int(state["step"]) for state in optimizer.state_dict()["state"].values()} == {2}
+    assert not torch.equal(network[0].weight, before["0.weight"]) and network[1].num_batches_tracked == 2
+
+
+def test_evaluation_leaves_the_mode_and_counts_what_can_be_read():
+    accelerator, network = Accelerator(cpu=True), nn.Identity()
+    network.train()
+    batches = [
+        Batch(torch.tensor([[2.0, 0], [0, 3]]), torch.tensor([0, 0]), [Skipped("a", "broken")]),
+        Batch(torch.empty(0), torch.empty(0, dtype=torch.long), [Skipped("b", "gone")]),
+    ]
+    loss, accuracy, unread = learning.evaluate(accelerator, network, batches, nn.CrossEntropyLoss())
+    expected = (torch.tensor([-2.0, 3.0]).exp() + 1).log().mean().item()
+    assert abs(loss - expected) < 1e-6 and accuracy == 0.5 and network.training
+    assert [name for name, _ in unread] == ["a", "b"]
+
+
+def test_mixing_wants_pairs():
+    images, labels = torch.rand(3, 3, 4, 4), torch.tensor([0, 1, 2])
+    same, kept, targets = learning.Mixing(0.0, 0.0, 0.1, 3)(images, labels)
+    assert same is images and kept is labels and targets is labels
+    mixed, kept, targets = learning.Mixing(0.5, 0.0, 0.0, 3)(images.clone(), labels)
+    assert mixed.shape == (4, 3, 4, 4) and kept.tolist() == [0, 1, 2, 2] and targets.shape == (4, 3)
+    assert torch.allclose(targets.sum(1), torch.ones(4))

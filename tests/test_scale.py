@@ -1,7 +1,6 @@
 """Runs of two processes against runs of one, streamed or not, killed or not."""
 
 import json
-import signal
 
 import datasets
 import numpy as np
@@ -9,9 +8,9 @@ import pyarrow.parquet as pq
 import pytest
 from conftest import relative_error
 from safetensors.torch import load_file
-from train_cases import QUIET, SMALL, assert_same_run, finish, image_file, signal_group, start, wait_for_state
+from train_cases import QUIET, SMALL, assert_same_run, finish, image_file, kill, start, wait_for_state
 
-SHARED = [*SMALL, *QUIET, "--epochs", 6, "--hflip", 0.5]
+SHARED = [*SMALL, *QUIET, "--epochs", 3, "--hflip", 0.5]
 
 
 @pytest.fixture(scope="module")
@@ -53,8 +52,7 @@ def test_two_processes_are_one_with_twice_the_accumulation(colours, shards, tmp_
 
     run = start(*options, "--output", "killed", cwd=tmp_path, processes=2)
     wait_for_state(run, tmp_path / "killed", 4)
-    signal_group(run, signal.SIGKILL)
-    run.communicate()
+    kill(run)
     out = finish(start("--resume", "killed", "--workers", 0, cwd=tmp_path, processes=2))
     assert "going on with killed after update" in out
     assert_same_run(tmp_path / "two", tmp_path / "killed")

@@ -137,6 +137,6 @@ def test_wrong_input(shards, tmp_path):
     (tmp_path / "test.parquet").write_bytes((shards / "test.parquet").read_bytes())
     with pytest.raises(data.DataError, match=r"train.parquet' cannot be read as parquet"):
         streaming.load_stream([str(tmp_path)])
-    with pytest.raises(data.DataError, match="--streaming: 'digits' is neither"):
+    with pytest.raises(data.DataError, match="--streaming: the digits are in the package"):
         streaming.load_stream(["digits"])
     assert len(list(itertools.islice(shards.iterdir(), 9))) == 5, "nothing is written beside the files"

@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+import psutil
 import torch
 from PIL import Image
 from safetensors.torch import load_file
@@ -54,6 +55,13 @@ def finish(run: subprocess.Popen, code: int = 0) -> str:
 def signal_group(run: subprocess.Popen, number: signal.Signals) -> None:
     """As a terminal or a scheduler does: to the run and to all processes that it has started."""
     os.killpg(run.pid, number)
+
+
+def kill(run: subprocess.Popen) -> None:
+    """SIGKILL to a run and all processes it has started, those in groups of their own, too."""
+    for process in (*psutil.Process(run.pid).children(recursive=True), run):
+        process.kill()
+    run.communicate()
 
 
 def wait_for_state(run: subprocess.Popen, folder: Path, update: int) -> None:

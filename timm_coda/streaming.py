@@ -63,6 +63,8 @@ def load_stream(
     Raises:
         DataError: As `data.load_data`; there are no parquet files, or no split to evaluate on.
     """
+    if list(source) == ["digits"]:
+        raise DataError("--streaming: the digits are in the package; give parquet files or a Hub id")
     files = data._find_files(list(source)) or _hub_files(source[0], subset)
     train_name = data._choose_split(files, train_split, data._TRAIN, "--train-split")
     usual = [name for name in data._EVAL if name != train_name]
