@@ -119,7 +119,7 @@ class Subject:
     _maps: dict[str, np.ndarray] = field(default_factory=dict)
 
     def batches(self, title: str = "") -> Iterator[tuple[slice, Tensor, Tensor]]:
-        """The first `count` images: where they stand, images (B, C, H, W) and true classes (B,); with a progress bar."""
+        """The first `count` images with a progress bar: where they stand, images (B, C, H, W), true classes (B,)."""
         starts = range(0, self.count, self.batch_size)
         for start in progress_bar(starts, title) if title else starts:
             place = slice(start, min(start + self.batch_size, self.count))
