@@ -58,7 +58,7 @@ class InherentAttribution(Attribution):
             ValueError: several inputs, additional arguments, what `explain` refuses.
         """
         images = _only(inputs)
-        if additional_forward_args not in (None, (), (None,)):
+        if additional_forward_args is not None:
             raise ValueError(f"additional_forward_args={additional_forward_args!r}: our models take images alone")
         explanation = explain_colors(self.model, images, _classes(target))
         weights, colors = explanation.weights, explanation.images
