@@ -118,7 +118,9 @@ def test_noise_sensitivity_is_captums(digits):
     noise = torch.stack([metric._noise(image, digits.seed, i) for i, image in enumerate(images)], 0)  # (N, 3, C, H, W)
 
     def explain(inputs, target):
-        return inherent(digits.model, (inputs[0] if isinstance(inputs, tuple) else inputs).clamp(0, 1), target)
+        if isinstance(inputs, tuple):
+            return (inherent(digits.model, *inputs, target),)
+        return inherent(digits.model, inputs.clamp(0, 1), target)
 
     def perturb(inputs, radius):
         return inputs + noise.flatten(0, 1)
