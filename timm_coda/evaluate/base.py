@@ -116,7 +116,7 @@ class Subject:
     seed: int = 42
     folder: Path | None = None
     """Keeps finished maps there, `maps_NAME.npy`, for other metrics and for the next process."""
-    _maps: dict[str, np.ndarray] = field(default_factory=dict)
+    _maps: dict[str, np.ndarray] = field(default_factory=dict, init=False, repr=False)
 
     def batches(self, title: str = "") -> Iterator[tuple[slice, Tensor, Tensor]]:
         """The first `count` images with a progress bar: where they stand, images (B, C, H, W), true classes (B,)."""
