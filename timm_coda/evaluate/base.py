@@ -180,17 +180,33 @@ class Baseline:
 class Metric(Protocol):
     """A score of explainers. The number of samples, and which they are, must not depend on the explainer."""
 
-    name: str
-    """As on the command line and in results.json."""
-    label: str
-    """As in a table or figure."""
-    about: str
-    """A sentence or two: the protocol, its source, and where it differs from it."""
-    unit: str
-    """Of the values."""
-    higher_is_better: bool
-    statistic: str
-    """What stands for all values: 'median' or 'mean'."""
+    @property
+    def name(self) -> str:
+        """As on the command line and in results.json."""
+        ...
+
+    @property
+    def label(self) -> str:
+        """As in a table or figure."""
+        ...
+
+    @property
+    def about(self) -> str:
+        """A sentence or two: the protocol, its source, and where it differs from it."""
+        ...
+
+    @property
+    def unit(self) -> str:
+        """Of the values."""
+        ...
+
+    @property
+    def higher_is_better(self) -> bool: ...
+
+    @property
+    def statistic(self) -> str:
+        """What stands for all values: 'median' or 'mean'."""
+        ...
 
     def baseline(self, subject: Subject) -> Baseline | None:
         """What an uninformed map scores; None if that is not known without measuring: then see the explainer random."""

@@ -1,4 +1,4 @@
-"""Does the model decide by what a map says it decides by? Pixels are taken away, in the map's order, and it is asked."""
+"""Does the model decide by what a map says it decides by? Pixels go in the map's order, and the model is asked."""
 
 from dataclasses import dataclass
 
@@ -68,7 +68,7 @@ def removal_ranks(maps: Tensor, most_first: bool, seed: int) -> Tensor:
     """When each pixel goes, 0 first, (N, H, W); in drawn order where the map has equal numbers."""
     flat = maps.flatten(1)
     drawn = torch.randperm(flat.shape[1], generator=torch.Generator().manual_seed(seed))
-    order = drawn[flat[:, drawn].argsort(1, descending=most_first, stable=True)]
+    order = drawn[torch.sort(flat[:, drawn], dim=1, descending=most_first, stable=True).indices]
     return order.argsort(1).reshape(maps.shape)
 
 
@@ -82,7 +82,7 @@ def remove(encoded: Tensor, ranks: Tensor, count: int, fill: str) -> Tensor:
 class IDSDS:
     """In-domain single deletion score: do the sums of the map over patches rank what the logit loses without each?
 
-    Source: Hesse et al., NeurIPS 2024 (arXiv 2405.02344). They fine-tune the model on images without a patch, so that
+    Source: Hesse et al., NeurIPS 2024. They fine-tune the model on images without a patch, so that
     such images are in its domain; we measure the model as it is.
     """
 
