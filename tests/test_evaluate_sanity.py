@@ -14,7 +14,7 @@ from torch import nn
 from timm_coda import data
 from timm_coda.evaluate import EvaluationError, Explainer, ExplainerError, Subject, sanity
 from timm_coda.evaluate.explainers import make_explainer
-from timm_coda.evaluate.sanity import NoiseSensitivity, Randomisation, Sparseness
+from timm_coda.evaluate.sanity import ContrastiveLocalisation, NoiseSensitivity, Randomisation, Sparseness
 
 
 def explainer(method, name="hand"):
@@ -248,6 +248,50 @@ def test_a_network_whose_maps_break_is_the_explainers_error():
         Randomisation(order="cascading")(subject_of(torch.rand(2, 1, 2, 2), model), explainer(broken))
 
 
+# Contrast ------------------------------------------------------------------------------------------------------------
+
+
+def test_contrast_by_hand():
+    # A grid of 2 x 2 cells of one pixel; class c's map, cells row by row.
+    maps = torch.tensor([[4.0, 0, 0, 0], [1, 2, 0, 0], [0, 0, 0, 6], [0, 0, 0, 3]]).view(1, 4, 2, 2)
+    # 0 - 1: (3, -2, 0, 0): all right, 5 of 5
+    # 1 - 2: (1, 2, 0, -6): 2 in cell 1, nothing in cell 2: 2 of 9
+    # 2 - 3: (0, 0, 0, 3): what is in the second's cell speaks for the first: 0 of 3
+    # 3 - 0: (-4, 0, 0, 3): all right, 7 of 7
+    assert sanity.contrast_in_cells(maps, 2)[0].tolist() == pytest.approx([1, 2 / 9, 0, 1])
+
+
+def test_contrast_of_perfect_equal_and_random_maps():
+    perfect = torch.eye(9).view(1, 9, 3, 3).repeat_interleave(4, 2).repeat_interleave(4, 3)
+    torch.testing.assert_close(sanity.contrast_in_cells(perfect, 3), torch.ones(1, 9, dtype=torch.float64))
+    assert (sanity.contrast_in_cells(perfect.roll(3, 1), 3) == 0).all()  # the row below
+    assert (sanity.contrast_in_cells(perfect[:, :1].expand(1, 9, 12, 12), 3) == 0).all()
+    random = torch.randn(2, 9, 150, 150, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(
+        sanity.contrast_in_cells(random, 3).float(), torch.full((2, 9), 1 / 9), rtol=0.05, atol=0
+    )
+
+
+def test_contrast_is_the_models_own(digits):
+    """The difference of maps is what `explain(versus=)` gives; random maps score the baseline."""
+    metric = ContrastiveLocalisation(grids=2, size=2)
+    images, targets = metric.grids.make(digits, metric.grids.choose(digits))
+    scores = metric(digits, make_explainer("inherent")).values
+    assert scores.shape == targets.shape
+    difference = digits.model.explain(images, targets, versus=targets.roll(-1, 1)).contributions[0].double()
+    for i in range(4):
+        j = (i + 1) % 4
+        own, other = (difference[i, 16 * (c // 2) :][:16, 16 * (c % 2) :][:, :16] for c in (i, j))
+        expected = (own.clamp(min=0).sum() - other.clamp(max=0).sum()) / difference[i].abs().sum()
+        assert scores[0, i] == pytest.approx(expected.item(), rel=1e-3)
+    assert np.median(scores) > 0.5 > metric.baseline(digits).value == 0.25
+
+
+def test_contrast_errors_name_the_mend(digits):
+    with pytest.raises(EvaluationError, match="a grid of 4 x 4 needs 16: take a smaller --grid-size"):
+        ContrastiveLocalisation(grids=2, size=4)(digits, make_explainer("random"))
+
+
 # All -----------------------------------------------------------------------------------------------------------------
 
 
@@ -255,8 +299,9 @@ def test_names_are_distinct_and_texts_say_the_settings(digits):
     metrics = [
         NoiseSensitivity(),
         Sparseness(),
+        ContrastiveLocalisation(),
         *(Randomisation(order=o, similarity=s) for o in ("cascading", "independent") for s in ("spearman", "ssim")),
     ]
     assert len({m.name for m in metrics}) == len({m.label for m in metrics}) == len(metrics)
-    assert "0.02" in metrics[0].about and "at most 10 steps" in metrics[2].about
+    assert "0.02" in metrics[0].about and "at most 10 steps" in metrics[3].about
     assert all(m.baseline(digits).label for m in metrics)

@@ -15,8 +15,9 @@ from torch import Tensor, nn
 
 from ..data import derive_seed
 from .base import Baseline, Curve, EvaluationError, Explainer, Scores, Subject, progress_bar
+from .localisation import GridLocalisation, _check_size
 
-__all__ = ["NoiseSensitivity", "Randomisation", "Sparseness"]
+__all__ = ["ContrastiveLocalisation", "NoiseSensitivity", "Randomisation", "Sparseness"]
 
 
 class NoiseSensitivity:
@@ -141,6 +142,64 @@ class Sparseness:
 
     def __call__(self, subject: Subject, explainer: Explainer) -> Scores:
         return Scores(gini(torch.from_numpy(np.array(subject.maps(explainer)))).numpy())
+
+
+class ContrastiveLocalisation:
+    """On grids of images of different classes: does the difference of two classes' maps point at their two cells?
+
+    The difference of two logits is explained by the difference of their maps: what speaks for one class should lie in
+    its cell, and what speaks for the other in the other's. Each class of a grid is set against the next. A map that
+    does not depend on the class scores 0, however well it finds objects.
+
+    Args:
+        grids: how many grids, at most, chosen as those of grid localisation
+        size: cells a side
+    """
+
+    name = "contrastive_localisation"
+    label = "Contrastive localisation"
+    unit = "share of the difference in the right two cells"
+    higher_is_better = True
+    statistic = "median"
+
+    def __init__(self, *, grids: int = 500, size: int = 3) -> None:
+        self.grids = GridLocalisation(grids, size)
+        self.about = (
+            f"Difference of the maps of two classes on grids of {size} x {size} images, chosen as for grid "
+            "localisation: the share of it that is positive in the first one's cell or negative in the second's. Maps "
+            "that are the same for both score 0."
+        )
+
+    def baseline(self, subject: Subject) -> Baseline:
+        return Baseline(1 / self.grids.size**2, "random map")
+
+    def __call__(self, subject: Subject, explainer: Explainer) -> Scores:
+        grids, size = self.grids.choose(subject), self.grids.size
+        step = max(1, subject.batch_size // size**2)
+        scores = []
+        for start in progress_bar(range(0, len(grids), step), f"{explainer.label}: contrasts"):
+            images, targets = self.grids.make(subject, grids[start : start + step])
+            if start == 0:
+                _check_size(subject, images)
+            scores.append(contrast_in_cells(explainer(subject.model, images, targets), size))
+        return Scores(torch.cat(scores).numpy())
+
+
+def contrast_in_cells(maps: Tensor, size: int) -> Tensor:
+    """Of the difference of each class's map and the next one's, the share with the right sign in the right cell.
+
+    Args:
+        maps: (G, size^2, size * H, size * W), cells row by row; the last class is set against the first
+
+    Returns:
+        (G, size^2); 0 where the two maps are equal
+    """
+    difference = maps.double() - maps.double().roll(-1, 1)
+    cells = difference.unflatten(3, (size, -1)).unflatten(2, (size, -1))  # (G, class, row, H, column, W)
+    signs = (cells.clamp(min=0), cells.clamp(max=0).neg())
+    first, second = (sign.sum((3, 5)).flatten(2) for sign in signs)  # (G, class, cell)
+    right = first.diagonal(dim1=1, dim2=2) + second.roll(1, 1).diagonal(dim1=1, dim2=2).roll(-1, 1)
+    return right / (first + second).sum(2).clamp(min=torch.finfo(torch.float64).tiny)
 
 
 def layer_groups(model: nn.Module, steps: int) -> list[list[str]]:
