@@ -201,22 +201,23 @@ def test_what_is_initialised_anew(order, expected):
     assert scores.curve.y.shape == (2, 3) and (scores.curve.y == 1).all() and (scores.values == 1).all()
 
 
-def test_the_mean_leaves_out_the_trained_network():
+@pytest.mark.parametrize("changed, alike", [([2.0, 1, 4, 3], 0.6), ([-1.0, -2, -3, -4], 1)], ids=["other", "turned"])
+def test_the_mean_leaves_out_the_trained_network(changed, alike):
     model = Two().eval()
     learned = model.second.weight.item()
 
-    def turned(net, images, targets):  # turns the map around once the classifier is another
-        return images[:, :1] * (1 if net.second.weight.item() == learned else -1)
+    def dependent(net, images, targets):  # another map once the classifier is another
+        values = torch.tensor([1.0, 2, 3, 4] if net.second.weight.item() == learned else changed)
+        return values.view(1, 1, 2, 2).expand(len(images), 1, 2, 2)
 
-    images = torch.rand(3, 1, 2, 2)
     cascading, independent = (
-        Randomisation(order=order)(subject_of(images, model), explainer(turned))
+        Randomisation(order=order)(subject_of(torch.rand(3, 1, 2, 2), model), explainer(dependent))
         for order in ("cascading", "independent")
     )
-    np.testing.assert_allclose(cascading.curve.y, [[1, -1, -1]] * 3)
-    np.testing.assert_allclose(independent.curve.y, [[1, -1, 1]] * 3)
-    np.testing.assert_allclose(cascading.values, -1)
-    np.testing.assert_allclose(independent.values, 0, atol=1e-6)
+    np.testing.assert_allclose(cascading.curve.y, [[1, alike, alike]] * 3, rtol=1e-6)
+    np.testing.assert_allclose(independent.curve.y, [[1, alike, 1]] * 3, rtol=1e-6)
+    np.testing.assert_allclose(cascading.values, alike, rtol=1e-6)
+    np.testing.assert_allclose(independent.values, (alike + 1) / 2, rtol=1e-6)
 
 
 @pytest.mark.parametrize("similarity", ["spearman", "ssim"])

@@ -70,7 +70,8 @@ class NoiseSensitivity:
 class Randomisation:
     """How alike maps are to those of the same network with layers initialised anew (Adebayo et al., NeurIPS 2018).
 
-    The network is copied; the subject's is not touched.
+    The network is copied; the subject's is not touched. Absolute similarities: a map that only turns its sign around
+    still shows the same.
 
     Args:
         order: 'cascading' starts at the classifier and goes on down, until nothing learned is left; 'independent'
@@ -80,7 +81,7 @@ class Randomisation:
         images: at most so many, the first ones
     """
 
-    unit = "similarity to the map of the trained network"
+    unit = "absolute similarity to the trained network's map"
     higher_is_better = False
     statistic = "mean"
 
@@ -98,8 +99,8 @@ class Randomisation:
         self.label = f"Randomisation, {order}" + ("" if similarity == "spearman" else f", {measure}")
         parts = "from the classifier down" if order == "cascading" else "one part at a time"
         self.about = (
-            f"Layers are initialised anew, {parts}, in at most {steps} steps; mean {measure} of the signed maps with "
-            f"those of the trained network, first {images} images (Adebayo et al., NeurIPS 2018). Maps that do not "
+            f"Layers are initialised anew, {parts}, in at most {steps} steps; mean absolute {measure} of the signed "
+            f"maps with those of the trained network, first {images} images (Adebayo et al., NeurIPS 2018). Maps that do not "
             "depend on what was learned score 1."
         )
 
@@ -118,7 +119,7 @@ class Randomisation:
                 model.load_state_dict(original)
             reset_layers(model, part, derive_seed(subject.seed, step))
             changed = torch.cat([explainer(model, *batch) for batch in batches])
-            scores.append(self.similarity(maps, changed))
+            scores.append(self.similarity(maps, changed).abs())
         curve = torch.stack(scores, 1).numpy()
         label = "parts initialised anew" if self.order == "cascading" else "part initialised anew"
         return Scores(curve[:, 1:].mean(1), Curve(np.arange(len(scores)), curve, label, self.unit))
