@@ -100,8 +100,8 @@ class Randomisation:
         parts = "from the classifier down" if order == "cascading" else "one part at a time"
         self.about = (
             f"Layers are initialised anew, {parts}, in at most {steps} steps; mean absolute {measure} of the signed "
-            f"maps with those of the trained network, first {images} images (Adebayo et al., NeurIPS 2018). Maps that do not "
-            "depend on what was learned score 1."
+            f"maps with those of the trained network, first {images} images (Adebayo et al., NeurIPS 2018). Maps that "
+            "do not depend on what was learned score 1."
         )
 
     def baseline(self, subject: Subject) -> Baseline:
