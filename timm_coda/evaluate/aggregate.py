@@ -61,7 +61,7 @@ class Aggregate:
 def aggregate(subject: Subject, *, classes: Sequence[int] | None = None, layer: str | None = None) -> Aggregate:
     """Mean explanations of the true classes of a subject's first `count` images, right or wrong predicted.
 
-    Images go through the model once, `batch_size` at a time, and only sums are kept: 64 bytes a pixel and class.
+    Images go through the model `batch_size` at a time, and only sums are kept: 64 bytes a pixel of each class.
 
     Args:
         subject: one of our models with labelled images of one size
@@ -140,12 +140,12 @@ def figure(result: Aggregate, *, max_rows: int = 10, max_channels: int = 8) -> "
 
     rows = min(len(result.classes), max_rows)
     height, width = (v._PANEL * side / max(result.contributions.shape[1:]) for side in result.contributions.shape[1:])
-    row_height = max(height, 0.8 * v._PANEL)
+    tall = max(height, 0.8)  # what a scale needs
     pitch, scale = v._PITCH, 0.75  # inches of a picture, and of a scale beside it
     # Left edges of: mean image, contributions, their colours, the layer's positions, its channels.
     left = np.cumsum([v._GAP, pitch, pitch + scale, pitch, pitch + scale])
     page_width = left[3] if result.layer is None else left[4] + pitch
-    page = v._Page(page_width, 0.35 + rows * (row_height + 0.55) + 0.2 * (rows < len(result.classes)))
+    page = v._Page(page_width, 0.35 + rows * (tall + 0.55) + 0.2 * (rows < len(result.classes)))
     captions = ["mean image", "mean contributions", "colours of the evidence"]
     if result.layer is not None:
         captions += [f"positions of {result.layer}", f"channels of {result.layer}"]
@@ -154,7 +154,7 @@ def figure(result: Aggregate, *, max_rows: int = 10, max_channels: int = 8) -> "
     limit = v.color_limit(result.contributions[:rows])
     inner_limit = 1.0 if result.positions is None else v.color_limit(result.positions[:rows])
     for k in range(rows):
-        top = 0.5 + k * (row_height + 0.55)
+        top = 0.5 + k * (tall + 0.55)
         number = int(result.classes[k])
         name = result.label_names[number] if number < len(result.label_names) else f"class {number}"
         page.text(left[0], top - 0.07, name, size=9, weight="bold")
@@ -164,13 +164,13 @@ def figure(result: Aggregate, *, max_rows: int = 10, max_channels: int = 8) -> "
         total = result.contributions[k].sum()
         shown = f"logit {result.values[k]:.2f} = bias {result.bias:.2f} {'-' if total < 0 else '+'} {abs(total):.2f}"
         page.text(left[1], top + height + 0.15, shown, shrink=True)
-        v._draw_scale(page, left[1] + width + 0.14, top, max(height, 0.8), limit, "contribution (logit)")
+        v._draw_scale(page, left[1] + width + 0.14, top, tall, limit, "contribution (logit)")
         colors = v._pictures(result.colors[k])
         page.picture(_on_grey(colors, result.evidence[k] / limit), left[2], top, width, height)
         if result.positions is not None:
             page.picture(v.heatmap(result.positions[k], limit=inner_limit), left[3], top, width, height)
-            v._draw_scale(page, left[3] + width + 0.14, top, max(height, 0.8), inner_limit, "contribution (logit)")
-            _draw_channels(page, left[4], top, height, result, k, max_channels)
+            v._draw_scale(page, left[3] + width + 0.14, top, tall, inner_limit, "contribution (logit)")
+            _draw_channels(page, left[4], top, tall, result, k, max_channels)
     if rows < len(result.classes):
         page.text(v._GAP, page.height - 0.1, f"first {rows} of {len(result.classes)} classes", color=v._GREY)
     return page.figure
@@ -196,7 +196,7 @@ def _draw_channels(page: "_Page", x: float, y: float, height: float, result: Agg
         color = "#b2182b" if value > 0 else "#2166ac"
         page.text(x, line, f"{number}", width=0.22)
         page.box(min(end, zero), line - 0.4 * step, abs(end - zero), 0.5 * step, facecolor=color, linewidth=0)
-        page.text(x + v._PANEL, line, f"{value:.2f}", width=0.28, ha="right", shrink=True)
+        page.text(x + v._PANEL, line, f"{value:.2g}", width=0.28, ha="right", shrink=True)
         if len(result.classes) > 1:
             page.box(tick, line - 0.5 * step, 0, 0.7 * step, edgecolor=v._INK, linewidth=0.8)
     page.box(places[2, 0].item(), y, 0, height, edgecolor=v._GREY, linewidth=0.5)

@@ -142,7 +142,9 @@ class Sparseness:
         return Baseline(2**0.5 - 1, "random map")  # the Gini index of absolute values of normally distributed numbers
 
     def __call__(self, subject: Subject, explainer: Explainer) -> Scores:
-        return Scores(gini(torch.from_numpy(np.array(subject.maps(explainer)))).numpy())
+        maps, step = subject.maps(explainer), subject.batch_size  # may lie in a file, so a part at a time
+        scores = [gini(torch.from_numpy(np.array(maps[start : start + step]))) for start in range(0, len(maps), step)]
+        return Scores(torch.cat(scores).numpy())
 
 
 class ContrastiveLocalisation:
