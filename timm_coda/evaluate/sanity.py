@@ -44,7 +44,7 @@ class NoiseSensitivity:
         )
 
     def baseline(self, subject: Subject) -> Baseline:
-        return Baseline(2**0.5, "new random map each time")
+        return Baseline(2**0.5, "random map")
 
     def __call__(self, subject: Subject, explainer: Explainer) -> Scores:
         few = replace(subject, count=min(self.images, subject.count))
