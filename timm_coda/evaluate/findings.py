@@ -8,9 +8,11 @@ from typing import Any
 
 import numpy as np
 
+from .base import EvaluationError
+
 
 @dataclass(frozen=True)
-class Score:
+class Entry:
     """What one explainer got in one metric."""
 
     explainer: str
@@ -19,14 +21,14 @@ class Score:
     values: np.ndarray  # (samples,), without those that have no number
     curve: dict[str, Any] | None
 
-    def overlaps(self, other: "Score") -> bool:
+    def overlaps(self, other: "Entry") -> bool:
         """True if the two intervals have a number in common."""
         return self.interval[0] <= other.interval[1] and other.interval[0] <= self.interval[1]
 
 
 @dataclass(frozen=True)
-class Metric:
-    """All scores of one metric, the best first, and the explainers that have none with the reason."""
+class Ranking:
+    """All entries of one metric, the best first, and the explainers that have none with the reason."""
 
     name: str
     label: str
@@ -35,12 +37,12 @@ class Metric:
     statistic: str
     higher_is_better: bool
     baseline: dict[str, Any] | None
-    scores: list[Score]
+    entries: list[Entry]
     failed: dict[str, str]
 
-    def score(self, explainer: str) -> Score | None:
-        """The score of an explainer; None if it has none."""
-        return next((score for score in self.scores if score.explainer == explainer), None)
+    def entry(self, explainer: str) -> Entry | None:
+        """The entry of an explainer; None if it has none."""
+        return next((entry for entry in self.entries if entry.explainer == explainer), None)
 
 
 @dataclass(frozen=True)
@@ -53,7 +55,7 @@ class Findings:
     """
 
     results: dict[str, Any]
-    metrics: list[Metric]
+    rankings: list[Ranking]
     examples: dict[str, np.ndarray]
     grid: dict[str, np.ndarray]
 
@@ -74,22 +76,22 @@ def read_findings(folder: Path) -> Findings:
     """Read the output folder of `timm-coda evaluate`.
 
     Raises:
-        ValueError: There are no results in it, or they cannot be read.
+        EvaluationError: There are no results in it, or they cannot be read.
     """
     path = Path(folder) / "results.json"
     if not path.is_file():
-        raise ValueError(f"{folder} has no results.json: first run timm-coda evaluate --output {folder}")
+        raise EvaluationError(f"{folder} has no results.json: first run timm-coda evaluate --output {folder}")
     try:
         results = json.loads(path.read_text(encoding="utf-8"))
-        metrics = [_metric(name, entry) for name, entry in results["metrics"].items()]
+        rankings = [_ranking(name, entry) for name, entry in results["metrics"].items()]
         examples, grid = (_arrays(path.parent / "arrays" / name) for name in ("examples.npz", "grid.npz"))
     except (KeyError, TypeError, json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} cannot be read ({type(error).__name__}: {error}): evaluate again") from error
-    return Findings(results, metrics, examples, grid)
+        raise EvaluationError(f"{path} cannot be read ({type(error).__name__}: {error}): evaluate again") from error
+    return Findings(results, rankings, examples, grid)
 
 
 def number(value: float) -> str:
-    """Three significant digits, but never an exponent for what a metric may give; a real minus sign."""
+    """Three significant digits, at most three decimals, a real minus sign; an exponent only for extremes."""
     if value == 0:
         return "0"
     digits = 2 - math.floor(math.log10(abs(value)))
@@ -101,12 +103,12 @@ def interval(bounds: tuple[float, float]) -> str:
     return f"{number(bounds[0])} to {number(bounds[1])}"
 
 
-def in_words(metric: Metric, findings: Findings) -> str:
+def in_words(ranking: Ranking, findings: Findings) -> str:
     """Who is first in a metric, by how much, and whether that could be chance."""
-    if not metric.scores:
+    if not ranking.entries:
         return "Every explainer failed."
-    first, *others = metric.scores
-    label, word = findings.label, metric.statistic
+    first, *others = ranking.entries
+    label, word = findings.label, ranking.statistic
     if not others:
         shown = f"{word} {number(first.value)}, 95 % interval {interval(first.interval)}"
         text = f"{label(first.explainer)} is the only one measured ({shown})."
@@ -122,19 +124,19 @@ def in_words(metric: Metric, findings: Findings) -> str:
             if first.overlaps(second)
             else "The intervals do not overlap."
         )
-    if metric.baseline:
-        level = metric.baseline["value"]
-        beaten = first.interval[0] > level if metric.higher_is_better else first.interval[1] < level
-        where = "is worse" if beaten else "is not clearly worse"
-        text += f" The baseline, {metric.baseline['label']}, {where} ({number(level)})."
+    if ranking.baseline:
+        level = ranking.baseline["value"]
+        beaten = first.interval[0] > level if ranking.higher_is_better else first.interval[1] < level
+        verdict = "clearly better" if beaten else "not clearly better"
+        text += f" The baseline, {ranking.baseline['label']}, is at {number(level)}: the first is {verdict}."
     return text
 
 
 def headline(findings: Findings, explainer: str) -> str:
     """In how many metrics an explainer is first, and in how many of them beyond doubt."""
-    compared = [metric for metric in findings.metrics if len(metric.scores) > 1 and metric.score(explainer)]
-    first = [metric for metric in compared if metric.scores[0].explainer == explainer]
-    clear = [metric for metric in first if not metric.scores[0].overlaps(metric.scores[1])]
+    compared = [ranking for ranking in findings.rankings if len(ranking.entries) > 1 and ranking.entry(explainer)]
+    first = [ranking for ranking in compared if ranking.entries[0].explainer == explainer]
+    clear = [ranking for ranking in first if not ranking.entries[0].overlaps(ranking.entries[1])]
     if not compared:
         return ""
     count = f"{len(first)} of {len(compared)} metric{'s' if len(compared) > 1 else ''}"
@@ -148,8 +150,8 @@ def headline(findings: Findings, explainer: str) -> str:
     return f"{name} is first in {count}; in {which} of them its interval does not overlap with that of the second."
 
 
-def _metric(name: str, entry: dict[str, Any]) -> Metric:
-    scores, failed = [], {}
+def _ranking(name: str, entry: dict[str, Any]) -> Ranking:
+    entries, failed = [], {}
     for explainer, found in entry["explainers"].items():
         value = found.get(entry["statistic"])
         if "error" in found:
@@ -157,13 +159,13 @@ def _metric(name: str, entry: dict[str, Any]) -> Metric:
         elif value is None or not math.isfinite(value):
             failed[explainer] = "no sample gave a number"
         else:
-            values = np.array(found["values"], dtype=np.float64)  # null becomes NaN
+            values = np.array(found["values"], dtype=np.float64).ravel()  # null becomes NaN
             low, high = found["interval"]
-            scores.append(Score(explainer, value, (low, high), values[np.isfinite(values)], found["curve"]))
+            entries.append(Entry(explainer, value, (low, high), values[np.isfinite(values)], found["curve"]))
     higher = entry["higher_is_better"]
-    scores.sort(key=lambda score: -score.value if higher else score.value)
+    entries.sort(key=lambda entry: -entry.value if higher else entry.value)
     about = {key: entry[key] for key in ("label", "about", "unit", "statistic", "higher_is_better", "baseline")}
-    return Metric(name=name, scores=scores, failed=failed, **about)
+    return Ranking(name=name, entries=entries, failed=failed, **about)
 
 
 def _arrays(path: Path) -> dict[str, np.ndarray]:

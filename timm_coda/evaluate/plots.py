@@ -13,14 +13,14 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ..visualize import color_limit, heatmap, save_figure
-from .findings import Findings, Metric, number, read_findings
+from .findings import Findings, Ranking, number, read_findings
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-COLUMN, PAGE = 3.4, 7.0  # inches: one column and both columns of a paper
-SMALL, LARGE = 7.0, 9.0  # points, as in visualize.figure
+COLUMN, PAGE, PAGE_HEIGHT = 3.4, 7.0, 8.6  # inches: one column of a paper, both, and what leaves room for a caption
+TEXT, LINE = 7.0, 0.12  # points, as in visualize.figure, and inches from one line to the next
 FONT = "DejaVu Sans"  # matplotlib ships it, so it is everywhere
 MAX_EXAMPLES = 8  # more would be too small on a page
 _DASHES = ("-", (0, (4, 1.5)), (0, (1, 1.2)))
@@ -52,7 +52,7 @@ def write_plots(folder: Path) -> list[Path]:
         maps.
 
     Raises:
-        ValueError: There are no results in the folder.
+        EvaluationError: There are no results in the folder.
         ImportError: matplotlib is missing.
     """
     findings, written = read_findings(folder), []
@@ -66,12 +66,12 @@ def write_plots(folder: Path) -> list[Path]:
 def draw_plots(findings: Findings, theme: Theme) -> dict[str, "Figure"]:
     """All plots of an evaluation by the names of their files, without a suffix."""
     plots = {}
-    for metric in findings.metrics:
-        name = re.sub(r"\W", "_", metric.name)
-        if metric.scores:
-            plots[name] = draw_boxes(metric, findings, theme)
-        if any(score.curve for score in metric.scores):
-            plots[f"{name}-curve"] = draw_curves(metric, findings, theme)
+    for ranking in findings.rankings:
+        name = re.sub(r"\W", "_", ranking.name)
+        if ranking.entries:
+            plots[name] = draw_boxes(ranking, findings, theme)
+        if any(entry.curve for entry in ranking.entries):
+            plots[f"{name}-curve"] = draw_curves(ranking, findings, theme)
     if findings.maps(findings.examples):
         plots["examples"] = draw_examples(findings, theme)
     if findings.maps(findings.grid):
@@ -79,62 +79,65 @@ def draw_plots(findings: Findings, theme: Theme) -> dict[str, "Figure"]:
     return plots
 
 
-def draw_boxes(metric: Metric, findings: Findings, theme: Theme) -> "Figure":
+def draw_boxes(ranking: Ranking, findings: Findings, theme: Theme) -> "Figure":
     """A row for each explainer, the best on top.
 
     Box: the middle half of the samples; its line: their median; whiskers: from 5 % to 95 % of them; dot and bar: the
     metric's statistic with its 95 % interval; dashed: the baseline.
     """
-    rows = [score.explainer for score in metric.scores] + list(metric.failed)
-    figure, axes = _column(0.72 + 0.2 * len(rows) + 0.14 * len(_wrap(metric.label, COLUMN, LARGE)), theme)
-    _title(figure, metric.label, theme)
-    if metric.baseline:
-        axes.axvline(metric.baseline["value"], color=theme.grey, linewidth=0.8, linestyle=_DASHES[1], zorder=0)
-    for row, score in enumerate(metric.scores):
-        color, _ = _look(score.explainer, findings, theme)
-        low, first, median, third, high = np.percentile(score.values, (5, 25, 50, 75, 95))
+    rows = [entry.explainer for entry in ranking.entries] + list(ranking.failed)
+    names = [_wrap(findings.label(name), 1.2, TEXT) for name in rows]
+    better = "more is better" if ranking.higher_is_better else "less is better"
+    note = f"{ranking.unit} ({better})"
+    if ranking.baseline:
+        note += f"; dashed: {ranking.baseline['label']}, {number(ranking.baseline['value'])}"
+    notes = _wrap(note, COLUMN, TEXT)
+    figure, axes = _column(0.4 + LINE * len(notes) + (LINE * max(map(len, names)) + 0.08) * len(rows), theme)
+    if ranking.baseline:
+        axes.axvline(ranking.baseline["value"], color=theme.grey, linewidth=0.8, linestyle=_DASHES[1], zorder=0)
+    for row, entry in enumerate(ranking.entries):
+        color, _ = _look(entry.explainer, findings, theme)
+        low, first, median, third, high = np.percentile(entry.values, (5, 25, 50, 75, 95))
         axes.plot([low, high], [row, row], color=color, linewidth=0.8, solid_capstyle="butt")
         axes.barh(row, third - first, left=first, height=0.56, facecolor=theme.paper)
         axes.barh(row, third - first, left=first, height=0.56, facecolor=(color, 0.22), edgecolor=color, linewidth=0.8)
         axes.plot([median, median], [row - 0.28, row + 0.28], color=color, linewidth=1.4, solid_capstyle="butt")
-        axes.plot(score.interval, [row, row], color=theme.ink, linewidth=1.6, solid_capstyle="butt")
-        axes.plot(score.value, row, "o", color=theme.ink, markersize=3, markeredgewidth=0)
-        shown = number(score.value)
-        axes.text(1.02, row, shown, transform=axes.get_yaxis_transform(), va="center", fontsize=SMALL, color=theme.ink)
-    for row in range(len(metric.scores), len(rows)):
-        where = {"transform": axes.get_yaxis_transform(), "va": "center"}
-        axes.text(1.02, row, "failed", fontsize=SMALL, color=theme.grey, **where)
-    axes.set_yticks(range(len(rows)), [findings.label(name) for name in rows])
+        axes.plot(entry.interval, [row, row], color=theme.ink, linewidth=1.6, solid_capstyle="butt")
+        axes.plot(entry.value, row, "o", color=theme.ink, markersize=3, markeredgewidth=0)
+    side = {"transform": axes.get_yaxis_transform(), "va": "center_baseline", "fontsize": TEXT}
+    for row in range(len(rows)):
+        entry = ranking.entries[row] if row < len(ranking.entries) else None
+        text, color = (number(entry.value), theme.ink) if entry else ("failed", theme.grey)
+        axes.text(1.02, row, text, color=color, **side)
+    axes.set_yticks(range(len(rows)), ["\n".join(lines) for lines in names])
     axes.set_ylim(len(rows) - 0.4, -0.6)
     axes.tick_params(axis="y", length=0)
     axes.spines["left"].set_visible(False)
-    better = "more is better" if metric.higher_is_better else "less is better"
-    note = f"{metric.unit} ({better})"
-    if metric.baseline:
-        note += f"; dashed: {metric.baseline['label']}, {number(metric.baseline['value'])}"
-    figure.supxlabel("\n".join(_wrap(note, COLUMN, SMALL)), fontsize=SMALL, color=theme.grey)
+    figure.supxlabel("\n".join(notes), fontsize=TEXT, color=theme.grey)
     return _finish(figure)
 
 
-def draw_curves(metric: Metric, findings: Findings, theme: Theme) -> "Figure":
+def draw_curves(ranking: Ranking, findings: Findings, theme: Theme) -> "Figure":
     """A line for each explainer that has a curve, the mean over the images, in its band."""
-    shown = [(score, score.curve) for score in metric.scores if score.curve]
-    figure, axes = _column(2.3 + 0.14 * ((len(shown) + 1) // 2 + len(_wrap(metric.label, COLUMN, LARGE))), theme)
-    _title(figure, metric.label, theme)
-    for score, curve in reversed(shown):  # the best on top
-        color, dashes = _look(score.explainer, findings, theme)
+    shown = [(entry, entry.curve) for entry in ranking.entries if entry.curve]
+    names = ["\n".join(_wrap(findings.label(entry.explainer), 1.3, TEXT)) for entry, _ in shown]
+    lines = max(name.count("\n") + 1 for name in names)
+    figure, axes = _column(2.3 + (LINE * lines + 0.03) * ((len(shown) + 1) // 2), theme)
+    for entry, curve in reversed(shown):  # the best on top
+        color, _ = _look(entry.explainer, findings, theme)
         axes.fill_between(curve["x"], curve["low"], curve["high"], color=color, alpha=0.15, linewidth=0)
-    for order, (score, curve) in enumerate(shown):
-        color, dashes = _look(score.explainer, findings, theme)
+    for order, (entry, curve) in enumerate(shown):
+        color, dashes = _look(entry.explainer, findings, theme)
         style = {"linestyle": dashes, "linewidth": 1.2, "zorder": 4 - order / len(shown)}
-        axes.plot(curve["x"], curve["mean"], color=color, label=findings.label(score.explainer), **style)
+        axes.plot(curve["x"], curve["mean"], color=color, label=names[order], **style)
     curve = shown[0][1]
     axes.set_xlim(min(curve["x"]), max(curve["x"]))
-    axes.set_xlabel("\n".join(_wrap(curve["x_label"], 0.8 * COLUMN, SMALL)), fontsize=SMALL, color=theme.ink)
-    axes.set_ylabel("\n".join(_wrap(curve["y_label"], 1.6, SMALL)), fontsize=SMALL, color=theme.ink)
+    axes.locator_params(axis="both", nbins=5)
+    axes.set_xlabel("\n".join(_wrap(curve["x_label"], 0.8 * COLUMN, TEXT)), fontsize=TEXT, color=theme.ink)
+    axes.set_ylabel("\n".join(_wrap(curve["y_label"], 1.6, TEXT)), fontsize=TEXT, color=theme.ink)
     axes.grid(color=theme.grey, alpha=0.25, linewidth=0.5)
     layout = {"loc": "outside lower center", "ncols": 2, "handlelength": 2.4, "columnspacing": 1.2}
-    legend = figure.legend(prop={"family": FONT, "size": SMALL}, labelcolor=theme.ink, frameon=False, **layout)
+    legend = figure.legend(prop={"family": FONT, "size": TEXT}, labelcolor=theme.ink, frameon=False, **layout)
     legend.set_zorder(5)
     return _finish(figure)
 
@@ -167,16 +170,17 @@ def draw_grid(findings: Findings, theme: Theme) -> "Figure":
 def _draw_rows(rows: dict[str, list[np.ndarray]], heads: list[str], theme: Theme, side: int = 0) -> "Figure":
     """Pictures in rows with their names to the left and headings on top; `side` cells a side, number i framed in i."""
     columns, gap, names_width = len(heads), 0.06, 1.15
-    width = min(1.0, (PAGE - names_width) / columns - gap)
-    height = width * rows["Image"][0].shape[0] / rows["Image"][0].shape[1]
+    aspect = rows["Image"][0].shape[0] / rows["Image"][0].shape[1]
+    width = min(1.0, (PAGE - names_width) / columns - gap, (PAGE_HEIGHT / len(rows) - gap) / aspect)
+    height = aspect * width
     lines = [[line for part in head.split("\n") for line in _wrap(part, width, 6)] for head in heads]
     top = 0.08 + 0.115 * max(map(len, lines))
-    total = names_width + columns * (width + gap), top + len(rows) * (height + gap)
+    total = names_width + columns * (width + gap), top + len(rows) * (height + gap) + 0.2
     figure = _figure(*total, theme)
     for row, (name, pictures) in enumerate(rows.items()):
         y = top + row * (height + gap)
-        text = "\n".join(_wrap(name, names_width - 0.1, SMALL))
-        figure.text(0.05 / total[0], 1 - (y + height / 2) / total[1], text, va="center", fontsize=SMALL)
+        text = "\n".join(_wrap(name, names_width - 0.1, TEXT))
+        figure.text(0.05 / total[0], 1 - (y + height / 2) / total[1], text, va="center", fontsize=TEXT, color=theme.ink)
         for column, pixels in enumerate(pictures):
             x = names_width + column * (width + gap)
             box = (x / total[0], 1 - (y + height) / total[1], width / total[0], height / total[1])
@@ -188,8 +192,8 @@ def _draw_rows(rows: dict[str, list[np.ndarray]], heads: list[str], theme: Theme
                 _frame_cell(axes, pixels, column, side)
             if row == 0:
                 axes.set_title("\n".join(lines[column]), fontsize=6, color=theme.ink, pad=3, linespacing=1.1)
-    for text in figure.texts:
-        text.set_color(theme.ink)
+    key = names_width / total[0], 0.07 / total[1]
+    figure.text(*key, "red: for the class · blue: against", fontsize=6, color=theme.grey)
     return _finish(figure)
 
 
@@ -218,14 +222,9 @@ def _column(height: float, theme: Theme) -> tuple["Figure", "Axes"]:
     axes = figure.add_subplot(facecolor="none")
     axes.spines[["top", "right"]].set_visible(False)
     axes.spines[["left", "bottom"]].set(color=theme.grey, linewidth=0.6)
-    ticks = {"labelsize": SMALL, "labelfontfamily": FONT, "labelcolor": theme.ink, "color": theme.grey}
+    ticks = {"labelsize": TEXT, "labelfontfamily": FONT, "labelcolor": theme.ink, "color": theme.grey}
     axes.tick_params(width=0.6, length=2.5, **ticks)
     return figure, axes
-
-
-def _title(figure: "Figure", text: str, theme: Theme) -> None:
-    lines = "\n".join(_wrap(text, 0.9 * COLUMN, LARGE))
-    figure.suptitle(lines, x=0.02, ha="left", fontsize=LARGE, fontweight="bold", color=theme.ink)
 
 
 def _look(explainer: str, findings: Findings, theme: Theme) -> tuple[str, object]:
