@@ -1,4 +1,4 @@
-"""Evidence for explanations: explainers behind one protocol, metrics, and an evaluation that can be killed and go on."""
+"""Evidence for explanations: explainers and metrics behind two small protocols, and a run of them that can go on."""
 
 from .base import Baseline, Curve, EvaluationError, Explainer, ExplainerError, Metric, Scores, Subject
 

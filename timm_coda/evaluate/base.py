@@ -116,10 +116,10 @@ class Subject:
     seed: int = 42
     folder: Path | None = None
     """Keeps finished maps there, `maps_NAME.npy`, for other metrics and for the next process."""
-    _maps: dict[str, np.ndarray] = field(default_factory=dict)
+    _maps: dict[str, np.ndarray] = field(default_factory=dict, init=False, repr=False)
 
     def batches(self, title: str = "") -> Iterator[tuple[slice, Tensor, Tensor]]:
-        """The first `count` images: where they stand, images (B, C, H, W) and true classes (B,); with a progress bar."""
+        """The first `count` images with a progress bar: where they stand, images (B, C, H, W), true classes (B,)."""
         starts = range(0, self.count, self.batch_size)
         for start in progress_bar(starts, title) if title else starts:
             place = slice(start, min(start + self.batch_size, self.count))
@@ -180,17 +180,33 @@ class Baseline:
 class Metric(Protocol):
     """A score of explainers. The number of samples, and which they are, must not depend on the explainer."""
 
-    name: str
-    """As on the command line and in results.json."""
-    label: str
-    """As in a table or figure."""
-    about: str
-    """A sentence or two: the protocol, its source, and where it differs from it."""
-    unit: str
-    """Of the values."""
-    higher_is_better: bool
-    statistic: str
-    """What stands for all values: 'median' or 'mean'."""
+    @property
+    def name(self) -> str:
+        """As on the command line and in results.json."""
+        ...
+
+    @property
+    def label(self) -> str:
+        """As in a table or figure."""
+        ...
+
+    @property
+    def about(self) -> str:
+        """A sentence or two: the protocol, its source, and where it differs from it."""
+        ...
+
+    @property
+    def unit(self) -> str:
+        """Of the values."""
+        ...
+
+    @property
+    def higher_is_better(self) -> bool: ...
+
+    @property
+    def statistic(self) -> str:
+        """What stands for all values: 'median' or 'mean'."""
+        ...
 
     def baseline(self, subject: Subject) -> Baseline | None:
         """What an uninformed map scores; None if that is not known without measuring: then see the explainer random."""
