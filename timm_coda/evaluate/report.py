@@ -90,12 +90,13 @@ def _cells(explainer: str, findings: Findings) -> list[dict[str, Any]]:
 
 
 def _failures(findings: Findings) -> list[tuple[str, str, str]]:
-    """Explainer, reason, and the metrics it failed in."""
-    found: dict[tuple[str, str], list[str]] = {}
+    """Explainers, the metrics they failed in, and the reason; those with the same reason together."""
+    found: dict[str, tuple[dict[str, None], dict[str, None]]] = {}
     for ranking in findings.rankings:
         for name, reason in ranking.failed.items():
-            found.setdefault((findings.label(name), reason), []).append(ranking.label)
-    return [(label, reason, ", ".join(metrics)) for (label, reason), metrics in found.items()]
+            labels, metrics = found.setdefault(reason, ({}, {}))
+            labels[findings.label(name)] = metrics[ranking.label] = None
+    return [(", ".join(labels), ", ".join(metrics), reason) for reason, (labels, metrics) in found.items()]
 
 
 def _metrics(findings: Findings) -> list[dict[str, Any]]:
