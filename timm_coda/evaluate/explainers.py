@@ -19,7 +19,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..data import derive_seed
 from ..explain import explain
 from .base import EvaluationError, Explainer, ExplainerError
 
@@ -197,7 +196,7 @@ def _fingerprint(image: Tensor) -> int:
 def _seeded(device: torch.device, *key: int) -> Iterator[None]:
     """Seeds torch, and puts back its states at the end."""
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
-        torch.manual_seed(derive_seed(*key))
+        torch.manual_seed(int(np.random.SeedSequence(key).generate_state(1)[0]))
         yield
 
 
