@@ -66,20 +66,18 @@ def test_words_say_whether_it_may_be_chance(tmp_path):
     clear = {"a": found([1, 2], 1, 2), "b": found([4, 5], 4, 5)}
     findings = findings_of(tmp_path, clear, baseline=baseline)
     assert in_words(findings.rankings[0], findings) == (
-        "b is first (mean 4.50, 95 % interval 4.00 to 5.00), a second (1.50, 1.00 to 2.00). The intervals do not "
-        "overlap. The baseline, uniform map, is at 3.00: the first is clearly better."
+        "b is first (mean 4.50, 95 % interval 4.00 to 5.00), a second (1.50, 1.00 to 2.00). The intervals lie "
+        "apart. The baseline, uniform map, is at 3.00: the first is clearly better."
     )
-    assert (
-        headline(findings, "b") == "b is first in 1 of 1 metric; its interval does not overlap with that of the second."
-    )
+    assert headline(findings, "b") == "b is first in 1 of 1 metric, with an interval apart from that of the second."
     assert headline(findings, "a") == "a is first in none of 1 metric."
     assert headline(findings, "c") == ""
 
     doubtful = clear | {"b": found([4, 5], 2, 5)}
     findings = findings_of(tmp_path, doubtful, baseline=baseline)
     words = in_words(findings.rankings[0], findings)
-    assert "The intervals overlap: the order of the two may be chance." in words and "not clearly better" in words
-    assert headline(findings, "b") == "b is first in 1 of 1 metric; but its interval overlaps with that of the second."
+    assert "The intervals overlap: their order may be chance." in words and "not clearly better" in words
+    assert headline(findings, "b") == "b is first in 1 of 1 metric, but its interval overlaps with that of the second."
 
     findings = findings_of(tmp_path, {"a": clear["a"]}, statistic="median")
     assert in_words(findings.rankings[0], findings) == (

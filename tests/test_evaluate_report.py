@@ -69,9 +69,7 @@ def test_all_is_in_it(folder, report):
     assert results["command"] in page.text
     for fact in ("seed 42", "grid size 2", f"torch {results['environment']['torch']}"):
         assert fact in page.text
-    assert (
-        "Kernel SHAP (Grid localisation, Pixel removal, most important first): ValueError: <b>3 channels" in page.text
-    )
+    assert "Kernel SHAP (every metric): ValueError: <b>3 channels" in page.text
     found = results["metrics"]["grid_localisation"]["explainers"]["inherent"]
     assert f"{found['median']:.3f}" in page.text and f"{found['interval'][0]:.3f} to" in page.text
     # Plots, a key each for examples and grid; 4 examples and the 4 classes of the grid, each with 3 maps and the image.

@@ -120,9 +120,9 @@ def in_words(ranking: Ranking, findings: Findings) -> str:
             f"{interval(second.interval)}). "
         )
         text += (
-            "The intervals overlap: the order of the two may be chance."
+            "The intervals overlap: their order may be chance."
             if first.overlaps(second)
-            else "The intervals do not overlap."
+            else "The intervals lie apart."
         )
     if ranking.baseline:
         level = ranking.baseline["value"]
@@ -143,11 +143,10 @@ def headline(findings: Findings, explainer: str) -> str:
     name = findings.label(explainer)
     if not first:
         return f"{name} is first in none of {len(compared)} metric{'s' if len(compared) > 1 else ''}."
-    if len(first) == 1:
-        doubt = "its interval does not overlap" if clear else "but its interval overlaps"
-        return f"{name} is first in {count}; {doubt} with that of the second."
-    which = "all" if len(clear) == len(first) else str(len(clear)) if clear else "none"
-    return f"{name} is first in {count}; in {which} of them its interval does not overlap with that of the second."
+    if not clear:
+        return f"{name} is first in {count}, but its interval overlaps with that of the second."
+    which = "" if len(first) == 1 else " in all of them" if len(clear) == len(first) else f" in {len(clear)} of them"
+    return f"{name} is first in {count},{which} with an interval apart from that of the second."
 
 
 def _ranking(name: str, entry: dict[str, Any]) -> Ranking:

@@ -122,7 +122,7 @@ def draw_curves(ranking: Ranking, findings: Findings, theme: Theme) -> "Figure":
     shown = [(entry, entry.curve) for entry in ranking.entries if entry.curve]
     names = ["\n".join(_wrap(findings.label(entry.explainer), 1.3, TEXT)) for entry, _ in shown]
     lines = max(name.count("\n") + 1 for name in names)
-    figure, axes = _column(2.3 + (LINE * lines + 0.03) * ((len(shown) + 1) // 2), theme)
+    figure, axes = _column(2.4 + (LINE * lines + 0.03) * ((len(shown) + 1) // 2), theme)
     for entry, curve in reversed(shown):  # the best on top
         color, _ = _look(entry.explainer, findings, theme)
         axes.fill_between(curve["x"], curve["low"], curve["high"], color=color, alpha=0.15, linewidth=0)
@@ -134,7 +134,7 @@ def draw_curves(ranking: Ranking, findings: Findings, theme: Theme) -> "Figure":
     axes.set_xlim(min(curve["x"]), max(curve["x"]))
     axes.locator_params(axis="both", nbins=5)
     axes.set_xlabel("\n".join(_wrap(curve["x_label"], 0.8 * COLUMN, TEXT)), fontsize=TEXT, color=theme.ink)
-    axes.set_ylabel("\n".join(_wrap(curve["y_label"], 1.6, TEXT)), fontsize=TEXT, color=theme.ink)
+    axes.set_ylabel("\n".join(_wrap(curve["y_label"], 1.8, TEXT)), fontsize=TEXT, color=theme.ink)
     axes.grid(color=theme.grey, alpha=0.25, linewidth=0.5)
     layout = {"loc": "outside lower center", "ncols": 2, "handlelength": 2.4, "columnspacing": 1.2}
     legend = figure.legend(prop={"family": FONT, "size": TEXT}, labelcolor=theme.ink, frameon=False, **layout)

@@ -96,7 +96,11 @@ def _failures(findings: Findings) -> list[tuple[str, str, str]]:
         for name, reason in ranking.failed.items():
             labels, metrics = found.setdefault(reason, ({}, {}))
             labels[findings.label(name)] = metrics[ranking.label] = None
-    return [(", ".join(labels), ", ".join(metrics), reason) for reason, (labels, metrics) in found.items()]
+    count = len(findings.rankings)
+    return [
+        (", ".join(labels), "every metric" if len(metrics) == count > 1 else ", ".join(metrics), reason)
+        for reason, (labels, metrics) in found.items()
+    ]
 
 
 def _metrics(findings: Findings) -> list[dict[str, Any]]:
@@ -164,10 +168,11 @@ def _grid(findings: Findings) -> dict[str, Any] | None:
 
 
 def _facts(results: dict[str, Any]) -> list[tuple[str, str]]:
-    facts = {"seed": results["seed"], **results["settings"], "seconds": f"{results['seconds']:,.0f}"}
-    facts |= results["environment"]
+    """Seed, settings and versions, those that were set."""
+    settings = {name.replace("_", " "): value for name, value in results["settings"].items() if value is not None}
+    facts = {"seed": results["seed"], **settings, "seconds": f"{results['seconds']:,.0f}", **results["environment"]}
     return [
-        (name.replace("_", " "), ", ".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value))
+        (name, ", ".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value))
         for name, value in facts.items()
     ]
 
