@@ -50,7 +50,7 @@ class Explainer:
     """
 
     name: str
-    """As on the command line."""
+    """As on the command line; what is kept of an explainer is kept under it."""
     label: str
     """As in a figure."""
     about: str

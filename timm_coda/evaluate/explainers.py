@@ -55,8 +55,8 @@ def _captum(name: str, model: Any, images: Tensor, targets: Tensor, **settings: 
         return torch.stack([method.attribute(x, target=goal, **settings).detach().sum(1) for goal in goals], 1)
 
 
-def _integrated_gradients(model: Any, images: Tensor, targets: Tensor) -> Tensor:
-    batch = {"n_steps": _STEPS, "internal_batch_size": len(images)}
+def _integrated_gradients(model: Any, images: Tensor, targets: Tensor, *, batch_size: int) -> Tensor:
+    batch = {"n_steps": _STEPS, "internal_batch_size": max(batch_size, len(images))}
     return _captum("IntegratedGradients", model, images, targets, **batch)
 
 
@@ -148,7 +148,9 @@ def _surrogate(name: str, model: Any, images: Tensor, targets: Tensor, *, seed: 
     def attribute(forward: Any, x: Tensor, t: int) -> Tensor:
         method = getattr(captum.attr, name)(forward)
         settings = {"n_samples": _SAMPLES, "perturbations_per_eval": batch_size}
-        return method.attribute(x, target=t, feature_mask=_patches(x), **settings)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Objective did not converge")  # as far as LIME's default goes
+            return method.attribute(x, target=t, feature_mask=_patches(x), **settings)
 
     return _perturb(attribute, model, images, targets, seed)
 
@@ -169,14 +171,13 @@ def _rise_masks(size: Any, seed: int, batch_size: int) -> Iterator[Tensor]:
     """Smooth random masks in [0, 1], half of each kept on average, (at most batch_size, H, W) at a time."""
     generator = torch.Generator().manual_seed(seed)
     cell = [-(-n // _CELLS) for n in size]
-    for start in range(0, _MASKS, batch_size):
-        count = min(batch_size, _MASKS - start)
-        # A cell more than fits, of which each mask shows another part: no pixel is always at a cell's border.
-        grid = (torch.rand(count, 1, _CELLS + 1, _CELLS + 1, generator=generator) < 0.5).float()
-        large = [(_CELLS + 1) * n for n in cell]
-        whole = F.interpolate(grid, large, mode="bilinear")[:, 0]
-        corner = [torch.randint(n, (count,), generator=generator).tolist() for n in cell]
-        yield torch.stack([m[i : i + size[0], j : j + size[1]] for m, i, j in zip(whole, *corner, strict=True)])
+    # A cell more than fits, of which each mask shows another part: no pixel is always at a cell's border.
+    grids = (torch.rand(_MASKS, 1, _CELLS + 1, _CELLS + 1, generator=generator) < 0.5).float()
+    corners = torch.stack([torch.randint(n, (_MASKS,), generator=generator) for n in cell], 1)
+    for grid, corner in zip(grids.split(batch_size), corners.split(batch_size), strict=True):
+        whole = F.interpolate(grid, [(_CELLS + 1) * n for n in cell], mode="bilinear")[:, 0]
+        pairs = zip(whole, corner.tolist(), strict=True)
+        yield torch.stack([mask[i : i + size[0], j : j + size[1]] for mask, (i, j) in pairs])
 
 
 def _random(model: Any, images: Tensor, targets: Tensor, *, seed: int) -> Tensor:
@@ -286,6 +287,8 @@ def make_explainer(name: str, *, batch_size: int = 64, seed: int = 42) -> Explai
     label, about, method = _METHODS[name]
     if name == "random":
         method = partial(method, seed=seed)
+    elif name == "integrated_gradients":
+        method = partial(method, batch_size=batch_size)
     elif name in ("lime", "kernel_shap", "rise"):
         method = partial(method, seed=seed, batch_size=batch_size)
     return Explainer(name, label, about, method, batch_size)

@@ -107,7 +107,11 @@ def choose_grids(
     order = np.argsort(-logit, kind="stable")
     free = {c: order[(labels[order] == c) & sure[order]].tolist()[::-1] for c in np.unique(labels[sure]).tolist()}
     if len(free) < size**2:
-        what = f"is right on none of {len(labels)} images" if not right.any() else f"recognises {len(free)} classes"
+        what = (
+            f"is right on none of {len(labels)} images"
+            if not right.any()
+            else f"recognises images of {len(free)} classes"
+        )
         raise EvaluationError(
             f"the model {what} with p > {confidence:g}, and a grid of {size} x {size} needs {size**2}: take a smaller "
             "--grid-size, or another model or data set"

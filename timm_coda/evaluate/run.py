@@ -90,7 +90,7 @@ def run(
     open_folder(folder, settings, overwrite=overwrite)
     for note in data.notes:
         say(note)
-    transform = create_transform(**resolve_model_data_config(model), is_training=False)
+    transform: Any = create_transform(**resolve_model_data_config(model), is_training=False)
     images = ImageDataset(data.test, transform)
     model = model.to(setup.device)
     found = kept(folder / PARTS / "predictions.npz")
@@ -237,7 +237,7 @@ def _as_scores(part: dict[str, Any]) -> Scores:
 
 
 def _write_examples(subject: Subject, explainers: Sequence[Explainer], metrics: Sequence[Metric], folder: Path) -> None:
-    """Write `arrays/examples.npz`, the first image of some classes, and `arrays/grid.npz`, the first grid, with maps."""
+    """Write `arrays/examples.npz`, the first image of some classes, and `arrays/grid.npz`, the first grid, and maps."""
     first = np.unique(subject.labels, return_index=True)[1][:_EXAMPLES]
     images, labels = subject.load(first.tolist()), subject.labels[first]
     logits = subject.logits[first]
