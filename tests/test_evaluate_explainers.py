@@ -170,7 +170,7 @@ def test_what_does_not_apply_says_why(name, model):
 
 def test_a_bcosified_network_has_relus():
     torch.manual_seed(0)
-    net = bcosify("resnet18", num_classes=4).eval()
+    net = bcosify(timm.create_model("resnet18", num_classes=4), from_pretrained=True).eval()
     maps = make_explainer("guided_backprop")(net, torch.rand(1, 3, 32, 32), torch.tensor([1]))
     assert maps.abs().max() > 0
     with pytest.raises(ExplainerError, match="DeepLIFT has no rule"):
