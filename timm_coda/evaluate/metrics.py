@@ -3,6 +3,7 @@
 from .base import EvaluationError, Metric
 from .localisation import GridLocalisation
 from .perturbation import IDSDS, Removal
+from .sanity import ContrastiveLocalisation, NoiseSensitivity, Randomisation, Sparseness
 
 __all__ = ["DEFAULT_METRICS", "METRICS", "make_metric"]
 
@@ -32,9 +33,16 @@ _GIVEN: list[Metric] = [
     Removal("deletion", "Deletion", _DELETION, True, "zeros", last=1.0, steps=32),
     Removal("insertion", "Insertion", _INSERTION, True, "zeros", last=1.0, steps=32, insert=True),
     IDSDS(),
+    NoiseSensitivity(),
+    Randomisation(order="cascading"),
+    Randomisation(order="independent"),
+    Sparseness(),
 ]
 # In the order of tables and figures.
-METRICS = ("grid_localisation", "grid_localisation_0.99", *(metric.name for metric in _GIVEN))
+METRICS = (
+    *("grid_localisation", "grid_localisation_0.99", "contrastive_localisation"),
+    *(metric.name for metric in _GIVEN),
+)
 # What the papers show; the others take as long again.
 DEFAULT_METRICS = ("grid_localisation", "removal_least_zeros", "deletion", "insertion", "idsds")
 
@@ -44,16 +52,15 @@ def make_metric(name: str, *, grids: int = 500, grid_size: int = 3) -> Metric:
 
     Args:
         name: one of METRICS
-        grids: of grid localisation, at most
-        grid_size: cells a side of grid localisation
+        grids: how many, at most, for metrics on grids
+        grid_size: cells a side of a grid
 
     Raises:
         EvaluationError: an unknown name.
     """
-    known: dict[str, Metric] = {metric.name: metric for metric in _GIVEN}
-    for confidence in (0.5, 0.99):
-        grid = GridLocalisation(grids, grid_size, confidence)
-        known[grid.name] = grid
+    on_grids: list[Metric] = [GridLocalisation(grids, grid_size, confidence) for confidence in (0.5, 0.99)]
+    on_grids.append(ContrastiveLocalisation(grids=grids, size=grid_size))
+    known = {metric.name: metric for metric in on_grids + _GIVEN}
     if name not in known:
         raise EvaluationError(f"no metric {name!r}; there is {', '.join(METRICS)}")
     return known[name]
