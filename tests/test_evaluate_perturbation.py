@@ -102,6 +102,9 @@ def test_metrics_by_name():
         "removal_most_zeros",
         "removal_most_mean",
         "deletion",
+        "noise_sensitivity",
+        "randomisation_cascading",
+        "randomisation_independent",
     ]
     assert set(metrics.DEFAULT_METRICS) <= set(METRICS)
     with pytest.raises(EvaluationError, match="no metric 'fid'; there is grid_localisation, "):

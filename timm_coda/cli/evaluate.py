@@ -22,10 +22,11 @@ mind when what they point at is gone?
       --metrics grid_localisation grid_localisation_0.99 --grid-size 2 \\
       --output grids
 
-FOLDER gets results.json, with each value, and arrays/, example images with all
-maps. What is done is kept in FOLDER/parts: after a kill or Ctrl-C the same
-command goes on, and so does one with more explainers or metrics. A method that
-fails on the model is reported with its reason, and the others go on.
+FOLDER gets report.html, a page with the maps side by side, plots and tables;
+results.json, with each value; and arrays/, the example images and maps. What is
+done is kept in FOLDER/parts: after a kill or Ctrl-C the same command goes on,
+and so does one with more explainers or metrics. A method that fails on the
+model is reported with its reason, and the others go on.
 
 """
 
@@ -78,6 +79,7 @@ def _run(args: argparse.Namespace) -> int:
 
     from ..evaluate.explainers import make_explainer
     from ..evaluate.metrics import make_metric
+    from ..evaluate.report import write_report
     from ..evaluate.run import Setup, run
     from ..evaluate.table import results_table
 
@@ -106,6 +108,10 @@ def _run(args: argparse.Namespace) -> int:
         return 130
     print(results_table(results))
     print(f"\n{args.output / 'results.json'}: every number")
+    try:
+        print(f"{write_report(args.output)}: maps, plots and tables on a page")
+    except ImportError as error:
+        print(f"no report: {error}")
     done = any(
         "error" not in entry for metric in results["metrics"].values() for entry in metric["explainers"].values()
     )

@@ -42,9 +42,7 @@ _GIVEN: list[Metric] = [
 ]
 # In the order of tables and figures.
 METRICS = (
-    "grid_localisation",
-    "grid_localisation_0.99",
-    "contrastive_localisation",
+    *("grid_localisation", "grid_localisation_0.99", "contrastive_localisation"),
     *(metric.name for metric in _GIVEN),
 )
 # What the papers show; the others take as long again.
@@ -56,16 +54,15 @@ def make_metric(name: str, *, grids: int = 500, grid_size: int = 3) -> Metric:
 
     Args:
         name: one of METRICS
-        grids: of the metrics on grids, at most
-        grid_size: their cells a side
+        grids: how many, at most, for metrics on grids
+        grid_size: cells a side of a grid
 
     Raises:
         EvaluationError: an unknown name.
     """
-    known: dict[str, Metric] = {metric.name: metric for metric in _GIVEN}
-    on_grids = [GridLocalisation(grids, grid_size, confidence) for confidence in (0.5, 0.99)]
-    for metric in (*on_grids, ContrastiveLocalisation(grids=grids, size=grid_size)):
-        known[metric.name] = metric
+    on_grids: list[Metric] = [GridLocalisation(grids, grid_size, confidence) for confidence in (0.5, 0.99)]
+    on_grids.append(ContrastiveLocalisation(grids=grids, size=grid_size))
+    known = {metric.name: metric for metric in on_grids + _GIVEN}
     if name not in known:
         raise EvaluationError(f"no metric {name!r}; there is {', '.join(METRICS)}")
     return known[name]

@@ -19,14 +19,14 @@ from .. import __version__
 from ..data import ImageDataset, load_data
 from ..hub import load_model
 from ..runs import environment, write_text
-from .base import Curve, EvaluationError, Explainer, Metric, Scores, Subject
+from .base import Curve, EvaluationError, Explainer, ExplainerError, Metric, Scores, Subject
 from .localisation import GridLocalisation
 from .statistics import summarise
 from .subject import make_subject, predict
 
 __all__ = ["Setup", "evaluate", "open_folder", "run"]
 
-RESULTS, PARTS, ARRAYS = "results.json", "parts", "arrays"
+RESULTS, PARTS, ARRAYS, REPORT = "results.json", "parts", "arrays", "report.html"
 _FREE = {"batch_size", "device"}  # may differ when an evaluation goes on: but for rounding they change no number
 _EXAMPLES = 8  # images, of as many classes, whose maps a report shows side by side
 
@@ -122,7 +122,7 @@ def open_folder(folder: Path, settings: dict[str, Any], *, overwrite: bool = Fal
     """
     record = folder / PARTS / "settings.json"
     if overwrite and record.exists():
-        for path in (folder / name for name in (RESULTS, PARTS, ARRAYS)):
+        for path in (folder / name for name in (RESULTS, PARTS, ARRAYS, REPORT)):
             shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
     if record.exists():
         before = json.loads(record.read_text(encoding="utf-8"))
@@ -221,6 +221,8 @@ def _score(subject: Subject, metric: Metric, explainer: Explainer, error: str | 
         raise
     except EvaluationError as failure:
         return {"error": str(failure), "hopeless": True}
+    except ExplainerError as failure:
+        return {"error": str(failure)}
     except Exception as failure:  # anything may be wrong between a library's method and a model
         return {"error": f"{type(failure).__name__}: {failure}"[:400]}
     part: dict[str, Any] = {"values": scores.values, "seconds": time.perf_counter() - start}

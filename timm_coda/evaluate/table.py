@@ -17,8 +17,11 @@ def results_table(results: dict[str, Any]) -> str:
         lines += ["", *_block(results, metrics[start : start + _COLUMNS])]
     lines += ["", "In brackets 95 % bootstrap intervals; * best."] if metrics else []
     failed = {name: metric["error"] for name, metric in results["metrics"].items() if "error" in metric}
-    for metric in metrics:
-        failed |= {name: entry["error"] for name, entry in metric["explainers"].items() if "error" in entry}
+    for name in results["explainers"]:
+        errors = {metric["label"]: metric["explainers"][name].get("error") for metric in metrics}
+        if len(set(errors.values())) == 1:
+            errors = {"": next(iter(errors.values()))}
+        failed |= {f"{name} {label}".rstrip(): error for label, error in errors.items() if error}
     for name, error in failed.items():
         lines += textwrap.wrap(f"{name}: {error}", 80, subsequent_indent="  ")
     return "\n".join(lines)
@@ -57,8 +60,13 @@ def _cell(metric: dict[str, Any], name: str) -> str:
 
 def _number(value: float) -> str:
     """Three digits behind the point, and no 0 in front of it."""
-    return f"{value:.3f}".replace("0.", ".", 1) if abs(value) < 0.9995 else f"{value:.3g}"
+    if abs(value) < 0.9995:
+        return f"{value:.3f}".replace("0.", ".", 1)
+    return f"{value:.2f}" if abs(value) < 9.995 else f"{value:.3g}"
 
 
 def _row(name: str, cells: list[str]) -> str:
-    return (f"{name[:_NAME]:{_NAME}}" + " ".join(f"{cell:>{_CELL}}" for cell in cells)).rstrip()
+    width = _CELL - max(0, len(name) - _NAME)  # a long name takes the space of the first cell
+    return (
+        f"{name:{_NAME}}" + " ".join([f"{cells[0]:>{width}}", *(f"{cell:>{_CELL}}" for cell in cells[1:])])
+    ).rstrip()
