@@ -320,12 +320,13 @@ def _encode(model: Any, images: "Tensor | list[Image]") -> Tensor:
     else:
         from timm.data import create_transform, resolve_model_data_config
 
+        from .images import to_rgb
+
         transform: Any = create_transform(**resolve_model_data_config(model), is_training=False)
-        modes = ["RGB"] if model.in_chans == 3 else ["L", "RGB"]
         stack = []
         for image in images:
-            for mode in modes:
-                image = image.convert(mode)
+            image = to_rgb(image)
+            image = image if model.in_chans == 3 else image.convert("L").convert("RGB")
             stack.append(transform(image)[: model.in_chans])
         x = torch.stack(stack)
     # clone: an inference tensor cannot take part in autograd, and the caller's tensor must not.
