@@ -1,13 +1,16 @@
 """Shared helpers: error norms, timm's own tests, the golden numbers' folder."""
 
+import functools
 import importlib.util
 import os
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
 import torch
+from filelock import FileLock
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # the CUDA kernels, on small problems, in Python
@@ -26,6 +29,14 @@ def relative_error(actual, expected) -> float:
     return (actual - expected).norm().item() / scale if scale else actual.norm().item()
 
 
+@functools.cache
+def fetch_timm_suite(script: Path) -> None:
+    """The script downloads timm's tests when it is first called: one process at a time."""
+    with FileLock(Path(tempfile.gettempdir()) / "timm_suite.lock"):
+        command = [script, "timm_coda", "no_such_model", "--collect-only"]
+        subprocess.run(command, env=os.environ | {"PYTHON": sys.executable}, capture_output=True, check=False)
+
+
 def run_timm_suite(models: str, *options: str, home: Path | None = None, skips: bool = False) -> None:
     """timm's own tests, unchanged, on the models of that pattern; none may fail, and none skip unless `skips`.
 
@@ -34,6 +45,7 @@ def run_timm_suite(models: str, *options: str, home: Path | None = None, skips: 
     script = SHARED / "tools" / "run_timm_suite.sh"
     if not script.exists():
         pytest.skip(f"{script} is not here")
+    fetch_timm_suite(script)
     environment = os.environ | {"PYTHON": sys.executable} | ({"TORCH_HOME": str(home)} if home else {})
     command = [script, "timm_coda", models, "-q", "-rs", *options]
     run = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)

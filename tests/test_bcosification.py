@@ -1,6 +1,6 @@
 """B-cosification on real images: as accurate as plain fine-tuning of the same weights in as many epochs.
 
-`python -m pytest -m slow -s tests/test_bcosification.py` prints the accuracies; TIMM_CODA_OUTPUT=FOLDER keeps a
+`python -m pytest -m slow -rP tests/test_bcosification.py` prints the accuracies; TIMM_CODA_OUTPUT=FOLDER keeps a
 picture of the maps there.
 """
 

@@ -140,7 +140,7 @@ def test_the_onnx_file_names_its_opset_and_axes(tmp_path):
         (["coda_net_xs", "--no-pretrained", "--output", "m.pt2", "--format", "onnx"], "name --output m.onnx"),
         (["coda_net_xs", "--no-pretrained", "--output", "no/such/m.pt2"], "no/such: no such folder"),
         (["coda_net_xs", "--no-pretrained", "--output", "m.pt2", "--img-size", "2"], "resize it to at least 4x4"),
-        (["coda_net_t", "--output", "m.pt2"], "cannot load coda_net_t"),
+        (["coda_net_t", "--output", "m.pt2"], "timm has no model 'coda_net_t'"),
         (["resnet18", "--no-pretrained", "--explain", "--output", "m.pt2"], "no dynamic-linear layer"),
         (["local-dir:nowhere", "--output", "m.pt2"], "cannot load local-dir:nowhere"),
     ],

@@ -31,6 +31,7 @@ __all__ = [
     "check_folder",
     "create_model",
     "fetch",
+    "load_model",
     "push_folder",
     "save_model",
     "temporary_folder",
@@ -59,9 +60,7 @@ def create_model(
     Raises:
         HubError: There is no such model, or it cannot be made with these arguments.
     """
-    if ":" not in name and not timm.is_model(name.split(".")[0]):
-        near = difflib.get_close_matches(name, timm.list_models()) or timm.list_models("coda*")
-        raise HubError(f"timm has no model {name!r}; there is {', '.join(near)}")
+    _check_name(name)
     arguments = {}
     for word in model_args:
         key, equals, value = word.partition("=")
@@ -79,6 +78,29 @@ def create_model(
         model.requires_grad_(False)
         model.get_classifier().requires_grad_(True)
     return model
+
+
+def load_model(name: str, *, pretrained: bool = True) -> Any:
+    """A finished model in eval mode, to look at and not to train.
+
+    Args:
+        name: In timm's registry, or a folder (with or without `local-dir:`), or `hf-hub:ID`.
+        pretrained: Load its weights; random ones otherwise.
+
+    Raises:
+        HubError: There is no such model, or its weights cannot be loaded.
+    """
+    if os.path.isdir(name):
+        name = f"local-dir:{name}"
+    _check_name(name)
+    with blame(f"cannot load {name}", HubError):
+        return timm.create_model(name, pretrained=pretrained).eval()
+
+
+def _check_name(name: str) -> None:
+    if ":" not in name and not timm.is_model(name.split(".")[0]):
+        near = difflib.get_close_matches(name, timm.list_models()) or timm.list_models("coda*")
+        raise HubError(f"timm has no model {name!r}; there is {', '.join(near)}; or name a folder")
 
 
 class HubMixin(ModelHubMixin):
