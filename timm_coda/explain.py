@@ -141,11 +141,27 @@ class Explanation:
         names = [f"class {i}" for i in range(self.logits.shape[1])] if label_names is None else label_names
         return [[f"{names[a]}, not {names[b]}" for a, b in row] for row in pairs]
 
+    def arrays(self) -> "dict[str, np.ndarray]":
+        """Every number as a NumPy array under its field's name, and `residual`; 16-bit floats become 32-bit ones."""
+        import numpy as np
+
+        found = {f.name: getattr(self, f.name) for f in fields(self)} | {"residual": self.residual}
+        floats = (torch.bfloat16, torch.float16)
+        for name, value in found.items():
+            if isinstance(value, Tensor):
+                found[name] = (value.float() if value.dtype in floats else value).cpu().numpy()
+        return {name: np.asarray(value) for name, value in found.items() if value is not None}
+
     def save(self, path: str | Path, **kwargs: Any) -> None:
-        """Write the figure to a .png, .svg or .pdf file, whole or not at all; `kwargs` as `plot`."""
+        """Write the figure (.png, .svg, .pdf; `kwargs` as `plot`) or the arrays (.npz), whole or not at all."""
         from . import visualize
 
-        visualize.save_figure(self.plot(**kwargs), path)
+        if Path(path).suffix.lower() != ".npz":
+            visualize.save_figure(self.plot(**kwargs), path)
+        elif kwargs:
+            raise TypeError(f"{', '.join(kwargs)}: for a figure alone, {path} takes the arrays as they are")
+        else:
+            visualize.save_arrays(self.arrays(), path)
 
     def _repr_png_(self) -> bytes | None:
         stream = BytesIO()
