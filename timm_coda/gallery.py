@@ -15,7 +15,7 @@ from timm.data import create_transform, resolve_model_data_config
 
 from .explain import Explanation
 from .inputs import Source
-from .page import GREY, Page
+from .page import GAP, GREY, Page
 from .placement import overlay_whole, seen_box
 from .visualize import color_limit, replacing, save_figure, save_image
 
@@ -52,6 +52,7 @@ class Tile(NamedTuple):
 @dataclass(frozen=True)
 class _Waiting:
     source: Source
+    place: int  # in the order of the inputs
     seen: torch.Tensor  # (C, H, W)
     shown: Image.Image
     note: str
@@ -90,11 +91,12 @@ class Gallery:
         self.model, self.output, self.names = model, output, tuple(names)
         self.targets, self.versus, self.top = targets, versus, top
         self.batch_size, self.suffix = batch_size, suffix
-        self.explained, self.skipped = 0, 0
+        self.explained = 0
+        self._count = 0
         self._config = resolve_model_data_config(model)
         self._transform: Any = create_transform(**self._config, is_training=False)
         self._waiting: list[_Waiting] = []
-        self._table: list[dict[str, Any]] = []
+        self._table: dict[int, list[dict[str, str]]] = {}
         self._tiles: list[Tile] = []
         self._sheets = 0
 
@@ -102,13 +104,14 @@ class Gallery:
         """Take an image (RGB), and explain those that wait if they are a batch; returns what is then done."""
         grey = self.model.in_chans == 1
         seen = self._transform(image.convert("L").convert("RGB") if grey else image)[: self.model.in_chans]
-        self._waiting.append(_Waiting(source, seen, _resized(image), image.info.get("note", "")))
+        self._count += 1
+        self._waiting.append(_Waiting(source, self._count, seen, _resized(image), image.info.get("note", "")))
         return self._explain() if len(self._waiting) == self.batch_size else []
 
     def skip(self, source: Source, reason: str) -> None:
         """Note in the table that there is no explanation, and why."""
-        self.skipped += 1
-        self._table.append({"image": source.name, "skipped": reason})
+        self._count += 1
+        self._table[self._count] = [{"image": source.name, "skipped": reason}]
 
     def finish(self) -> list[Row]:
         """Explain what waits, write the last contact sheet and the table; returns what is then done."""
@@ -118,7 +121,8 @@ class Gallery:
         text = io.StringIO()
         writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
         writer.writeheader()
-        writer.writerows(self._table)
+        for place in sorted(self._table):
+            writer.writerows(self._table[place])
         with replacing(self.output / "table.csv", (".csv",)) as stream:
             stream.write(text.getvalue().encode())
         return rows
@@ -149,36 +153,38 @@ class Gallery:
         probabilities = torch.sigmoid(found.logits[0].float())
         best = probabilities.topk(min(5, len(self.names))).indices.tolist()
         row = Row(one.source.name, [(self.names[i], probabilities[i].item()) for i in best], one.note)
-        self._note(row, found, probabilities)
+        self._table[one.place] = self._table_rows(row, found, probabilities)
         explained = self.names[int(found.target[0, 0])]
         caption = f"{row.top[0][0]} {row.top[0][1]:.2f}"
         if explained != row.top[0][0] or found.versus is not None:
             other = "" if found.versus is None else f", not {self.names[int(found.versus[0, 0])]}"
             caption += f"; shown: {explained}{other}"
         tile = [np.asarray(_shrunk(Image.fromarray(pixels))) for pixels in (picture, drawn[0])]
-        self._tiles.append(Tile(one.source.name, caption, *tile))
+        self._tiles.append(Tile("/".join(Path(row.name).parts[-2:]), caption, *tile))
         if len(self._tiles) == _TILES:
             self._write_sheet()
         self.explained += 1
         return row
 
-    def _note(self, row: Row, found: Explanation, probabilities: torch.Tensor) -> None:
+    def _table_rows(self, row: Row, found: Explanation, probabilities: torch.Tensor) -> list[dict[str, str]]:
         (prediction, probability), numbers = row.top[0], found.arrays()
+        table = []
         for t, target in enumerate(numbers["target"][0]):
             maps = numbers["contributions"][0, t].astype(np.float64)
             values = {
                 "probability": probability,
                 "target_probability": probabilities[int(target)].item(),
-                "value": numbers["value"][0, t].item(),
+                "value": numbers["value"][0, t],
                 "bias": found.bias,
                 "evidence_for": maps.clip(min=0).sum(),
                 "evidence_against": maps.clip(max=0).sum(),
-                "residual": numbers["residual"][0, t].item(),
+                "residual": numbers["residual"][0, t],
             }
             words = {"image": row.name, "prediction": prediction, "target": self.names[target], "note": row.note}
             if found.versus is not None:
                 words["versus"] = self.names[numbers["versus"][0, t]]
-            self._table.append(words | {name: f"{value:.6g}" for name, value in values.items()})
+            table.append(words | {name: f"{value:.6g}" for name, value in values.items()})
+        return table
 
     def _write_sheet(self) -> None:
         self._sheets += 1
@@ -196,13 +202,15 @@ def contact_sheet(tiles: Sequence[Tile]) -> Any:
     columns = min(4, len(tiles))
     rows = math.ceil(len(tiles) / columns)
     width, height = 2 * _SIDE + 0.05, _SIDE + 0.42
-    page = Page(columns * (width + 0.2) + 0.2, rows * height + 0.15)
+    page = Page(columns * (width + GAP) + GAP, rows * height + 0.4)
+    heading = "red: evidence for the class, blue: against it; each image has a colour scale of its own"
+    page.text(GAP, 0.2, heading, width=columns * (width + GAP) - GAP, color=GREY)
     for index, tile in enumerate(tiles):
-        left, top = 0.2 + index % columns * (width + 0.2), 0.25 + index // columns * height
+        left, top = GAP + index % columns * (width + GAP), 0.5 + index // columns * height
         page.text(left, top - 0.06, tile.name, width=width, color=GREY)
-        for pixels, x in ((tile.picture, left), (tile.drawn, left + _SIDE + 0.05)):
-            h, w = (_SIDE * side / max(pixels.shape) for side in pixels.shape[:2])
-            page.picture(pixels, x + (_SIDE - w) / 2, top + (_SIDE - h) / 2, w, h)
+        h, w = (_SIDE * side / max(tile.picture.shape) for side in tile.picture.shape[:2])
+        page.picture(tile.picture, left, top, w, h)
+        page.picture(tile.drawn, left + w + 0.05, top, w, h)
         page.text(left, top + _SIDE + 0.12, tile.caption, width=width)
     return page.figure
 

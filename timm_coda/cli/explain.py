@@ -96,7 +96,8 @@ def _run(args: argparse.Namespace) -> int:
         batch_size=args.batch_size,
         suffix=f".{args.figure}",
     )
-    print(f"{args.model}: {len(names)} classes; {len(sources)} file{'s' * (len(sources) > 1)} to explain\n")
+    print(f"{args.model}: {len(names)} classes; {len(sources)} file{'s' * (len(sources) > 1)} to explain")
+    print(f"\n{'':26} most probable classes (sigmoid)")
     done, skipped = _explain(sources, gallery)
     print(f"\n{done} of {len(sources)} explained: {args.output}")
     if skipped:
