@@ -165,11 +165,13 @@ def _read_frames(path: Path, wanted: set[int] | None = None) -> Iterator[tuple[n
     """Upright pictures, uint8 (H, W, 3), all of the first one's size, with their seconds; or the wanted ones alone."""
     with _opened(path) as (container, stream):
         stream.thread_type = "AUTO"
-        step = 1 / float(stream.average_rate or 25)
-        first, seconds, size = None, -step, {}
+        rate = float(stream.average_rate or 25)
+        first, seconds, size = None, -1 / rate, {}
         for number, frame in enumerate(container.decode(stream)):
             first = frame.time if first is None else first
-            seconds = seconds + step if frame.time is None or first is None else frame.time - first
+            seconds = seconds + 1 / rate if frame.time is None or first is None else frame.time - first
+            even = round(seconds * rate) / rate
+            seconds = even if abs(even - seconds) < 1e-3 else seconds  # Matroska has whole milliseconds alone
             size = size or {"width": frame.width, "height": frame.height}
             if wanted is None or number in wanted:
                 # A telephone writes frames as its sensor lies, and by how much they are turned, counterclockwise.
@@ -204,7 +206,9 @@ def _opened(path: Path) -> Iterator[Any]:
     try:
         with av.open(str(path.resolve()), options={"format_whitelist": _FORMATS}) as container:
             if not container.streams.video:
-                raise VideoError(f"{path}: there is no picture in this video, {len(container.streams)} other streams")
+                raise VideoError(
+                    f"{path}: there is no picture in this video, or it is damaged: copy or convert it again"
+                )
             yield container, container.streams.video[0]
     except (av.FFmpegError, EOFError) as error:
         reason = getattr(error, "strerror", None) or str(error)
