@@ -19,14 +19,14 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
-from timm.data import create_transform, resolve_model_data_config
+from timm.data import resolve_model_data_config
 from torch import Tensor
 from tqdm import tqdm
 
 from .images import MAX_PIXELS, MAX_RATIO
 from .labels import class_names
 from .legend import draw_legend
-from .placement import overlay_whole, seen_box
+from .placement import eval_transform, overlay_whole, seen_box
 from .visualize import color_limit
 
 __all__ = ["VIDEO_SUFFIXES", "VideoError", "VideoSummary", "explain_video"]
@@ -105,7 +105,7 @@ def explain_video(
     names = class_names(model) if label_names is None else label_names
     header = _read_header(source)
     config = resolve_model_data_config(model)
-    transform: Any = create_transform(**config, is_training=False)
+    transform = eval_transform(model)
     target, limit = _choose_scale(model, _sample(source, header.count, transform), target, versus, batch_size)
     caption = names[target] if versus is None else f"{names[target]}, not {names[versus]}"
 
