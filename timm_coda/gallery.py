@@ -210,7 +210,7 @@ def contact_sheet(tiles: Sequence[Tile]) -> Any:
         h, w = (_SIDE * side / max(tile.picture.shape) for side in tile.picture.shape[:2])
         page.picture(tile.picture, left, top, w, h)
         page.picture(tile.drawn, left + w + 0.05, top, w, h)
-        page.text(left, top + _SIDE + 0.12, tile.caption, width=width)
+        page.text(left, top + h + 0.12, tile.caption, width=width)
     return page.figure
 
 
