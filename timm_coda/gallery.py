@@ -117,6 +117,8 @@ class Gallery:
         rows = self._explain() if self._waiting else []
         if self._tiles and self.explained > 1:
             self._write_sheet()
+        if not self._table:  # there were videos alone
+            return rows
         text = io.StringIO()
         writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
         writer.writeheader()
