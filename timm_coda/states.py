@@ -21,7 +21,7 @@ from tqdm import tqdm
 from .hub import SaveError, blame, temporary_folder
 
 # They may differ when a run goes on: none of them changes a weight.
-FREE_OPTIONS = {"workers", "keep", "save_every", "explain_every", "explain_images", "report_to"}
+FREE_OPTIONS = {"workers", "keep", "save_every", "explain_every", "explain_images", "eval_explanations", "report_to"}
 MOST_SKIPPED = 10  # updates in a row: a rare image may cost one, weights that have exploded cost all
 
 

@@ -1,6 +1,6 @@
 """Trackers of Accelerate's, such as TensorBoard. A run goes on without one that fails."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -28,9 +28,10 @@ def start(accelerator: Accelerator, wanted: str, options: dict[str, Any]) -> Non
             accelerator.init_trackers("timm_coda", {name: str(value) for name, value in options.items()})
 
 
-def log(accelerator: Accelerator, values: dict[str, float], *, step: int) -> None:
-    """Give numbers to the trackers."""
-    _each(accelerator, lambda tracker: tracker.log(values, step=step))
+def log(accelerator: Accelerator, values: Mapping[str, float | None], *, step: int) -> None:
+    """Give the trackers the numbers that there are."""
+    known = {name: value for name, value in values.items() if value is not None}
+    _each(accelerator, lambda tracker: tracker.log(known, step=step))
 
 
 def log_picture(accelerator: Accelerator, path: Path, *, step: int) -> None:
