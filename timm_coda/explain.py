@@ -272,7 +272,7 @@ def _explain_batch(
     unit: tuple[int, ...] | None,
 ) -> Explanation:
     encoded.requires_grad_()
-    with nullcontext() if layer is None else _output_of(model, layer) as outputs:
+    with nullcontext() if layer is None else output_of(model, layer) as outputs:
         logits = model(encoded)
     inner = None if layer is None else _only_output(outputs or [], layer)
     grid = None if inner is None or inner.dim() == 4 else _token_grid(model, encoded, inner, layer)
@@ -394,7 +394,7 @@ def _as_classes(name: str, value: int | Sequence[int] | Tensor | None, count: in
 
 
 @contextmanager
-def _output_of(model: nn.Module, layer: str) -> Iterator[list[Any]]:
+def output_of(model: nn.Module, layer: str) -> Iterator[list[Any]]:
     """Collects what the layer of that name puts out in this thread."""
     try:
         module = model.get_submodule(layer)
