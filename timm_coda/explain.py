@@ -220,7 +220,7 @@ class ExplainMixin:
 
         Args:
             images: colours in [0, 1], (B, C, H, W) or (C, H, W); the same encoded, with 2C channels; or PIL images,
-                which go through the model's own eval transform
+                which go through the model's own eval transform, transparent parts over white
             target: class to explain: None for the prediction, an int, B ints, or (B, T) for T classes an image
             top: in place of `target`, the `top` classes with the largest logits, in that order
             versus: class to contrast with, shaped as `target` or one an image: explains the difference of the logits

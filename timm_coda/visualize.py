@@ -273,20 +273,14 @@ def save_figure(figure: "Figure", path: str | os.PathLike[str]) -> None:
 
 
 def save_arrays(arrays: Mapping[str, np.ndarray], path: str | os.PathLike[str]) -> None:
-    """Write arrays to an .npz file, replaced only by a complete one; `numpy.load` reads it.
-
-    Raises:
-        ValueError: another suffix.
-    """
+    """Write arrays to an .npz file, which `numpy.load` reads; as `save_image`, replaced only by a complete one."""
     with replacing(path, (".npz",)) as stream:
         np.savez_compressed(stream, allow_pickle=False, **arrays)
 
 
 @contextmanager
 def replacing(path: str | os.PathLike[str], suffixes: tuple[str, ...]) -> Iterator[BinaryIO]:
-    """A new file that takes the path's place at the end, or vanishes after an error.
-
-    Missing folders are created.
+    """A new file that takes the path's place at the end, or vanishes after an error; missing folders are made.
 
     Raises:
         ValueError: the path ends in none of these.
