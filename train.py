@@ -279,7 +279,8 @@ def main() -> int:
         print(f"train.py: error: {error}", file=sys.stderr)
         return 1 if isinstance(error, (hub.SaveError, states.Diverged)) else 2
     except (runs.Stopped, KeyboardInterrupt) as stopped:
-        print(stopped)
+        if os.environ.get("RANK", "0") == "0":  # of several processes, one speaks
+            print(stopped)
         return getattr(stopped, "code", 130)
 
 
