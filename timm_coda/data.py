@@ -28,6 +28,8 @@ from timm.data.transforms_factory import create_transform
 from torch.utils.data import DataLoader, Dataset, Sampler
 from torchvision import transforms
 
+from .images import to_rgb
+
 DIGITS = Path(__file__).parent / "digits"
 # How a split is called, in the order in which we take one to evaluate on: validation before test, because the test
 # labels of many data sets on the Hub are withheld (-1).
@@ -345,20 +347,6 @@ def create_transforms(
         grey = transforms.Grayscale(num_output_channels=1)
         return transforms.Compose([grey, train]), transforms.Compose([grey, evaluate])
     return train, evaluate  # type: ignore[return-value]
-
-
-def to_rgb(image: PIL.Image.Image) -> PIL.Image.Image:
-    """Convert an image of any mode to RGB: 16-bit grey by its scale instead of clipped, transparency dropped."""
-    if image.mode.startswith("I") or image.mode == "F":
-        values = np.asarray(image, dtype=np.float64)
-        if image.mode.startswith("I;16") or values.max(initial=0) > 255:
-            values = values / 257  # 65535 becomes 255
-        elif image.mode == "F" and values.max(initial=0) <= 1:
-            values = values * 255
-        image = PIL.Image.fromarray(np.rint(values).clip(0, 255).astype(np.uint8))
-    elif "transparency" in image.info:
-        image = image.convert("RGBA")  # what Pillow asks for before it converts a palette with transparency
-    return image if image.mode == "RGB" else image.convert("RGB")
 
 
 def _find_splits(sources: list[str], subset: str | None) -> tuple[dict[str, datasets.Dataset], list[str]]:

@@ -134,18 +134,45 @@ class Explanation:
         return visualize.figure(self.images, **shown | kwargs)
 
     def _titles(self, label_names: Sequence[str] | None) -> list[list[str]]:
-        """(B, T) headings for what is no plain class: a unit of a layer, or one class in contrast with another."""
-        if self.versus is None:
-            return [[f"{self.layer} {', '.join(map(str, self.unit or ()))}"]] * len(self)
-        pairs = torch.stack([self.target, self.versus], -1).reshape(len(self), -1, 2).tolist()
+        """(B, T) headings: a class, one class in contrast with another, or a unit of a layer."""
+        if self.unit is not None:
+            return [[f"{self.layer} {', '.join(map(str, self.unit))}"]] * len(self)
         names = [f"class {i}" for i in range(self.logits.shape[1])] if label_names is None else label_names
-        return [[f"{names[a]}, not {names[b]}" for a, b in row] for row in pairs]
+        targets: list[list[int]] = self.target.reshape(len(self), -1).tolist()
+        if self.versus is None:
+            return [[names[a] for a in row] for row in targets]
+        others = self.versus.reshape(len(self), -1).tolist()
+        return [
+            [f"{names[a]}, not {names[b]}" for a, b in zip(row, other, strict=True)]
+            for row, other in zip(targets, others, strict=True)
+        ]
+
+    def arrays(self) -> "dict[str, np.ndarray]":
+        """Every number as a NumPy array under its field's name, and `residual`; 16-bit floats become 32-bit ones."""
+        import numpy as np
+
+        found = {f.name: getattr(self, f.name) for f in fields(self)} | {"residual": self.residual}
+        floats = (torch.bfloat16, torch.float16)
+        for name, value in found.items():
+            if isinstance(value, Tensor):
+                found[name] = (value.float() if value.dtype in floats else value).cpu().numpy()
+        return {name: np.asarray(value) for name, value in found.items() if value is not None}
 
     def save(self, path: str | Path, **kwargs: Any) -> None:
-        """Write the figure to a .png, .svg or .pdf file, whole or not at all; `kwargs` as `plot`."""
+        """Write the figure (.png, .svg, .pdf; `kwargs` as `plot`) or the arrays (.npz), whole or not at all."""
         from . import visualize
 
-        visualize.save_figure(self.plot(**kwargs), path)
+        if Path(path).suffix.lower() != ".npz":
+            visualize.save_figure(self.plot(**kwargs), path)
+        elif kwargs:
+            raise TypeError(f"{', '.join(kwargs)}: for a figure alone, {path} takes the arrays as they are")
+        else:
+            visualize.save_arrays(self.arrays(), path)
+
+    def _repr_html_(self) -> str:
+        from . import notebook
+
+        return notebook.html(self)
 
     def _repr_png_(self) -> bytes | None:
         stream = BytesIO()
@@ -193,7 +220,7 @@ class ExplainMixin:
 
         Args:
             images: colours in [0, 1], (B, C, H, W) or (C, H, W); the same encoded, with 2C channels; or PIL images,
-                which go through the model's own eval transform
+                which go through the model's own eval transform, transparent parts over white
             target: class to explain: None for the prediction, an int, B ints, or (B, T) for T classes an image
             top: in place of `target`, the `top` classes with the largest logits, in that order
             versus: class to contrast with, shaped as `target` or one an image: explains the difference of the logits
@@ -245,7 +272,7 @@ def _explain_batch(
     unit: tuple[int, ...] | None,
 ) -> Explanation:
     encoded.requires_grad_()
-    with nullcontext() if layer is None else _output_of(model, layer) as outputs:
+    with nullcontext() if layer is None else output_of(model, layer) as outputs:
         logits = model(encoded)
     inner = None if layer is None else _only_output(outputs or [], layer)
     grid = None if inner is None or inner.dim() == 4 else _token_grid(model, encoded, inner, layer)
@@ -320,12 +347,13 @@ def _encode(model: Any, images: "Tensor | list[Image]") -> Tensor:
     else:
         from timm.data import create_transform, resolve_model_data_config
 
+        from .images import to_rgb
+
         transform: Any = create_transform(**resolve_model_data_config(model), is_training=False)
-        modes = ["RGB"] if model.in_chans == 3 else ["L", "RGB"]
         stack = []
         for image in images:
-            for mode in modes:
-                image = image.convert(mode)
+            image = to_rgb(image)
+            image = image if model.in_chans == 3 else image.convert("L").convert("RGB")
             stack.append(transform(image)[: model.in_chans])
         x = torch.stack(stack)
     # clone: an inference tensor cannot take part in autograd, and the caller's tensor must not.
@@ -366,7 +394,7 @@ def _as_classes(name: str, value: int | Sequence[int] | Tensor | None, count: in
 
 
 @contextmanager
-def _output_of(model: nn.Module, layer: str) -> Iterator[list[Any]]:
+def output_of(model: nn.Module, layer: str) -> Iterator[list[Any]]:
     """Collects what the layer of that name puts out in this thread."""
     try:
         module = model.get_submodule(layer)

@@ -8,13 +8,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..explain import Explanation, _output_of, explain
+from .. import visualize as v
+from ..explain import Explanation, explain, output_of
+from ..page import GAP, GREY, INK, PANEL, PITCH, Page
 from .base import EvaluationError, Subject, progress_bar
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-
-    from ..visualize import _Page
 
 __all__ = ["Aggregate", "aggregate", "figure"]
 
@@ -115,7 +115,7 @@ def aggregate(subject: Subject, *, classes: Sequence[int] | None = None, layer: 
 
 def _by_channel(model: Any, images: Tensor, targets: Tensor, layer: str) -> tuple[Explanation, Tensor]:
     """The explanation by a layer's output, and the contribution of each of its channels (B, D)."""
-    with _output_of(model, layer) as outputs:
+    with output_of(model, layer) as outputs:
         explanation = explain(model, images, targets, layer=layer)
     weights, output = explanation.weights, outputs[0].detach()
     if output.dim() == 3:  # tokens (B, H * W, D)
@@ -136,21 +136,19 @@ def figure(result: Aggregate, *, max_rows: int = 10, max_channels: int = 8) -> "
     Raises:
         ImportError: matplotlib is missing.
     """
-    from .. import visualize as v
-
     rows = min(len(result.classes), max_rows)
-    height, width = (v._PANEL * side / max(result.contributions.shape[1:]) for side in result.contributions.shape[1:])
+    height, width = (PANEL * side / max(result.contributions.shape[1:]) for side in result.contributions.shape[1:])
     tall = max(height, 0.8)  # what a scale needs
-    pitch, scale = v._PITCH, 0.75  # inches of a picture, and of a scale beside it
+    pitch, scale = PITCH, 0.75  # inches of a picture, and of a scale beside it
     # Left edges of: mean image, contributions, their colours, the layer's positions, its channels.
-    left = np.cumsum([v._GAP, pitch, pitch + scale, pitch, pitch + scale])
+    left = np.cumsum([GAP, pitch, pitch + scale, pitch, pitch + scale])
     page_width = left[3] if result.layer is None else left[4] + pitch
-    page = v._Page(page_width, 0.35 + rows * (tall + 0.55) + 0.2 * (rows < len(result.classes)))
+    page = Page(page_width, 0.35 + rows * (tall + 0.55) + 0.2 * (rows < len(result.classes)))
     captions = ["mean image", "mean contributions", "colours of the evidence"]
     if result.layer is not None:
         captions += [f"positions of {result.layer}", f"channels of {result.layer}"]
     for x, caption in zip(left, captions, strict=False):
-        page.text(x, 0.2, caption, color=v._GREY)
+        page.text(x, 0.2, caption, color=GREY)
     limit = v.color_limit(result.contributions[:rows])
     inner_limit = 1.0 if result.positions is None else v.color_limit(result.positions[:rows])
     for k in range(rows):
@@ -158,21 +156,21 @@ def figure(result: Aggregate, *, max_rows: int = 10, max_channels: int = 8) -> "
         number = int(result.classes[k])
         name = result.label_names[number] if number < len(result.label_names) else f"class {number}"
         page.text(left[0], top - 0.07, name, size=9, weight="bold")
-        page.picture(v._pictures(result.images[k]), left[0], top, width, height)
+        page.picture(v.as_pictures(result.images[k]), left[0], top, width, height)
         page.text(left[0], top + height + 0.15, f"{result.counts[k]} images")
         page.picture(v.heatmap(result.contributions[k], limit=limit), left[1], top, width, height)
         total = result.contributions[k].sum()
         shown = f"logit {result.values[k]:.2f} = bias {result.bias:.2f} {'-' if total < 0 else '+'} {abs(total):.2f}"
         page.text(left[1], top + height + 0.15, shown, shrink=True)
-        v._draw_scale(page, left[1] + width + 0.14, top, tall, limit, "contribution (logit)")
-        colors = v._pictures(result.colors[k])
+        v.draw_scale(page, left[1] + width + 0.14, top, tall, limit, "contribution (logit)")
+        colors = v.as_pictures(result.colors[k])
         page.picture(_on_grey(colors, result.evidence[k] / limit), left[2], top, width, height)
         if result.positions is not None:
             page.picture(v.heatmap(result.positions[k], limit=inner_limit), left[3], top, width, height)
-            v._draw_scale(page, left[3] + width + 0.14, top, tall, inner_limit, "contribution (logit)")
+            v.draw_scale(page, left[3] + width + 0.14, top, tall, inner_limit, "contribution (logit)")
             _draw_channels(page, left[4], top, tall, result, k, max_channels)
     if rows < len(result.classes):
-        page.text(v._GAP, page.height - 0.1, f"first {rows} of {len(result.classes)} classes", color=v._GREY)
+        page.text(GAP, page.height - 0.1, f"first {rows} of {len(result.classes)} classes", color=GREY)
     return page.figure
 
 
@@ -181,10 +179,8 @@ def _on_grey(colors: np.ndarray, opacity: np.ndarray) -> np.ndarray:
     return (0.6 + opacity.clip(0, 1)[..., None] * (colors - 0.6)).clip(0, 1)
 
 
-def _draw_channels(page: "_Page", x: float, y: float, height: float, result: Aggregate, row: int, count: int) -> None:
+def _draw_channels(page: Page, x: float, y: float, height: float, result: Aggregate, row: int, count: int) -> None:
     """Bars from zero, to the right for the class and to the left against it; ticks at the mean of all the classes."""
-    from .. import visualize as v
-
     numbers = result.strongest(row, count)
     assert result.channels is not None
     values, usual = result.channels[row, numbers], result.channels[:, numbers].mean(0)
@@ -196,9 +192,9 @@ def _draw_channels(page: "_Page", x: float, y: float, height: float, result: Agg
         color = "#b2182b" if value > 0 else "#2166ac"
         page.text(x, line, f"{number}", width=0.22)
         page.box(min(end, zero), line - 0.4 * step, abs(end - zero), 0.5 * step, facecolor=color, linewidth=0)
-        page.text(x + v._PANEL, line, f"{value:.2g}", width=0.28, ha="right", shrink=True)
+        page.text(x + PANEL, line, f"{value:.2g}", width=0.28, ha="right", shrink=True)
         if len(result.classes) > 1:
-            page.box(tick, line - 0.5 * step, 0, 0.7 * step, edgecolor=v._INK, linewidth=0.8)
-    page.box(places[2, 0].item(), y, 0, height, edgecolor=v._GREY, linewidth=0.5)
+            page.box(tick, line - 0.5 * step, 0, 0.7 * step, edgecolor=INK, linewidth=0.8)
+    page.box(places[2, 0].item(), y, 0, height, edgecolor=GREY, linewidth=0.5)
     if len(result.classes) > 1:
         page.text(x, y + height + 0.15, "ticks: mean of the classes")

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .base import Baseline, EvaluationError, Explainer, Scores, Subject, progress_bar
 
-__all__ = ["BoxEnergy", "GridLocalisation", "PointingGame", "arrange", "choose_grids", "share_in_cells"]
+__all__ = ["BoxEnergy", "GridLocalisation", "PointingGame", "arrange", "check_size", "choose_grids", "share_in_cells"]
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ class GridLocalisation:
         for start in progress_bar(range(0, len(grids), step), f"{explainer.label}: grids"):
             images, targets = self.make(subject, grids[start : start + step])
             if start == 0:
-                _check_size(subject, images)
+                check_size(subject, images)
             scores.append(share_in_cells(explainer(subject.model, images, targets), self.size))
         return Scores(torch.cat(scores).double().numpy())
 
@@ -147,7 +147,8 @@ def share_in_cells(maps: Tensor, size: int) -> Tensor:
 
 
 @torch.no_grad()
-def _check_size(subject: Subject, images: Tensor) -> None:
+def check_size(subject: Subject, images: Tensor) -> None:
+    """Raise `EvaluationError` if the model does not take images (G, C, H, W) of a grid's size."""
     parameter = next(subject.model.parameters())
     try:
         subject.model(images[:1].to(parameter.device, parameter.dtype))

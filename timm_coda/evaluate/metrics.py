@@ -36,6 +36,8 @@ _GIVEN: list[Metric] = [
     NoiseSensitivity(),
     Randomisation(order="cascading"),
     Randomisation(order="independent"),
+    Randomisation(order="cascading", similarity="ssim"),
+    Randomisation(order="independent", similarity="ssim"),
     Sparseness(),
 ]
 # In the order of tables and figures.

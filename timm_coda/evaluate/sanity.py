@@ -14,8 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..data import derive_seed
+from . import statistics
 from .base import Baseline, Curve, EvaluationError, Explainer, Scores, Subject, progress_bar
-from .localisation import GridLocalisation, _check_size
+from .localisation import GridLocalisation, check_size
 
 __all__ = ["ContrastiveLocalisation", "NoiseSensitivity", "Randomisation", "Sparseness"]
 
@@ -44,7 +45,7 @@ class NoiseSensitivity:
         )
 
     def baseline(self, subject: Subject) -> Baseline:
-        return Baseline(2**0.5, "new random map each time")
+        return Baseline(2**0.5, "random map")
 
     def __call__(self, subject: Subject, explainer: Explainer) -> Scores:
         few = replace(subject, count=min(self.images, subject.count))
@@ -183,7 +184,7 @@ class ContrastiveLocalisation:
         for start in progress_bar(range(0, len(grids), step), f"{explainer.label}: contrasts"):
             images, targets = self.grids.make(subject, grids[start : start + step])
             if start == 0:
-                _check_size(subject, images)
+                check_size(subject, images)
             scores.append(contrast_in_cells(explainer(subject.model, images, targets), size))
         return Scores(torch.cat(scores).numpy())
 
@@ -236,12 +237,7 @@ def reset_layers(model: nn.Module, names: list[str], seed: int) -> None:
 
 def spearman(maps: Tensor, others: Tensor) -> Tensor:
     """Rank correlation of each pair of maps (N, H, W): (N,) in [-1, 1]; 1 for equal ones, 0 where one is constant."""
-    from scipy.stats import rankdata
-
-    ranks = [torch.from_numpy(rankdata(m.flatten(1).double(), axis=1)) for m in (maps, others)]
-    a, b = (r - r.mean(1, keepdim=True) for r in ranks)
-    length = _norm(a) * _norm(b)
-    correlation = (a * b).sum(1) / length.where(length > 0, 1)
+    correlation = torch.from_numpy(statistics.spearman(*(m.flatten(1).double().numpy() for m in (maps, others))))
     equal = (maps == others).flatten(1).all(1)
     return correlation.masked_fill(equal, 1).float()
 

@@ -1,0 +1,145 @@
+"""Reading image files: what people have on disk, and what attackers upload."""
+
+import io
+import struct
+import zlib
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from timm_coda.images import MAX_PIXELS, ImageError, read_image, to_rgb
+
+RAMP = np.linspace(0, 65535, 64).round().astype(np.uint16).reshape(8, 8)
+GREY = np.rint(RAMP / 257).astype(np.uint8)
+PHOTO = np.random.default_rng(0).integers(0, 256, (48, 64, 3), dtype=np.uint8)
+
+
+def encoded(image: Image.Image, kind: str, **options) -> io.BytesIO:
+    file = io.BytesIO()
+    image.save(file, kind, **options)
+    file.seek(0)
+    return file
+
+
+def png_that_claims(width: int, height: int) -> io.BytesIO:
+    whole = encoded(Image.new("L", (4, 4)), "PNG").getvalue()
+    header = struct.pack(">II", width, height) + whole[24:29]
+    return io.BytesIO(whole[:16] + header + struct.pack(">I", zlib.crc32(b"IHDR" + header)) + whole[33:])
+
+
+def test_every_mode_becomes_rgb():
+    eight = Image.fromarray(GREY)
+    images = {
+        "L": eight,
+        "LA": eight.convert("LA"),
+        "RGBA": eight.convert("RGBA"),
+        "CMYK": eight.convert("RGB").convert("CMYK"),
+        "P": eight.convert("P"),
+        "YCbCr": eight.convert("RGB").convert("YCbCr"),
+        "16 bit": Image.fromarray(RAMP),
+        "32 bit": Image.fromarray(RAMP.astype(np.int32)),
+        "float": Image.fromarray((RAMP / 65535).astype(np.float32)),
+    }
+    for name, image in images.items():
+        rgb = to_rgb(image)
+        assert rgb.mode == "RGB", name
+        assert np.abs(np.asarray(rgb).astype(int) - GREY[..., None]).max() <= 1, name
+    with pytest.raises(ImageError, match="NaN"):
+        to_rgb(Image.fromarray(np.full((2, 2), np.nan, np.float32)))
+
+
+def test_transparent_parts_are_white():
+    pixels = np.array([[[10, 20, 30, 0], [10, 20, 30, 255], [0, 0, 0, 51]]], np.uint8)
+    expected = [[[255, 255, 255], [10, 20, 30], [204, 204, 204]]]
+    assert np.asarray(read_image(encoded(Image.fromarray(pixels), "PNG"))).tolist() == expected
+    palette = Image.new("P", (2, 1))
+    palette.putpalette([10, 20, 30, 40, 50, 60])
+    palette.putdata([0, 1])
+    assert np.asarray(read_image(encoded(palette, "PNG", transparency=0))).tolist() == [[[255] * 3, [40, 50, 60]]]
+
+
+def test_16_bit_png_is_scaled_not_clipped():
+    image = read_image(encoded(Image.fromarray(RAMP), "PNG"))
+    assert np.array_equal(np.asarray(image), np.repeat(GREY[..., None], 3, -1))
+    assert image.info == {}
+
+
+def test_cmyk_jpeg():
+    flat = Image.new("RGB", (16, 16), (200, 60, 20)).convert("CMYK")
+    image = read_image(encoded(flat, "JPEG", quality=95))
+    assert image.mode == "RGB"
+    assert np.abs(np.asarray(image).astype(int) - [200, 60, 20]).max() <= 4
+
+
+def test_upright_and_without_metadata():
+    exif = Image.Exif()
+    exif[0x0112] = 6  # the camera was held on its side
+    exif[0x010F] = "a camera"
+    image = read_image(encoded(Image.fromarray(PHOTO), "PNG", exif=exif))
+    assert np.array_equal(np.asarray(image), np.rot90(PHOTO, -1))
+    assert image.info == {} and not image.getexif()
+
+
+def test_first_frame_of_an_animation(tmp_path):
+    frames = [Image.new("RGB", (8, 8), color) for color in ("red", "blue")]
+    frames[0].save(tmp_path / "moving.gif", save_all=True, append_images=frames[1:])
+    image = read_image(tmp_path / "moving.gif")
+    assert image.info == {"note": "first of several frames"}
+    assert image.getpixel((3, 3)) == (255, 0, 0)
+
+
+def test_a_large_jpeg_is_decoded_smaller():
+    large = encoded(Image.new("RGB", (3000, 2000), (9, 99, 199)), "JPEG")
+    assert read_image(large).size == (3000, 2000)
+    for limit, size in ((5_999_999, (1500, 1000)), (1_500_000, (1500, 1000)), (1_400_000, (750, 500))):
+        image = read_image(large, max_pixels=limit)
+        assert image.size == size
+        assert image.info["note"] == f"read at {size[0]}x{size[1]} of 3000x2000 pixels"
+        assert np.abs(np.asarray(image).astype(int) - [9, 99, 199]).max() <= 4
+    with pytest.raises(ImageError, match="3000x2000 pixels are 6,000,000, the limit is 90,000"):
+        read_image(large, max_pixels=90_000)
+    progressive = encoded(Image.new("RGB", (3000, 2000)), "JPEG", progressive=True)
+    with pytest.raises(ImageError, match="the limit is 5,000,000"):  # it would be in memory whole
+        read_image(progressive, max_pixels=5_000_000)
+
+
+def test_size_is_checked_before_decoding():
+    # These files have no such pixels: who tried to decode them would find them damaged.
+    with pytest.raises(ImageError, match=r"the image: 10000x10000 pixels are 100,000,000, the limit is 50,000,000"):
+        read_image(png_that_claims(10_000, 10_000))
+    with pytest.raises(ImageError, match="far more than 50,000,000 pixels"):
+        read_image(png_that_claims(60_000, 60_000))
+    with pytest.raises(ImageError, match=r"1x51 pixels: crop it to sides that differ at most 50 times"):
+        read_image(png_that_claims(1, 51))
+    with pytest.raises(ImageError, match="damaged"):
+        read_image(png_that_claims(8000, MAX_PIXELS // 8000))
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("cut.png", encoded(Image.fromarray(PHOTO), "PNG").getvalue()[:3000], "damaged or incomplete .*truncated"),
+        ("cut.jpg", encoded(Image.fromarray(PHOTO), "JPEG").getvalue()[:900], "damaged or incomplete"),
+        ("cut.gif", encoded(Image.fromarray(PHOTO), "GIF").getvalue()[:2000], "damaged or incomplete"),
+        ("notes.txt", b"no image at all", "not an image of a known kind"),
+        ("page.jpg", b"<html>404</html>", "not an image of a known kind"),
+        ("empty.png", b"", "not an image of a known kind"),
+        # Pillow would start Ghostscript for it.
+        ("script.eps", encoded(Image.fromarray(PHOTO), "EPS").getvalue(), "not an image of a known kind"),
+    ],
+)
+def test_what_is_no_image_is_named(tmp_path, name, content, message):
+    file = tmp_path / name
+    file.write_bytes(content)
+    with pytest.raises(ImageError, match=rf"{file}: {message}"):
+        read_image(file)
+    with pytest.raises(ImageError, match=f"^the upload: {message}"):
+        read_image(io.BytesIO(content), name="the upload")
+
+
+def test_what_is_no_file_is_named(tmp_path):
+    with pytest.raises(ImageError, match=r"none.png: cannot be opened: No such file"):
+        read_image(tmp_path / "none.png")
+    with pytest.raises(ImageError, match="cannot be opened: Is a directory"):
+        read_image(str(tmp_path))
