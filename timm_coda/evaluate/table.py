@@ -66,7 +66,5 @@ def _number(value: float) -> str:
 
 
 def _row(name: str, cells: list[str]) -> str:
-    width = _CELL - max(0, len(name) - _NAME)  # a long name takes the space of the first cell
-    return (
-        f"{name:{_NAME}}" + " ".join([f"{cells[0]:>{width}}", *(f"{cell:>{_CELL}}" for cell in cells[1:])])
-    ).rstrip()
+    first = f"{cells[0]:>{_CELL - max(0, len(name) - _NAME)}}"  # a long name takes its space
+    return (f"{name:{_NAME}}" + " ".join([first, *(f"{cell:>{_CELL}}" for cell in cells[1:])])).rstrip()
