@@ -4,3 +4,6 @@ from .app import make_app
 from .examples import digit_examples, folder_examples
 from .server import serve
 from .shelf import Shelf
+from .space import export_space
+
+__all__ = ["Shelf", "digit_examples", "export_space", "folder_examples", "make_app", "serve"]

@@ -27,7 +27,7 @@ _NOBODY = -1  # the class to contrast with that is no class
 _EMPTY = '<div class="coda-empty">Drop an image, or choose an example: its explanation appears here.</div>'
 _HEAD = (
     "<h1>Why did the model decide that?</h1><p>These image classifiers explain themselves exactly: the score of a "
-    "class is a sum over the pixels, and the map shows each pixel’s share in it.</p>"
+    "class is a sum over the pixels, and the map shows each pixel's share in it.</p>"
 )
 # Of a hidden text field, which only its visitor has: there is no file on the server that others could ask for.
 _SAVE = """(file) => {
@@ -57,16 +57,6 @@ def make_app(shelf: Shelf, examples: Sequence[Path], *, first: Path | None = Non
     return app
 
 
-class _Upload(gr.Image):
-    """Hands over the file as it came: `read_image` opens it, with its limits and its words."""
-
-    def preprocess(self, payload: Any) -> str | None:
-        return None if payload is None else payload.path
-
-    def get_block_name(self) -> str:
-        return "image"
-
-
 class _Page:
     """The parts of the page, and a method for each thing that a visitor does.
 
@@ -81,13 +71,15 @@ class _Page:
         gr.HTML(_HEAD, elem_id="coda-head", js_on_load=None)
         with gr.Row(elem_id="coda-page"):
             with gr.Column(elem_id="coda-input"):
-                self.image = _Upload(
+                self.image = gr.Image(
                     None if first is None else str(first),
                     label="Image",
                     sources=["upload", "clipboard"],
                     buttons=[],
                     height=220,
                 )
+                # The file as it came: `read_image` opens it, with its limits and its words.
+                setattr(self.image, "preprocess", lambda file: file and file.path)  # noqa: B010
                 script = "element.onclick = (e) => e.target.dataset.example && trigger('choose', e.target.dataset)"
                 self.examples = gr.HTML(examples_html(examples), elem_id="coda-examples", js_on_load=script)
                 self.model = gr.Dropdown(

@@ -78,8 +78,10 @@ def serve(
 
 def _theme() -> gr.themes.Base:
     """Fonts that are there without a network, and small print that is dark enough to read."""
-    fonts = {"font": ["system-ui", "sans-serif"], "font_mono": ["monospace"]}
-    theme = gr.themes.Base(primary_hue="blue", neutral_hue="slate", **fonts)
-    faint = {"body_text_color_subdued": "*neutral_600", "body_text_color_subdued_dark": "*neutral_300"}
-    faint |= {"block_info_text_color": "*neutral_600", "block_info_text_color_dark": "*neutral_300"}
-    return theme.set(**faint)
+    fonts = ["system-ui", "sans-serif"]
+    return gr.themes.Base(primary_hue="blue", neutral_hue="slate", font=fonts, font_mono=["monospace"]).set(
+        body_text_color_subdued="*neutral_600",
+        body_text_color_subdued_dark="*neutral_300",
+        block_info_text_color="*neutral_600",
+        block_info_text_color_dark="*neutral_300",
+    )
