@@ -10,8 +10,8 @@ _DESCRIPTION = """\
 A web page that answers "why this class and not that one?": drop an image, see
 what the model decides and, pixel by pixel, where that comes from.
 
-  timm-coda demo                                   # digits; ships with the package
-  timm-coda demo --model bcos_resnet50.v2_in1k coda_net_l.mpi_t100000_imagenet100
+  timm-coda demo                      # digits: the model ships with the package
+  timm-coda demo --model bcos_resnet50.v2_in1k vit_tiny_patch16_bcos_224.v2_in1k
   timm-coda demo --model runs/my_model --examples photos
   timm-coda demo --model hf-hub:me/my-model --export space   # for the Hub
 
@@ -29,7 +29,7 @@ def add(subcommands: Any) -> None:
         subcommands, "demo", "a web page: choose an image, see why the model decides so", _DESCRIPTION, _run
     )
     add = parser.add_argument
-    hint = "names in timm's registry, folders, or hf-hub:ID, to choose among (default: those whose weights are here)"
+    hint = "names in timm's registry, folders, or hf-hub:ID, to choose among (default: ours that have weights)"
     add("--model", nargs="+", default=[], metavar="NAME", help=hint)
     add("--examples", type=Path, metavar="DIR", help="a folder of example images (default: handwritten digits)")
     add("--host", help="address to listen at (default: 127.0.0.1, this machine; 0.0.0.0 lets others in)")

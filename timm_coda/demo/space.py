@@ -8,7 +8,7 @@ import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
-from ..hub import check_folder
+from ..hub import check_folder, temporary_folder
 from .examples import folder_examples
 
 _PACKAGE = Path(__file__).parents[1]
@@ -20,7 +20,7 @@ from pathlib import Path
 
 from timm_coda.demo import serve
 
-here = Path(__file__).parent
+os.chdir(Path(__file__).parent)  # where the models and examples are
 host = "0.0.0.0" if "SPACE_ID" in os.environ else "127.0.0.1"
 serve({models}, examples={examples}, host=host, any_model=False)
 '''
@@ -58,37 +58,39 @@ def export_space(folder: Path, models: Sequence[str] = (), *, examples: Path | N
         examples: a folder of example images; by default handwritten digits
 
     Raises:
-        HubError: a model's folder is not whole.
+        HubError: a model's folder is no whole model.
         ImageError: no example image.
-        ValueError: there is something in the folder already.
+        ValueError: there is something in the folder already, or two models' folders have the same name.
     """
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ValueError(f"{folder}: not an empty folder: give a new one")
-    for name in models:
-        if Path(name).is_dir():
-            check_folder(name)
-    folder.mkdir(parents=True, exist_ok=True)
-    shutil.copytree(_PACKAGE, folder / "timm_coda", ignore=shutil.ignore_patterns("__pycache__"))
-    shown = []
-    for name in models:
-        shown.append(json.dumps(name))
-        if Path(name).is_dir():
-            place = f"models/{len(shown)}-{Path(name).resolve().name}"
-            shutil.copytree(name, folder / place, ignore=shutil.ignore_patterns(".*", "checkpoints"))
-            shown[-1] = f'str(here / "{place}")'
-    if examples is not None:
-        (folder / "examples").mkdir()
-        folder_examples(examples, folder / "examples")
-    place = "None" if examples is None else 'here / "examples"'
-    gradio, python = _installed("gradio"), ".".join(platform.python_version_tuple()[:2])
-    files = {
-        "app.py": _APP.format(models=f"[{', '.join(shown)}]", examples=place),
-        "README.md": _README.format(gradio=gradio, python=python),
-        "requirements.txt": "".join(f"{name}=={_installed(name)}\n" for name in _needed()),
-        ".gitattributes": "*.safetensors filter=lfs diff=lfs merge=lfs -text\n",
-    }
-    for name, text in files.items():
-        (folder / name).write_text(text, encoding="utf-8")
+    models = [name.removeprefix("local-dir:") for name in models]
+    folders = {Path(name).resolve().name: Path(name) for name in models if Path(name).is_dir()}
+    if len(folders) < sum(Path(name).is_dir() for name in models):
+        raise ValueError(f"two of the models' folders have one name, of {', '.join(folders)}: rename one")
+    for source in folders.values():
+        check_folder(source)
+    with temporary_folder(folder.parent / f".{folder.name}.exporting") as whole:
+        shutil.copytree(_PACKAGE, whole / "timm_coda", ignore=shutil.ignore_patterns("__pycache__"))
+        for name, source in folders.items():
+            shutil.copytree(source, whole / "models" / name, ignore=shutil.ignore_patterns(".*", "checkpoints"))
+        if examples is not None:
+            (whole / "examples").mkdir()
+            folder_examples(examples, whole / "examples")
+        shown = [f"models/{Path(name).resolve().name}" if Path(name).is_dir() else name for name in models]
+        place = "None" if examples is None else 'Path("examples")'
+        gradio, python = _installed("gradio"), ".".join(platform.python_version_tuple()[:2])
+        files = {
+            "app.py": _APP.format(models=json.dumps(shown), examples=place),
+            "README.md": _README.format(gradio=gradio, python=python),
+            "requirements.txt": "".join(f"{name}=={_installed(name)}\n" for name in _needed()),
+            ".gitattributes": "*.safetensors filter=lfs diff=lfs merge=lfs -text\n",
+        }
+        for name, text in files.items():
+            (whole / name).write_text(text, encoding="utf-8")
+        if folder.exists():
+            folder.rmdir()
+        whole.rename(folder)
 
 
 def _needed() -> list[str]:

@@ -155,12 +155,10 @@ def figure_file(shown: Shown) -> bytes:
 def arrays_file(shown: Shown) -> bytes:
     """The numbers of the explanation, an NPZ: names and shapes as those of `Explanation`, without the batch axis."""
     explanation = shown.explanation
-    arrays: dict = {
-        name: getattr(explanation, name)[0].cpu().numpy()
-        for name in ("images", "logits", "prediction", "target", "versus", "value", "contributions", "weights")
-        if getattr(explanation, name) is not None
-    }
-    arrays |= {"bias": explanation.bias, "label_names": np.array(shown.names)}
+    fields = ("images", "logits", "prediction", "target", "versus", "value", "contributions", "weights")
+    found = {name: getattr(explanation, name) for name in fields}
+    arrays: dict = {name: value[0].cpu().numpy() for name, value in found.items() if value is not None}
+    arrays |= {"bias": explanation.bias, "layer": explanation.layer or "", "label_names": np.array(shown.names)}
     stream = io.BytesIO()
-    np.savez_compressed(stream, allow_pickle=False, **arrays | ({"layer": explanation.layer} if explanation.layer else {}))
+    np.savez_compressed(stream, allow_pickle=False, **arrays)
     return stream.getvalue()
