@@ -134,18 +134,45 @@ class Explanation:
         return visualize.figure(self.images, **shown | kwargs)
 
     def _titles(self, label_names: Sequence[str] | None) -> list[list[str]]:
-        """(B, T) headings for what is no plain class: a unit of a layer, or one class in contrast with another."""
-        if self.versus is None:
-            return [[f"{self.layer} {', '.join(map(str, self.unit or ()))}"]] * len(self)
-        pairs = torch.stack([self.target, self.versus], -1).reshape(len(self), -1, 2).tolist()
+        """(B, T) headings: a class, one class in contrast with another, or a unit of a layer."""
+        if self.unit is not None:
+            return [[f"{self.layer} {', '.join(map(str, self.unit))}"]] * len(self)
         names = [f"class {i}" for i in range(self.logits.shape[1])] if label_names is None else label_names
-        return [[f"{names[a]}, not {names[b]}" for a, b in row] for row in pairs]
+        targets: list[list[int]] = self.target.reshape(len(self), -1).tolist()
+        if self.versus is None:
+            return [[names[a] for a in row] for row in targets]
+        others = self.versus.reshape(len(self), -1).tolist()
+        return [
+            [f"{names[a]}, not {names[b]}" for a, b in zip(row, other, strict=True)]
+            for row, other in zip(targets, others, strict=True)
+        ]
+
+    def arrays(self) -> "dict[str, np.ndarray]":
+        """Every number as a NumPy array under its field's name, and `residual`; 16-bit floats become 32-bit ones."""
+        import numpy as np
+
+        found = {f.name: getattr(self, f.name) for f in fields(self)} | {"residual": self.residual}
+        floats = (torch.bfloat16, torch.float16)
+        for name, value in found.items():
+            if isinstance(value, Tensor):
+                found[name] = (value.float() if value.dtype in floats else value).cpu().numpy()
+        return {name: np.asarray(value) for name, value in found.items() if value is not None}
 
     def save(self, path: str | Path, **kwargs: Any) -> None:
-        """Write the figure to a .png, .svg or .pdf file, whole or not at all; `kwargs` as `plot`."""
+        """Write the figure (.png, .svg, .pdf; `kwargs` as `plot`) or the arrays (.npz), whole or not at all."""
         from . import visualize
 
-        visualize.save_figure(self.plot(**kwargs), path)
+        if Path(path).suffix.lower() != ".npz":
+            visualize.save_figure(self.plot(**kwargs), path)
+        elif kwargs:
+            raise TypeError(f"{', '.join(kwargs)}: for a figure alone, {path} takes the arrays as they are")
+        else:
+            visualize.save_arrays(self.arrays(), path)
+
+    def _repr_html_(self) -> str:
+        from . import notebook
+
+        return notebook.html(self)
 
     def _repr_png_(self) -> bytes | None:
         stream = BytesIO()

@@ -7,13 +7,15 @@ global state, so all of this works without a display and in several threads at o
 import math
 import os
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
 import numpy as np
 from numpy.typing import ArrayLike
+
+from .page import GAP, GREY, INK, PANEL, PITCH, Page
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -23,9 +25,6 @@ if TYPE_CHECKING:
 EVIDENCE_COLORS = np.frombuffer(
     bytes.fromhex("053061 2166ac 4393c3 92c5de d1e5f0 f7f7f7 fddbc7 f4a582 d6604d b2182b 67001f"), np.uint8
 ).reshape(-1, 3)
-_PANEL, _GAP = 1.6, 0.2  # inches in a figure: the side of a picture, the space between two
-_PITCH = _PANEL + _GAP
-_INK, _GREY = "#222222", "#707070"
 
 
 def color_limit(contributions: ArrayLike, *, percentile: float = 99.5) -> float:
@@ -193,15 +192,15 @@ def figure(
         raise ValueError(f"titles must have shape {(batch, per_image)}, one for each map, got {np.shape(headings)}")
 
     rows = min(batch, max_rows)
-    height, width = (_PANEL * side / max(pictures.shape[1:3]) for side in pictures.shape[1:3])  # on the page
-    row_height = max(height, 0.75 * _PANEL)
+    height, width = (PANEL * side / max(pictures.shape[1:3]) for side in pictures.shape[1:3])  # on the page
+    row_height = max(height, 0.75 * PANEL)
     captions = ["input", *["probability (sigmoid)"] * (outputs is not None), "evidence for and against"]
-    width_inches = (len(captions) - 1 + per_image) * _PITCH + 0.85
-    page = _Page(width_inches, 0.25 + rows * (row_height + 0.62) + 0.2 * (rows < batch))
+    width_inches = (len(captions) - 1 + per_image) * PITCH + 0.85
+    page = Page(width_inches, 0.25 + rows * (row_height + 0.62) + 0.2 * (rows < batch))
     for i, caption in enumerate(captions):
-        page.text(_GAP + i * _PITCH, 0.2, caption, color=_GREY)
+        page.text(GAP + i * PITCH, 0.2, caption, color=GREY)
     for row in range(rows):
-        left, top = _GAP, 0.54 + row * (row_height + 0.62)
+        left, top = GAP, 0.54 + row * (row_height + 0.62)
         head, foot = top - 0.07, top + height + 0.15
         page.picture(pictures[row], left, top, width, height)
         if outputs is not None:
@@ -209,11 +208,11 @@ def figure(
                 right = truth[row] == outputs[row].argmax()
                 page.text(left, head, f"true: {names[truth[row]]}", size=9)
                 page.text(left, foot, "✓ correct" if right else "✗ wrong", color="#1a7a3a" if right else "#b3480a")
-            left += _PITCH
+            left += PITCH
             _draw_probabilities(page, left, top, row_height / 5, outputs[row], explained[row], names)
         limit = color_limit(maps[row])
         for title, score, contribution in zip(headings[row], scores[row].tolist(), maps[row], strict=True):
-            left += _PITCH
+            left += PITCH
             page.text(left, head, title, size=9, weight="bold")
             page.picture(heatmap(contribution, limit=limit), left, top, width, height)
             total = contribution.sum(dtype=np.float64).item()
@@ -224,9 +223,9 @@ def figure(
             page.text(left, foot, f"{word} {shown[0]} = bias {shown[1]} {sign} {shown[2]}", shrink=True)
             if abs(residual) > 0.01 * max(1, abs(score)):
                 page.text(left, foot + 0.13, f"residual {shown[3]}", shrink=True)
-        _draw_scale(page, left + _PANEL + 0.14, top, max(height, 0.8), limit, f"contribution ({word})")
+        _draw_scale(page, left + PANEL + 0.14, top, max(height, 0.8), limit, f"contribution ({word})")
     if rows < batch:
-        page.text(_GAP, page.height - 0.1, f"first {rows} of {batch} images", color=_GREY)
+        page.text(GAP, page.height - 0.1, f"first {rows} of {batch} images", color=GREY)
     return page.figure
 
 
@@ -251,7 +250,7 @@ def save_image(array: ArrayLike, path: str | os.PathLike[str]) -> None:
     pixels = pixels[(None,) * (5 - pixels.ndim)]
     b, t, h, w, c = pixels.shape
     grid = Image.fromarray(np.rint(pixels).astype(np.uint8).swapaxes(1, 2).reshape(b * h, t * w, c))
-    with _replacing(path, (".png",)) as stream:
+    with replacing(path, (".png",)) as stream:
         grid.save(stream, format="PNG")
 
 
@@ -268,65 +267,58 @@ def save_figure(figure: "Figure", path: str | os.PathLike[str]) -> None:
         ValueError: another suffix.
     """
     unset = {".png": ["Software"], ".svg": ["Date", "Creator"], ".pdf": ["CreationDate", "Creator", "Producer"]}
-    with _replacing(path, tuple(unset)) as stream:
+    with replacing(path, tuple(unset)) as stream:
         suffix = Path(path).suffix.lower()
         figure.savefig(stream, format=suffix[1:], facecolor="white", metadata=dict.fromkeys(unset[suffix]))
 
 
-class _Page:
-    """A white figure measured in inches from its upper left corner, whatever the user's matplotlib settings are."""
+def save_arrays(arrays: Mapping[str, np.ndarray], path: str | os.PathLike[str]) -> None:
+    """Write arrays to an .npz file, replaced only by a complete one; `numpy.load` reads it.
 
-    def __init__(self, width: float, height: float) -> None:
-        try:
-            from matplotlib.backends.backend_agg import FigureCanvasAgg
-            from matplotlib.figure import Figure
-        except ImportError as error:
-            raise ImportError("figures need matplotlib: pip install 'timm_coda[viz]'") from error
-        self.height = height
-        self.figure = Figure(figsize=(width, height), dpi=200, facecolor="white")
-        self.figure.set_layout_engine("none")
-        self._renderer = FigureCanvasAgg(self.figure).get_renderer()
-        self._axes = self.figure.add_axes((0, 0, 1, 1), xlim=(0, width), ylim=(height, 0), frame_on=False)
-        self._axes.set_axis_off()
+    Raises:
+        ValueError: another suffix.
+    """
+    with replacing(path, (".npz",)) as stream:
+        np.savez_compressed(stream, allow_pickle=False, **arrays)
 
-    def text(self, x: float, y: float, text: str, *, width=_PANEL, size=7.0, color=_INK, shrink=False, **style) -> None:
-        """One line on the baseline y, made to fit the width: by an ellipsis, or (`shrink`, for numbers) by its size."""
-        text = text.replace("-", "\N{MINUS SIGN}") if shrink else " ".join(str(text).split())
-        fixed = {"family": "DejaVu Sans", "parse_math": False, "usetex": False, "va": "baseline"}
-        artist = self._axes.text(x, y, text, fontsize=size, color=color, **fixed | style)
-        while (excess := max(artist.get_window_extent(self._renderer).size) / (width * self.figure.dpi)) > 1:
-            if shrink:
-                size *= 0.98 / excess
-                artist.set_fontsize(size)
-            else:
-                text = text[:-1].rstrip()
-                artist.set_text(text + "…")
 
-    def picture(self, pixels: np.ndarray, x: float, y: float, width: float, height: float) -> None:
-        """Framed RGB pixels: those of small pictures stay crisp squares, those of large ones are resampled."""
-        interpolation = "nearest" if max(pixels.shape) <= 128 else "antialiased"
-        self._axes.imshow(pixels, extent=(x, x + width, y + height, y), aspect="auto", interpolation=interpolation)
-        self.box(x, y, width, height, facecolor="none", edgecolor="#9a9a9a", linewidth=0.5)
+@contextmanager
+def replacing(path: str | os.PathLike[str], suffixes: tuple[str, ...]) -> Iterator[BinaryIO]:
+    """A new file that takes the path's place at the end, or vanishes after an error.
 
-    def box(self, x: float, y: float, width: float, height: float, **style) -> None:
-        self._axes.fill([x, x + width, x + width, x], [y, y, y + height, y + height], **style)
+    Missing folders are created.
+
+    Raises:
+        ValueError: the path ends in none of these.
+    """
+    target = Path(path)
+    if target.suffix.lower() not in suffixes:
+        raise ValueError(f"cannot write {target.name!r}: the name must end in {' or '.join(suffixes)}")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = target.with_name(f".{uuid.uuid4().hex}.tmp")
+    try:
+        with open(temporary, "xb") as stream:
+            yield stream
+        os.replace(temporary, target)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def _draw_probabilities(
-    page: _Page, x: float, y: float, step: float, logits: np.ndarray, explained: list[int], names: list[str]
+    page: Page, x: float, y: float, step: float, logits: np.ndarray, explained: list[int], names: list[str]
 ) -> None:
     """Bars of the five most probable classes, the explained ones dark."""
     for i, index in enumerate(np.argsort(-logits, kind="stable")[:5].tolist()):
         probability = (1 + math.tanh(logits[index] / 2)) / 2  # the sigmoid, without overflow
-        ink, bar = (_INK, "#444444") if index in explained else (_GREY, "#b4b4b4")
+        ink, bar = (INK, "#444444") if index in explained else (GREY, "#b4b4b4")
         line = y + i * step + 0.4 * step
-        page.text(x, line, names[index], width=_PANEL - 0.35, color=ink)
-        page.text(x + _PANEL, line, f"{probability:.2f}", color=ink, ha="right")
-        page.box(x, line + 0.17 * step, _PANEL, 0.25 * step, facecolor="#ececec", linewidth=0)
-        page.box(x, line + 0.17 * step, _PANEL * probability, 0.25 * step, facecolor=bar, linewidth=0)
+        page.text(x, line, names[index], width=PANEL - 0.35, color=ink)
+        page.text(x + PANEL, line, f"{probability:.2f}", color=ink, ha="right")
+        page.box(x, line + 0.17 * step, PANEL, 0.25 * step, facecolor="#ececec", linewidth=0)
+        page.box(x, line + 0.17 * step, PANEL * probability, 0.25 * step, facecolor=bar, linewidth=0)
 
 
-def _draw_scale(page: _Page, x: float, y: float, height: float, limit: float, label: str) -> None:
+def _draw_scale(page: Page, x: float, y: float, height: float, limit: float, label: str) -> None:
     page.picture(heatmap(np.linspace(1, -1, 201)[:, None], limit=1), x, y, 0.1, height)
     page.text(x, y - 0.07, "for", color="#b2182b")
     page.text(x, y + height + 0.15, "against", color="#2166ac")
@@ -408,19 +400,3 @@ def _box_average(values: np.ndarray, window: int, axis: int) -> np.ndarray:
     total = np.insert(np.cumsum(values, axis=axis, dtype=np.float64), 0, 0, axis=axis)
     total = np.take(total, end, axis=axis) - np.take(total, first, axis=axis)
     return total / np.expand_dims(end - first, tuple(range(axis + 1, 0)))
-
-
-@contextmanager
-def _replacing(path: str | os.PathLike[str], suffixes: tuple[str, ...]) -> Iterator[BinaryIO]:
-    """A new file that takes the path's place at the end, or vanishes after an error."""
-    target = Path(path)
-    if target.suffix.lower() not in suffixes:
-        raise ValueError(f"cannot write {target.name!r}: the name must end in {' or '.join(suffixes)}")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = target.with_name(f".{uuid.uuid4().hex}.tmp")
-    try:
-        with open(temporary, "xb") as stream:
-            yield stream
-        os.replace(temporary, target)
-    finally:
-        temporary.unlink(missing_ok=True)

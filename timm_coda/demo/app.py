@@ -16,7 +16,8 @@ except ImportError as error:
     raise ImportError("the page needs gradio: pip install 'timm_coda[demo]'") from error
 
 from ..images import read_image
-from .shelf import Shelf, class_names, layer_names
+from ..labels import class_names
+from .shelf import Shelf, layer_names
 from .views import Shown, arrays_file, examples_html, figure_file, result_html
 
 MAX_PIXELS = 25_000_000  # of an uploaded image: several visitors may decode one at the same time
@@ -132,7 +133,9 @@ class _Page:
             except Exception:
                 _log.exception("the page could not answer")
                 said = "Something went wrong on the server, which is not your fault: its log says what."
-            return {self.message: f'<p class="coda-error" role="alert">{escape(said)}</p>'}
+            # What is there belongs to the image or the model before.
+            old = self._nothing() if run == self.new_image else {}
+            return {**old, self.message: f'<p class="coda-error" role="alert">{escape(said)}</p>'}
 
         return event(
             answer,
@@ -148,11 +151,14 @@ class _Page:
 
     def new_image(self, wish: "_Wish") -> dict:
         """Explain what the model sees in another image, or what another model sees."""
+        if wish.image is None:
+            return self._nothing()
         model = self.shelf[wish.model]
-        if wish.shown is not None and wish.shown.model == wish.model:
-            return self._explain(wish, None, _NOBODY)
         names, (widest, window) = class_names(model), _windows(model)
-        changes = self._explain(wish._replace(layer=_IMAGE, smooth=window), None, _NOBODY)
+        picture = read_image(wish.image, name="The image", max_pixels=MAX_PIXELS)
+        if wish.shown is not None and wish.shown.model == wish.model:
+            return self._explain(wish, picture, None, _NOBODY)
+        changes = self._explain(wish._replace(layer=_IMAGE, smooth=window), picture, None, _NOBODY)
         return changes | {
             self.target: gr.Dropdown(_numbered(names), value=changes[self.target]),
             self.versus: gr.Dropdown(_others(names), value=_NOBODY),
@@ -162,11 +168,11 @@ class _Page:
 
     def explain(self, wish: "_Wish") -> dict:
         """Explain the class that is chosen in the fields, by the layer that is chosen there."""
-        return self._explain(wish, wish.target, wish.versus)
+        return self._again(wish, wish.target, wish.versus)
 
     def choose(self, wish: "_Wish") -> dict:
         """Explain the class, or contrast the classes, of the button that was pressed in the result."""
-        return self._explain(wish, wish.event.target_class, wish.event.versus_class)
+        return self._again(wish, wish.event.target_class, wish.event.versus_class)
 
     def draw(self, wish: "_Wish") -> dict:
         """Draw what is shown with other settings."""
@@ -180,15 +186,14 @@ class _Page:
     def save_arrays(self, wish: "_Wish") -> dict:
         return {self.file: _as_text("explanation.npz", arrays_file(_there(wish.shown)))}
 
-    def _explain(self, wish: "_Wish", target: int | None, versus: int) -> dict:
-        if wish.image is None:
-            return {self.shown: None, self.result: _EMPTY, self.target: None, self.versus: _NOBODY}
+    def _again(self, wish: "_Wish", target: int | None, versus: int) -> dict:
+        return {} if wish.shown is None else self._explain(wish, wish.shown.explanation.images, target, versus)
+
+    def _explain(self, wish: "_Wish", picture: Any, target: int | None, versus: int) -> dict:
         model = self.shelf[wish.model]
-        picture = read_image(wish.image, name="The image", max_pixels=MAX_PIXELS)
         versus = _NOBODY if versus == target else versus
-        explanation = model.explain(
-            picture, target, versus=None if versus == _NOBODY else versus, layer=wish.layer or None
-        )
+        other = None if versus == _NOBODY else versus
+        explanation = model.explain(picture, target, versus=other, layer=wish.layer or None)
         shown = Shown(wish.model, explanation, class_names(model))
         return {
             self.shown: shown,
@@ -197,6 +202,9 @@ class _Page:
             self.versus: versus,
             self.smooth: gr.Slider(interactive=wish.layer == _IMAGE),
         }
+
+    def _nothing(self) -> dict:
+        return {self.shown: None, self.result: _EMPTY, self.target: None, self.versus: _NOBODY}
 
 
 class _Wish(NamedTuple):

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import timm
-from timm.data import ImageNetInfo
 
 from ..hub import HubError, load_model
 
@@ -73,18 +72,6 @@ def is_shipped(name: str) -> bool:
     """Whether the weights of that name come with the package."""
     config = timm.models.get_pretrained_cfg(name) if timm.is_model(name.split(".")[0]) else None
     return bool(config and config.file and Path(config.file).is_file())
-
-
-def class_names(model: Any) -> tuple[str, ...]:
-    """What to call a model's classes, in words where the model or timm knows them."""
-    config = model.pretrained_cfg or {}
-    labels = config.get("label_names")
-    if labels:
-        words = config.get("label_descriptions") or {}
-        return tuple(str(words.get(label, label)) for label in labels)
-    if model.num_classes == 1000 and str(config.get("tag", "")).endswith("in1k"):
-        return tuple(ImageNetInfo("imagenet-1k").label_descriptions())
-    return tuple(f"class {i}" for i in range(model.num_classes))
 
 
 def layer_names(model: Any) -> list[str]:

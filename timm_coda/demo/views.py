@@ -153,12 +153,9 @@ def figure_file(shown: Shown) -> bytes:
 
 
 def arrays_file(shown: Shown) -> bytes:
-    """The numbers of the explanation, an NPZ: names and shapes as those of `Explanation`, without the batch axis."""
-    explanation = shown.explanation
-    fields = ("images", "logits", "prediction", "target", "versus", "value", "contributions", "weights")
-    found = {name: getattr(explanation, name) for name in fields}
-    arrays: dict = {name: value[0].cpu().numpy() for name, value in found.items() if value is not None}
-    arrays |= {"bias": explanation.bias, "layer": explanation.layer or "", "label_names": np.array(shown.names)}
+    """The numbers of the explanation, an NPZ, see `Explanation.arrays`."""
     stream = io.BytesIO()
-    np.savez_compressed(stream, allow_pickle=False, **arrays)
+    np.savez_compressed(
+        stream, allow_pickle=False, **shown.explanation.arrays() | {"label_names": np.array(shown.names)}
+    )
     return stream.getvalue()

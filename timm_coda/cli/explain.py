@@ -1,0 +1,195 @@
+"""`timm-coda explain`: pictures, arrays and tables of explanations."""
+
+import argparse
+import sys
+import textwrap
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ._command import new_command
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from ..gallery import Gallery
+    from ..inputs import Source
+
+_DESCRIPTION = """\
+Explain images and videos: which pixels speak for and against a class, exactly.
+
+  timm-coda explain photo.jpg --model coda_net_xs.digits --output out
+  timm-coda explain photos/ --model runs/mine --target cat --versus dog \\
+      --output out                                  # why a cat and not a dog?
+  timm-coda explain https://... clip.mp4 --model hf-hub:USER/NAME --top 3 \\
+      --output out
+
+Of each image --output gets
+
+  NAME.figure.png   image, most probable classes, maps with their arithmetic
+  NAME.overlay.png  the evidence over the whole image: red for, blue against;
+                    what the model does not see (it crops the middle) is dark
+  NAME.npz          contributions, weights, logits, ...: numpy.load reads it
+
+and of all of them together table.csv and, if there are several, contact sheets
+of 48 images each. Of a video it gets NAME.overlay.mp4, in which a colour means
+the same in every frame, and NAME.overlay.csv, a row a frame; a video shows one
+class: the first --target, or the most probable one of all frames.
+
+Probabilities are sigmoids. Of a folder all files are read, those in folders
+below it, too, but for hidden ones. Transparent parts of an image become white;
+of an animated one the first frame is explained. Files that are no image or
+video, damaged or too large are named at the end. Exit code: 0 if everything
+was explained, 1 if some was skipped, 2 if there is nothing to show.
+"""
+
+
+def add(subcommands: Any) -> None:
+    parser = new_command(
+        subcommands, "explain", "which pixels of images and videos speak for a class", _DESCRIPTION, _run
+    )
+    add = parser.add_argument
+    add("inputs", nargs="+", metavar="INPUT", help="image, video, folder of them, or link (http, https)")
+    add("--model", required=True, metavar="NAME", help="a name in timm's registry, a folder, or hf-hub:ID")
+    add("--output", required=True, type=Path, metavar="FOLDER", help="new or empty, or with --overwrite")
+    which = parser.add_mutually_exclusive_group()
+    hint = "classes to explain, by name or number (default: the most probable one)"
+    which.add_argument("--target", nargs="+", metavar="CLASS", help=hint)
+    which.add_argument("--top", type=int, default=1, metavar="N", help="explain the N most probable classes")
+    hint = "explain why the class and not this one; one, or one for each --target"
+    add("--versus", nargs="+", metavar="CLASS", help=hint)
+    add("--batch-size", type=int, default=16, metavar="N", help="images at a time, to bound memory (default: 16)")
+    add("--device", help="cpu or cuda (default: cuda where there is one)")
+    add("--figure", choices=["png", "svg", "pdf"], default="png", help="kind of the figures (default: png)")
+    add("--overwrite", action="store_true", help="write into a folder that has files; those of the same name go")
+
+
+def _run(args: argparse.Namespace) -> int:
+    from ..gallery import Gallery
+    from ..hub import load_model
+    from ..inputs import find_sources
+    from ..labels import class_names
+    from ..page import letters
+
+    if args.batch_size < 1:
+        raise ValueError(f"--batch-size {args.batch_size}: must be at least 1")
+    if args.output.is_file() or (not args.overwrite and args.output.is_dir() and any(args.output.iterdir())):
+        raise ValueError(f"--output {args.output}: not a new or empty folder; name another, or add --overwrite")
+    try:
+        letters(12)  # before the first batch is explained, not after it
+    except ImportError as error:
+        raise ValueError(error) from error
+    sources = find_sources(args.inputs, args.output)
+    model = load_model(args.model).to(_device(args.device))
+    if not hasattr(model, "explain"):
+        kind = type(model).__name__
+        raise ValueError(f"--model {args.model}: a {kind} cannot explain itself; those of timm_coda can")
+    names = class_names(model)
+    targets, versus = _classes(names, args.target), _classes(names, args.versus)
+    _check(args.top, targets, versus, names)
+    gallery = Gallery(
+        model,
+        args.output,
+        names=names,
+        targets=targets,
+        versus=versus,
+        top=args.top,
+        batch_size=args.batch_size,
+        suffix=f".{args.figure}",
+    )
+    print(f"{args.model}: {len(names)} classes; {len(sources)} file{'s' * (len(sources) > 1)} to explain")
+    print(f"\n{'':26} most probable classes (sigmoid)")
+    done, skipped = _explain(sources, gallery)
+    print(f"\n{done} of {len(sources)} explained: {args.output}")
+    if skipped:
+        print(f"\n{len(skipped)} skipped:", file=sys.stderr)
+        for line in skipped:
+            print(textwrap.fill(line, 79, initial_indent="  ", subsequent_indent="    "), file=sys.stderr)
+    return 2 if done == 0 else 1 if skipped else 0
+
+
+def _explain(sources: "Sequence[Source]", gallery: "Gallery") -> tuple[int, list[str]]:
+    """Explain all of them; returns how many could be, and why the others could not."""
+    from tqdm import tqdm
+
+    from ..images import ImageError, read_image
+    from ..inputs import InputError, fetched
+    from ..video import VIDEO_SUFFIXES, VideoError
+
+    skipped, videos = [], 0
+    for source in tqdm(sources, "explaining", unit="file", disable=None, leave=False):
+        path = Path(source.place)
+        try:
+            with fetched(source) as path:
+                if path.suffix.lower() in VIDEO_SUFFIXES:
+                    tqdm.write(_add_video(source, path, gallery))
+                    videos += 1
+                else:
+                    for row in gallery.add(source, read_image(path, name=source.name)):
+                        tqdm.write(_line(row.name, row.top, row.note))
+        except (ImageError, VideoError, InputError) as error:
+            reason = str(error).removeprefix(f"{source.name}: ").removeprefix(f"{path}: ")
+            gallery.skip(source, reason)
+            skipped.append(f"{source.name}: {reason}")
+    for row in gallery.finish():
+        print(_line(row.name, row.top, row.note))
+    return gallery.explained + videos, skipped
+
+
+def _add_video(source: "Source", path: Path, gallery: "Gallery") -> str:
+    from ..video import VideoError, explain_video
+
+    try:
+        found = explain_video(
+            gallery.model,
+            path,
+            gallery.output / f"{source.stem}.overlay.mp4",
+            target=gallery.targets[0] if gallery.targets else None,
+            versus=gallery.versus[0] if gallery.versus else None,
+            label_names=gallery.names,
+            batch_size=gallery.batch_size,
+        )
+    except ImportError as error:
+        raise VideoError(str(error)) from error
+    seen = f"{found.frames} frames, {100 * found.predicted / found.frames:.0f} % of them {gallery.names[found.target]}"
+    return f"{_short(source.name, 26):26} {_short(seen, 52)}" + (f"\n  ({found.note})" if found.note else "")
+
+
+def _line(name: str, top: list[tuple[str, float]], note: str) -> str:
+    """A name and its three most probable classes, in 80 columns."""
+    classes = [f"{_short(label, 12):12} {probability:4.2f}" for label, probability in top[:3]]
+    return f"{_short(name, 26):26} {' '.join(classes)}".rstrip() + (f"\n  ({note})" if note else "")
+
+
+def _short(text: str, width: int) -> str:
+    """Cut to the width: a path at its beginning, anything else at its end."""
+    if len(text) <= width:
+        return text
+    return "…" + text[-width + 1 :] if "/" in text else text[: width - 1] + "…"
+
+
+def _device(name: str | None) -> str:
+    import torch
+
+    if name not in (None, "cpu", "cuda"):
+        raise ValueError(f"--device {name}: choose cpu or cuda (CUDA_VISIBLE_DEVICES says which)")
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"--device cuda: PyTorch {torch.__version__} finds no CUDA device; choose cpu")
+    return name or ("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def _classes(names: "Sequence[str]", words: list[str] | None) -> list[int] | None:
+    from ..labels import find_class
+
+    return None if words is None else [find_class(names, word) for word in words]
+
+
+def _check(top: int, targets: list[int] | None, versus: list[int] | None, names: "Sequence[str]") -> None:
+    if not 1 <= top <= len(names):
+        raise ValueError(f"--top {top}: the model has {len(names)} classes")
+    if versus is None:
+        return
+    if len(versus) > 1 and len(versus) != len(targets or ()):
+        raise ValueError(f"--versus has {len(versus)} classes: give one, or one for each --target")
+    for pair in zip(targets or (), versus * len(targets or ()), strict=False):
+        if pair[0] == pair[1]:
+            raise ValueError(f"--versus {names[pair[0]]}: the same class as --target, from which it differs by nothing")

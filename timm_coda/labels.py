@@ -1,0 +1,46 @@
+"""What a model's classes are called, and which one a person means."""
+
+import difflib
+from collections.abc import Sequence
+from typing import Any
+
+from timm.data import ImageNetInfo
+
+__all__ = ["class_names", "find_class"]
+
+
+def class_names(model: Any) -> tuple[str, ...]:
+    """A name for each class: what the model's config calls it, in plain words where it knows them; else "class 3"."""
+    config = getattr(model, "pretrained_cfg", None) or {}
+    names, plain = config.get("label_names"), config.get("label_descriptions") or {}
+    if names is None and model.num_classes == 1000 and "in1k" in (config.get("tag") or ""):
+        names = ImageNetInfo("imagenet-1k").label_descriptions()
+    if names is None or len(names) != model.num_classes:
+        return tuple(f"class {index}" for index in range(model.num_classes))
+    return tuple(str(plain.get(name, name)) for name in names)
+
+
+def find_class(names: Sequence[str], word: str) -> int:
+    """The number of the class that `word` names: by its name, by one of several ("tench, Tinca tinca"), or by number.
+
+    Small and capital letters are the same. Names come before numbers, as the name of a class may be a number.
+
+    Raises:
+        ValueError: no class is called so, or several are.
+    """
+    wanted = word.strip().casefold()
+    whole = [index for index, name in enumerate(names) if name.casefold() == wanted]
+    parts = [index for index, name in enumerate(names) if wanted in name.casefold().split(", ")]
+    found = whole or parts
+    if len(found) > 1:
+        raise ValueError(f"class {word!r}: {len(found)} classes are called so, give a number: {found}"[:500])
+    if found:
+        return found[0]
+    if wanted.removeprefix("class ").isdecimal():
+        index = int(wanted.removeprefix("class "))
+        if index < len(names):
+            return index
+        raise ValueError(f"class {word}: the model's classes are 0 to {len(names) - 1}")
+    near = difflib.get_close_matches(wanted, [part for name in names for part in name.casefold().split(", ")])
+    hint = f"; near are {', '.join(near)}" if near else ""
+    raise ValueError(f"no class is called {word!r}{hint}: give a name, or a number from 0 to {len(names) - 1}")
