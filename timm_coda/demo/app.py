@@ -134,7 +134,7 @@ class _Page:
                 _log.exception("the page could not answer")
                 said = "Something went wrong on the server, which is not your fault: its log says what."
             # What is there belongs to the image or the model before.
-            old = self._nothing() if run == self.new_image else {}
+            old = self._nothing("") if run == self.new_image else {}
             return {**old, self.message: f'<p class="coda-error" role="alert">{escape(said)}</p>'}
 
         return event(
@@ -152,7 +152,7 @@ class _Page:
     def new_image(self, wish: "_Wish") -> dict:
         """Explain what the model sees in another image, or what another model sees."""
         if wish.image is None:
-            return self._nothing()
+            return self._nothing(_EMPTY)
         model = self.shelf[wish.model]
         names, (widest, window) = class_names(model), _windows(model)
         picture = read_image(wish.image, name="The image", max_pixels=MAX_PIXELS)
@@ -203,8 +203,8 @@ class _Page:
             self.smooth: gr.Slider(interactive=wish.layer == _IMAGE),
         }
 
-    def _nothing(self) -> dict:
-        return {self.shown: None, self.result: _EMPTY, self.target: None, self.versus: _NOBODY}
+    def _nothing(self, result: str) -> dict:
+        return {self.shown: None, self.result: result, self.target: None, self.versus: _NOBODY}
 
 
 class _Wish(NamedTuple):
