@@ -52,7 +52,18 @@ def serve(
         # Digits mean nothing to a model of photographs, so the page then waits for an image.
         fitting = examples is not None or shelf.names[0] in shipped
         app = make_app(shelf, paths, first=paths[0] if fitting else None)
-        _, url, _ = app.launch(
+        url = _launch(app, host, port)
+        print(f"The page is at {url} (Ctrl-C ends it)", flush=True)
+        try:
+            threading.Event().wait()
+        finally:
+            app.close()
+
+
+def _launch(app: gr.Blocks, host: str, port: int | None) -> str:
+    """Listen, with nothing that asks or tells another machine; the page's address."""
+    try:
+        return app.launch(
             server_name=host,
             server_port=port,
             max_file_size=MAX_UPLOAD,
@@ -68,12 +79,10 @@ def serve(
             pwa=False,
             quiet=True,
             prevent_thread_lock=True,
-        )
-        print(f"The page is at {url} (Ctrl-C ends it)", flush=True)
-        try:
-            threading.Event().wait()
-        finally:
-            app.close()
+        )[1]
+    except OSError as error:
+        where = "from 7860 on" if port is None else port
+        raise OSError(f"cannot listen at {host} port {where}: is it in use? Name another with --port") from error
 
 
 def _theme() -> gr.themes.Base:
