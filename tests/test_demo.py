@@ -138,6 +138,7 @@ def upload(page, path, name):
 def choose(page, field, option):
     page.get_by_label(field, exact=True).click()
     page.get_by_role("option", name=option, exact=True).click()
+    playwright.expect(page.get_by_role("option")).to_have_count(0)  # the list is gone before the next one opens
 
 
 def point(page, row, column, rows, columns):
@@ -495,13 +496,17 @@ def test_help_and_what_is_missing(monkeypatch, capsys):
     assert "pip install 'timm_coda[demo]'" in capsys.readouterr().err
 
 
-def test_port_in_use(capsys):
+def test_port_in_use():
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
-        port = taken.getsockname()[1]
-        assert cli.main(["demo", "--port", str(port)]) == 2
-    assert f"127.0.0.1 port {port}: is it in use? Name another with --port" in capsys.readouterr().err
+        port = str(taken.getsockname()[1])
+        command = [sys.executable, "-m", "timm_coda.cli", "demo", "--port", port]
+        done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 2, done.stderr
+    assert done.stderr == (
+        f"timm-coda: error: cannot listen at 127.0.0.1 port {port}: is it in use? Name another with --port\n"
+    )
 
 
 def test_models_on_the_shelf(tmp_path, model):

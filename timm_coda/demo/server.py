@@ -1,5 +1,6 @@
 """The page on a port of this machine."""
 
+import contextlib
 import tempfile
 import threading
 from collections.abc import Sequence
@@ -55,7 +56,8 @@ def serve(
         url = _launch(app, host, port)
         print(f"The page is at {url} (Ctrl-C ends it)", flush=True)
         try:
-            threading.Event().wait()
+            with contextlib.suppress(KeyboardInterrupt):
+                threading.Event().wait()
         finally:
             app.close()
 
