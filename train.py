@@ -34,6 +34,7 @@ from tqdm import tqdm
 
 import timm_coda  # noqa: F401  # registers the models
 from timm_coda import data, hub, learning, runs
+from timm_coda.evaluate.training import TrainingLocalisation
 
 DEFAULT_RECIPE = Path(__file__).parent / "hub_configs/coda_net_xs.digits/recipe.yaml"
 
@@ -54,6 +55,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--log-every", type=runs.positive, default=10, help="updates between points of the loss curve")
     add("--explain-every", type=runs.natural, default=5, help="epochs between explanation pictures; 0: one at the end")
     add("--explain-images", type=runs.positive, default=8, help="test images in such a picture; 8 fit a page")
+    add("--eval-explanations", type=runs.natural, default=0, help="epochs between scores of grid localisation; 0: none")
     add("--push-to-hub", metavar="REPO", help="publish the finished run there, USER/NAME, with a model card")
     add("--report-to", default="none", help="a tracker of Accelerate's: tensorboard, wandb, ...; none: files do")
     add = parser.add_argument_group("data").add_argument
@@ -162,6 +164,7 @@ def train(args: argparse.Namespace, stop: list[int]) -> None:
     test_loader = data.create_loader(test_set, **chosen("batch_size workers"))
     examples = test_set.examples(args.explain_images)
     data.check_images(network, examples.images)
+    localisation = TrainingLocalisation(test_set, len(classes), every=args.eval_explanations if main else 0)
 
     # Learning
     batches = len(train_set) // (args.batch_size * processes)
@@ -261,11 +264,13 @@ def train(args: argparse.Namespace, stop: list[int]) -> None:
         means, speed = add_point(), seen / (time.perf_counter() - clock)
         loss, accuracy, unread = evaluate(accelerator, published, test_loader, test_loss)
         progress.skip(unread)
-        accelerator.log({"test_loss": loss, "test_accuracy": accuracy}, step=progress.update)
-        numbers = {"loss": loss, "accuracy": accuracy, **means, "images_per_second": speed}
+        found = localisation.after_epoch(published, progress.epoch + 1)
+        accelerator.log({"test_loss": loss, "test_accuracy": accuracy, **found}, step=progress.update)
+        numbers = {"loss": loss, "accuracy": accuracy, **found, **means, "images_per_second": speed}
         if progress.add_epoch(numbers) and main:
             hub.save_model(published, output, label_names=classes, data_config=config)
         shown = f"loss {means['train_loss']:.4f}, test loss {loss:.4f}, accuracy {accuracy:.4f}, {speed:.0f} img/s"
+        shown += "".join(f", {name} {score:.3f}" for name, score in found.items() if score is not None)
         accelerator.print(f"epoch {progress.epoch:3}/{args.epochs}: {shown}")
         if args.explain_every and progress.epoch % args.explain_every == 0:
             explain(output / "explanations" / f"epoch-{progress.epoch:04}.png")
@@ -275,6 +280,7 @@ def train(args: argparse.Namespace, stop: list[int]) -> None:
         published = timm.create_model(f"local-dir:{output}", pretrained=True).to(device)  # as anyone loads it
         explain(output / "explanation.png")
         facts = {"options": options, "parameters": parameters, "processes": processes, "label_names": classes}
+        facts |= localisation.at_end(published)
         runs.save_summary(output, progress, facts | {"training_images": len(train_set), "test_images": len(test_set)})
         print(runs.closing_words(output, progress, pictures=not silent))
     accelerator.end_training()

@@ -35,7 +35,7 @@ SUMMARY = {
     "environment": {"timm_coda": "0.1.0", "torch": "2.15.0", "commit": "abc1234", "cpu": "Z80", "gpus": "Voodoo 2"},
     "history": [{}, {}, {}],
     "skipped": {"image 3": "broken"},
-    "localization": {"grid 3x3": 0.91234, "chance": 0.11},
+    "localisation": {"grid 3x3": 0.91234, "chance": 0.11},
 }
 
 
@@ -83,7 +83,7 @@ def test_what_was_measured():
         "python train.py --data me/animals --epochs 3\n",
     ):
         assert said in made.text, said
-    assert "| localisation | 0.5 |" in make(summary={"localization": 0.5}).text
+    assert "| localisation | 0.5 |" in make(summary={"localisation": 0.5}).text
 
 
 def test_data_of_this_machine_is_no_data_set_of_the_hub():

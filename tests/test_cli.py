@@ -72,6 +72,7 @@ def test_version_and_help(capsys, monkeypatch):
         (["--version"], f"timm_coda {timm_coda.__version__}"),
         (["--help"], "benchmark"),
         (["benchmark", "--help"], "timm-coda benchmark coda_net_s"),
+        (["explain", "--help"], "timm-coda explain photo.jpg --model coda_net_xs.digits"),
         (["convert", "--help"], "timm-coda convert cifar.pt --model coda_net_s.mpi_t1000_cifar10 "),
         (["push", "--help"], "timm-coda push runs/coda_net_xs.digits me/digits"),
     ):

@@ -25,6 +25,7 @@ import numpy as np
 import pytest
 import timm
 import yaml
+from browser import CHROMIUM
 from PIL import Image
 
 from timm_coda import cli, visualize
@@ -34,8 +35,7 @@ from timm_coda.images import read_image
 
 pytest.importorskip("gradio", reason="the page needs the extra: pip install 'timm_coda[demo]'")
 playwright = pytest.importorskip("playwright.sync_api", reason="drives the browser: pip install playwright")
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-if CHROMIUM is None:
+if not CHROMIUM:
     pytest.skip("there is no chromium: apt-get install chromium", allow_module_level=True)
 
 from timm_coda.demo import Shelf  # noqa: E402

@@ -31,7 +31,7 @@ def make_card(
     Args:
         config: Its `config.json`.
         repo_id: Its id on the Hub, `USER/NAME`; None for a tag in timm's registry.
-        summary: What train.py measured, its `summary.json`; more numbers may stand there: `localization`, either one or
+        summary: What train.py measured, its `summary.json`; more numbers may stand there: `localisation`, either one or
             a mapping from names to numbers.
         picture: Name of a picture of explanations beside the card.
         license: Of the weights, such as `"mit"`; by default what the config says, unless the summary says that they
@@ -175,7 +175,7 @@ def _measured(summary: Mapping[str, Any]) -> str:
         rows.append(f"| accuracy | {summary['accuracy']:.2%} of {count} of {_data_name(summary)} |")
     if "loss" in summary:
         rows.append(f"| loss on them | {summary['loss']:.4f} |")
-    found = summary.get("localization")
+    found = summary.get("localisation")
     scores = found.items() if isinstance(found, Mapping) else [("", found)]
     for name, score in scores:
         if isinstance(score, (int, float)) and not isinstance(score, bool):

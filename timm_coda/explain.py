@@ -220,7 +220,7 @@ class ExplainMixin:
 
         Args:
             images: colours in [0, 1], (B, C, H, W) or (C, H, W); the same encoded, with 2C channels; or PIL images,
-                which go through the model's own eval transform
+                which go through the model's own eval transform, transparent parts over white
             target: class to explain: None for the prediction, an int, B ints, or (B, T) for T classes an image
             top: in place of `target`, the `top` classes with the largest logits, in that order
             versus: class to contrast with, shaped as `target` or one an image: explains the difference of the logits
@@ -272,7 +272,7 @@ def _explain_batch(
     unit: tuple[int, ...] | None,
 ) -> Explanation:
     encoded.requires_grad_()
-    with nullcontext() if layer is None else _output_of(model, layer) as outputs:
+    with nullcontext() if layer is None else output_of(model, layer) as outputs:
         logits = model(encoded)
     inner = None if layer is None else _only_output(outputs or [], layer)
     grid = None if inner is None or inner.dim() == 4 else _token_grid(model, encoded, inner, layer)
@@ -394,7 +394,7 @@ def _as_classes(name: str, value: int | Sequence[int] | Tensor | None, count: in
 
 
 @contextmanager
-def _output_of(model: nn.Module, layer: str) -> Iterator[list[Any]]:
+def output_of(model: nn.Module, layer: str) -> Iterator[list[Any]]:
     """Collects what the layer of that name puts out in this thread."""
     try:
         module = model.get_submodule(layer)

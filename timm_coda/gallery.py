@@ -11,12 +11,12 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from PIL import Image
-from timm.data import create_transform, resolve_model_data_config
+from timm.data import resolve_model_data_config
 
 from .explain import Explanation
 from .inputs import Source
 from .page import GAP, GREY, Page
-from .placement import overlay_whole, seen_box
+from .placement import eval_transform, overlay_whole, seen_box
 from .visualize import color_limit, replacing, save_figure, save_image
 
 __all__ = ["Gallery", "Row", "contact_sheet"]
@@ -94,7 +94,7 @@ class Gallery:
         self.explained = 0
         self._count = 0
         self._config = resolve_model_data_config(model)
-        self._transform: Any = create_transform(**self._config, is_training=False)
+        self._transform = eval_transform(model)
         self._waiting: list[_Waiting] = []
         self._table: dict[int, list[dict[str, str]]] = {}
         self._tiles: list[Tile] = []
@@ -102,10 +102,9 @@ class Gallery:
 
     def add(self, source: Source, image: Image.Image) -> list[Row]:
         """Take an image (RGB), and explain those that wait if they are a batch; returns what is then done."""
-        grey = self.model.in_chans == 1
-        seen = self._transform(image.convert("L").convert("RGB") if grey else image)[: self.model.in_chans]
         self._count += 1
-        self._waiting.append(_Waiting(source, self._count, seen, _resized(image), image.info.get("note", "")))
+        note = image.info.get("note", "")
+        self._waiting.append(_Waiting(source, self._count, self._transform(image), _resized(image), note))
         return self._explain() if len(self._waiting) == self.batch_size else []
 
     def skip(self, source: Source, reason: str) -> None:
@@ -118,6 +117,8 @@ class Gallery:
         rows = self._explain() if self._waiting else []
         if self._tiles and self.explained > 1:
             self._write_sheet()
+        if not self._table:  # there were videos alone
+            return rows
         text = io.StringIO()
         writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
         writer.writeheader()
@@ -211,7 +212,7 @@ def contact_sheet(tiles: Sequence[Tile]) -> Any:
         h, w = (_SIDE * side / max(tile.picture.shape) for side in tile.picture.shape[:2])
         page.picture(tile.picture, left, top, w, h)
         page.picture(tile.drawn, left + w + 0.05, top, w, h)
-        page.text(left, top + _SIDE + 0.12, tile.caption, width=width)
+        page.text(left, top + h + 0.12, tile.caption, width=width)
     return page.figure
 
 

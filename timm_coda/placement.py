@@ -4,14 +4,26 @@ A model's eval transform resizes a picture and crops its middle: a map of contri
 """
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike
+from PIL import Image
+from timm.data import create_transform, resolve_model_data_config
+from torch import Tensor
 
 from .visualize import overlay
 
-__all__ = ["overlay_whole", "seen_box"]
+__all__ = ["eval_transform", "overlay_whole", "seen_box"]
+
+
+def eval_transform(model: Any) -> Callable[[Image.Image], Tensor]:
+    """From an RGB picture to what the model sees of it, (C, H, W) in [0, 1]."""
+    transform: Any = create_transform(**resolve_model_data_config(model), is_training=False)
+    if model.in_chans == 1:
+        return lambda image: transform(image.convert("L").convert("RGB"))[:1]
+    return transform
 
 
 def seen_box(config: dict[str, Any], width: int, height: int) -> tuple[float, float, float, float]:

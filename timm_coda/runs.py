@@ -45,7 +45,7 @@ COMMAND_OPTIONS = {
     "push_to_hub",
 }  # they belong to a command, not to the run it starts
 # They may differ when a run goes on: none of them changes a weight.
-FREE_OPTIONS = {"workers", "save_every", "explain_every", "explain_images", "report_to"}
+FREE_OPTIONS = {"workers", "save_every", "explain_every", "explain_images", "eval_explanations", "report_to"}
 
 
 class RunError(ValueError):

@@ -19,14 +19,14 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
-from timm.data import create_transform, resolve_model_data_config
+from timm.data import resolve_model_data_config
 from torch import Tensor
 from tqdm import tqdm
 
 from .images import MAX_PIXELS, MAX_RATIO
 from .labels import class_names
 from .legend import draw_legend
-from .placement import overlay_whole, seen_box
+from .placement import eval_transform, overlay_whole, seen_box
 from .visualize import color_limit
 
 __all__ = ["VIDEO_SUFFIXES", "VideoError", "VideoSummary", "explain_video"]
@@ -105,7 +105,7 @@ def explain_video(
     names = class_names(model) if label_names is None else label_names
     header = _read_header(source)
     config = resolve_model_data_config(model)
-    transform: Any = create_transform(**config, is_training=False)
+    transform = eval_transform(model)
     target, limit = _choose_scale(model, _sample(source, header.count, transform), target, versus, batch_size)
     caption = names[target] if versus is None else f"{names[target]}, not {names[versus]}"
 
@@ -165,11 +165,13 @@ def _read_frames(path: Path, wanted: set[int] | None = None) -> Iterator[tuple[n
     """Upright pictures, uint8 (H, W, 3), all of the first one's size, with their seconds; or the wanted ones alone."""
     with _opened(path) as (container, stream):
         stream.thread_type = "AUTO"
-        step = 1 / float(stream.average_rate or 25)
-        first, seconds, size = None, -step, {}
+        rate = float(stream.average_rate or 25)
+        first, seconds, size = None, -1 / rate, {}
         for number, frame in enumerate(container.decode(stream)):
             first = frame.time if first is None else first
-            seconds = seconds + step if frame.time is None or first is None else frame.time - first
+            seconds = seconds + 1 / rate if frame.time is None or first is None else frame.time - first
+            even = round(seconds * rate) / rate
+            seconds = even if abs(even - seconds) < 1e-3 else seconds  # Matroska has whole milliseconds alone
             size = size or {"width": frame.width, "height": frame.height}
             if wanted is None or number in wanted:
                 # A telephone writes frames as its sensor lies, and by how much they are turned, counterclockwise.
@@ -204,7 +206,9 @@ def _opened(path: Path) -> Iterator[Any]:
     try:
         with av.open(str(path.resolve()), options={"format_whitelist": _FORMATS}) as container:
             if not container.streams.video:
-                raise VideoError(f"{path}: there is no picture in this video, {len(container.streams)} other streams")
+                raise VideoError(
+                    f"{path}: there is no picture in this video, or it is damaged: copy or convert it again"
+                )
             yield container, container.streams.video[0]
     except (av.FFmpegError, EOFError) as error:
         reason = getattr(error, "strerror", None) or str(error)

@@ -76,7 +76,7 @@ def overlay(
     Raises:
         ValueError: as `heatmap`, and for shapes that do not fit or images outside [0, 1].
     """
-    pictures = _pictures(images)  # (..., H, W, 3)
+    pictures = as_pictures(images)  # (..., H, W, 3)
     maps = _finite(contributions, "contributions", 2)
     lead = pictures.ndim - 3
     if maps.ndim < lead + 2 or maps.shape[:lead] != pictures.shape[:lead]:
@@ -163,7 +163,7 @@ def figure(
         ValueError: as `color_limit`, and for arguments that do not fit together.
         ImportError: matplotlib is missing.
     """
-    pictures, maps = _pictures(images), _finite(contributions, "contributions", 3)
+    pictures, maps = as_pictures(images), _finite(contributions, "contributions", 3)
     maps = maps[:, None] if maps.ndim == 3 else maps  # (B, T, h, w)
     if pictures.ndim != 4 or maps.ndim != 4 or len(pictures) != len(maps):
         expected = "figure needs images (B, 3 or 1, H, W) and contributions (B, T, h, w) or (B, h, w)"
@@ -223,7 +223,7 @@ def figure(
             page.text(left, foot, f"{word} {shown[0]} = bias {shown[1]} {sign} {shown[2]}", shrink=True)
             if abs(residual) > 0.01 * max(1, abs(score)):
                 page.text(left, foot + 0.13, f"residual {shown[3]}", shrink=True)
-        _draw_scale(page, left + PANEL + 0.14, top, max(height, 0.8), limit, f"contribution ({word})")
+        draw_scale(page, left + PANEL + 0.14, top, max(height, 0.8), limit, f"contribution ({word})")
     if rows < batch:
         page.text(GAP, page.height - 0.1, f"first {rows} of {batch} images", color=GREY)
     return page.figure
@@ -273,20 +273,14 @@ def save_figure(figure: "Figure", path: str | os.PathLike[str]) -> None:
 
 
 def save_arrays(arrays: Mapping[str, np.ndarray], path: str | os.PathLike[str]) -> None:
-    """Write arrays to an .npz file, replaced only by a complete one; `numpy.load` reads it.
-
-    Raises:
-        ValueError: another suffix.
-    """
+    """Write arrays to an .npz file, which `numpy.load` reads; as `save_image`, replaced only by a complete one."""
     with replacing(path, (".npz",)) as stream:
         np.savez_compressed(stream, allow_pickle=False, **arrays)
 
 
 @contextmanager
 def replacing(path: str | os.PathLike[str], suffixes: tuple[str, ...]) -> Iterator[BinaryIO]:
-    """A new file that takes the path's place at the end, or vanishes after an error.
-
-    Missing folders are created.
+    """A new file that takes the path's place at the end, or vanishes after an error; missing folders are made.
 
     Raises:
         ValueError: the path ends in none of these.
@@ -318,7 +312,7 @@ def _draw_probabilities(
         page.box(x, line + 0.17 * step, PANEL * probability, 0.25 * step, facecolor=bar, linewidth=0)
 
 
-def _draw_scale(page: Page, x: float, y: float, height: float, limit: float, label: str) -> None:
+def draw_scale(page: Page, x: float, y: float, height: float, limit: float, label: str) -> None:
     page.picture(heatmap(np.linspace(1, -1, 201)[:, None], limit=1), x, y, 0.1, height)
     page.text(x, y - 0.07, "for", color="#b2182b")
     page.text(x, y + height + 0.15, "against", color="#2166ac")
@@ -359,7 +353,7 @@ def _labels(value: ArrayLike, name: str, shape: tuple[int, ...], classes: int) -
     return labels.tolist()
 
 
-def _pictures(images: ArrayLike) -> np.ndarray:
+def as_pictures(images: ArrayLike) -> np.ndarray:
     """Images channels last, (..., H, W, 3), in [0, 1]."""
     pictures = _finite(images, "images", 3)
     low, high = pictures.min(), pictures.max()

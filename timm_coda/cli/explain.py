@@ -69,6 +69,7 @@ def _run(args: argparse.Namespace) -> int:
     from ..inputs import find_sources
     from ..labels import class_names
     from ..page import letters
+    from ..video import VIDEO_SUFFIXES
 
     if args.batch_size < 1:
         raise ValueError(f"--batch-size {args.batch_size}: must be at least 1")
@@ -96,8 +97,9 @@ def _run(args: argparse.Namespace) -> int:
         batch_size=args.batch_size,
         suffix=f".{args.figure}",
     )
-    print(f"{args.model}: {len(names)} classes; {len(sources)} file{'s' * (len(sources) > 1)} to explain")
-    print(f"\n{'':26} most probable classes (sigmoid)")
+    print(f"{args.model}: {len(names)} classes; {len(sources)} file{'s' * (len(sources) > 1)} to explain\n")
+    if any(Path(source.name).suffix.lower() not in VIDEO_SUFFIXES for source in sources):
+        print(f"{'':26} most probable classes (sigmoid)")
     done, skipped = _explain(sources, gallery)
     print(f"\n{done} of {len(sources)} explained: {args.output}")
     if skipped:

@@ -1,0 +1,124 @@
+"""Does the model decide by what a map says it decides by? Pixels go in the map's order, and the model is asked."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .base import Baseline, Curve, Explainer, Scores, Subject
+from .explainers import encode
+from .statistics import spearman
+
+__all__ = ["IDSDS", "Removal", "removal_ranks", "remove"]
+
+_PROBABILITY = "probability of the true class"
+
+
+@dataclass(frozen=True)
+class Removal:
+    """Pixels go one after the other, or come, and the class's probability, the sigmoid of its logit, is recorded.
+
+    The score of an image is the mean over the curve. Pixels that the map holds equal go in an order drawn once.
+    """
+
+    name: str
+    label: str
+    about: str
+    most_first: bool
+    fill: str
+    """'zeros' in all encoded channels, which is no colour, or the image's 'mean' colour."""
+    last: float
+    """Share of pixels gone at the end."""
+    steps: int
+    insert: bool = False
+    """Begin with an empty image and put pixels in."""
+
+    unit = "mean probability of the true class"
+    statistic = "mean"
+
+    @property
+    def higher_is_better(self) -> bool:
+        return self.insert or not self.most_first
+
+    def baseline(self, subject: Subject) -> Baseline | None:
+        return None
+
+    @torch.no_grad()
+    def __call__(self, subject: Subject, explainer: Explainer) -> Scores:
+        model, parameter = subject.model, next(subject.model.parameters())
+        maps, curves = torch.from_numpy(np.array(subject.maps(explainer))), []
+        x = np.linspace(0, self.last, self.steps + 1)
+        for place, images, labels in subject.batches(f"{explainer.label}: {self.label}"):
+            encoded = encode(model, images.to(parameter.device, parameter.dtype))
+            # To insert the most important first is to remove the least important first, read from its end.
+            ranks = removal_ranks(maps[place], self.most_first != self.insert, subject.seed).to(encoded.device)
+            labels = labels.to(encoded.device)[:, None]
+            curve = []
+            for share in 1 - x if self.insert else x:
+                seen = remove(encoded, ranks, round(float(share) * ranks[0].numel()), self.fill)
+                curve.append(model(seen).gather(1, labels).float().sigmoid())
+            curves.append(torch.cat(curve, 1).double().cpu())
+        y = torch.cat(curves).numpy()
+        done = "inserted" if self.insert else "removed"
+        return Scores(y.mean(1), Curve(x, y, f"share of pixels {done}", _PROBABILITY))
+
+
+def removal_ranks(maps: Tensor, most_first: bool, seed: int) -> Tensor:
+    """When each pixel goes, 0 first, (N, H, W); in drawn order where the map has equal numbers."""
+    flat = maps.flatten(1)
+    drawn = torch.randperm(flat.shape[1], generator=torch.Generator().manual_seed(seed))
+    order = drawn[torch.sort(flat[:, drawn], dim=1, descending=most_first, stable=True).indices]
+    return order.argsort(1).reshape(maps.shape)
+
+
+def remove(encoded: Tensor, ranks: Tensor, count: int, fill: str) -> Tensor:
+    """Images (N, C, H, W) without the `count` pixels that go first."""
+    empty = encoded.new_zeros(()) if fill == "zeros" else encoded.mean((2, 3), keepdim=True)
+    return torch.where((ranks < count)[:, None], empty, encoded)
+
+
+@dataclass(frozen=True)
+class IDSDS:
+    """In-domain single deletion score: do the sums of the map over patches rank what the logit loses without each?
+
+    Source: Hesse et al., NeurIPS 2024. They fine-tune the model on images without a patch, so that
+    such images are in its domain; we measure the model as it is.
+    """
+
+    patches: int = 4
+    """A side."""
+
+    name = "idsds"
+    label = "Single deletion (IDSDS)"
+    unit = "rank correlation with the logit's fall"
+    higher_is_better = True
+    statistic = "mean"
+
+    @property
+    def about(self) -> str:
+        n = self.patches
+        return (
+            f"Rank correlation between the map's sum over each of {n} x {n} patches and the true class's loss in logit "
+            "when the patch is zero in all encoded channels (IDSDS, Hesse et al. 2024, but the model was not "
+            "fine-tuned on such images). A map equal everywhere counts as 0."
+        )
+
+    def baseline(self, subject: Subject) -> Baseline:
+        return Baseline(0.0, "random order")
+
+    @torch.no_grad()
+    def __call__(self, subject: Subject, explainer: Explainer) -> Scores:
+        model, parameter = subject.model, next(subject.model.parameters())
+        maps, n, scores = subject.maps(explainer), self.patches, []
+        rows, columns = (torch.arange(size) * n // size for size in maps.shape[1:])
+        patch = rows[:, None] * n + columns  # of each pixel, (H, W)
+        masks = torch.stack([patch == k for k in range(n * n)])
+        for place, images, labels in subject.batches(f"{explainer.label}: {self.label}"):
+            encoded = encode(model, images.to(parameter.device, parameter.dtype))
+            labels = labels.to(encoded.device)[:, None]
+            gone = [model(encoded * ~mask.to(encoded.device)).gather(1, labels) for mask in masks]
+            falls = model(encoded).gather(1, labels) - torch.cat(gone, 1)
+            sums = np.einsum("nhw,khw->nk", np.array(maps[place], np.float64), masks.numpy().astype(np.float64))
+            scores.append(spearman(sums, falls.double().cpu().numpy()))
+        return Scores(np.concatenate(scores))

@@ -1,0 +1,99 @@
+"""Are a model's explanations getting better? Grid localisation of its own maps while it is trained, on a few grids."""
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from ..data import ImageDataset, Skipped, collate
+from .base import EvaluationError, Subject
+from .explainers import make_explainer
+from .localisation import GridLocalisation
+
+_GRIDS, _IMAGES, _BATCH = 50, 1000, 50  # seconds for small images, and the median's interval is a few per cent
+
+
+class TrainingLocalisation:
+    """Measures grid localisation of a model's own maps every few epochs, always on the same test images.
+
+    A run must not fail by it: where there is no number there is None, and each new reason is said once. It draws no
+    random numbers that anything else would miss.
+
+    Args:
+        dataset: Test images as the model takes them; 1000 of them, spread evenly, are tried.
+        classes: How many there are; from 9 on the grids are of 3 x 3 images, else of 2 x 2.
+        every: Epochs between measurements; 0 for never.
+    """
+
+    def __init__(self, dataset: ImageDataset, classes: int, *, every: int):
+        self._dataset, self._classes, self._every, self._said = dataset, classes, every, set()
+        self._metric = GridLocalisation(grids=_GRIDS, size=3 if classes >= 9 else 2)
+
+    def after_epoch(self, model: Any, epoch: int) -> dict[str, float | None]:
+        """What an epoch's record gets: its `localisation`, or nothing if none is due after that epoch, from 1 on."""
+        return {"localisation": self._measure(model)} if self._every and epoch % self._every == 0 else {}
+
+    def at_end(self, model: Any) -> dict[str, dict[str, float] | None]:
+        """What a run's summary gets: the `localisation` of the published model with what a uniform map has."""
+        if not self._every:
+            return {}
+        size, score = self._metric.size, self._measure(model)
+        named = {f"{size} x {size} grids": score, "uniform map": 1 / size**2}
+        return {"localisation": None if score is None else named}
+
+    def _measure(self, model: Any) -> float | None:
+        try:
+            scores = self._metric(self._subject(model), make_explainer("inherent", batch_size=_BATCH)).values
+            return float(np.median(scores))
+        except Exception as error:  # such as out of memory: nothing here is worth hours of training
+            words = str(error) if isinstance(error, EvaluationError) else f"{type(error).__name__}: {error}"
+            if words not in self._said:
+                tqdm.write(f"note: no localisation: {words}")
+            self._said.add(words)
+            return None
+
+    def _subject(self, model: Any) -> Subject:
+        """The model with the images that can be read, and what it says of them.
+
+        Raises:
+            EvaluationError: The model cannot explain itself, or is not sure of as many classes as a grid has.
+        """
+        need = self._metric.size**2
+        if not hasattr(model, "explain"):
+            raise EvaluationError(f"{type(model).__name__} cannot explain itself")
+        if self._classes < need:
+            raise EvaluationError(f"there are {self._classes} classes, and grids need {need}")
+        count = len(self._dataset)
+        places = np.linspace(0, count - 1, min(count, _IMAGES)).round().astype(int).tolist()
+        known, labels, logits = [], [], []
+        for start in range(0, len(places), _BATCH):
+            part = places[start : start + _BATCH]
+            samples = [self._dataset[place] for place in part]
+            known += [place for place, one in zip(part, samples, strict=True) if not isinstance(one, Skipped)]
+            batch = collate(samples)
+            if len(batch.labels):
+                labels.append(batch.labels.numpy())
+                logits.append(_logits(model, batch.images))
+
+        def load(numbers: Any) -> Tensor:
+            return collate([self._dataset[known[number]] for number in numbers]).images
+
+        known_labels, known_logits = np.concatenate(labels), np.concatenate(logits)
+        subject = Subject(model, load, known_labels, known_logits, count=len(known), batch_size=_BATCH)
+        try:
+            self._metric.choose(subject)
+        except EvaluationError as error:
+            raise EvaluationError(f"the model is not yet sure of {need} classes, as many as a grid has") from error
+        return subject
+
+
+@torch.no_grad()
+def _logits(model: Any, images: Tensor) -> np.ndarray:
+    parameter, training = next(model.parameters()), [module for module in model.modules() if module.training]
+    try:
+        return model.eval()(images.to(parameter.device, parameter.dtype)).float().cpu().numpy()
+    finally:
+        for module in training:
+            module.training = True
