@@ -254,12 +254,11 @@ def test_layers_scale_and_smoothing(visit, model, digits):
     explanation = model.explain(image)
     name = str(int(explanation.prediction))
     upload(page, digits[1], name)
+    colours = page.get_by_role("figure", name="Colours for it").get_by_role("img")
+    before = colours.get_attribute("src")
     page.get_by_label("number input for Smoothing").fill("3")
     page.keyboard.press("Enter")
-    page.wait_for_function(
-        "(before) => document.querySelectorAll('.coda-picture img')[1].src !== before",
-        arg=page.get_by_role("figure", name="Colours for it").get_by_role("img").get_attribute("src"),
-    )
+    playwright.expect(colours).not_to_have_attribute("src", before)
     assert (picture(page, "Colours for it") == np.rint(255 * explanation.rgba(smooth=3)[0])).all()
     page.get_by_label("number input for Colour scale").fill("90")
     page.keyboard.press("Enter")
