@@ -44,7 +44,7 @@ _log = logging.getLogger(__name__)
 
 
 def make_app(shelf: Shelf, examples: Sequence[Path], *, first: Path | None = None) -> gr.Blocks:
-    """The page as a Gradio app, to be launched with `css=STYLE`.
+    """The page as a Gradio app; `serve` launches it, with its style and its limits.
 
     Args:
         shelf: the models
