@@ -10,11 +10,11 @@ import shlex
 import sys
 
 from .. import __version__
-from . import benchmark, convert, evaluate, explain, export, push
+from . import benchmark, convert, demo, evaluate, explain, export, push
 
 __all__ = ["main", "make_parser"]
 
-_COMMANDS = (explain, evaluate, benchmark, convert, push, export)  # in the order of --help
+_COMMANDS = (explain, demo, evaluate, benchmark, convert, push, export)  # in the order of --help
 
 
 def make_parser() -> argparse.ArgumentParser:

@@ -1,0 +1,250 @@
+"""The page: what a visitor can do, and what the server does then.
+
+Gradio keeps one `Shown` for each visitor's session; nothing else outlives an answer.
+"""
+
+import base64
+import logging
+from collections.abc import Callable, Sequence
+from html import escape
+from pathlib import Path
+from typing import Any, NamedTuple
+
+try:
+    import gradio as gr
+except ImportError as error:
+    raise ImportError("the page needs gradio: pip install 'timm_coda[demo]'") from error
+
+from ..images import read_image
+from ..labels import class_names
+from .shelf import Shelf, layer_names
+from .views import Shown, arrays_file, examples_html, figure_file, result_html
+
+MAX_PIXELS = 25_000_000  # of an uploaded image: several visitors may decode one at the same time
+_HOUR = 3600  # seconds
+_HERE = Path(__file__).parent
+_IMAGE = ""  # the "layer" that is no layer
+_NOBODY = -1  # the class to contrast with that is no class
+_EMPTY = '<div class="coda-empty">Drop an image, or choose an example: its explanation appears here.</div>'
+_HEAD = (
+    "<h1>Why did the model decide that?</h1><p>These image classifiers explain themselves exactly: the score of a "
+    "class is a sum over the pixels, and the map shows each pixel's share in it.</p>"
+)
+# Of a hidden text field, which only its visitor has: there is no file on the server that others could ask for.
+_SAVE = """(file) => {
+  const [name, data] = file.split(",");
+  const bytes = Uint8Array.from(atob(data), (letter) => letter.charCodeAt(0));
+  const link = document.createElement("a");
+  link.href = URL.createObjectURL(new Blob([bytes]));
+  link.download = name;
+  link.click();
+  setTimeout(() => URL.revokeObjectURL(link.href), 60000);
+}"""
+_log = logging.getLogger(__name__)
+
+
+def make_app(shelf: Shelf, examples: Sequence[Path], *, first: Path | None = None) -> gr.Blocks:
+    """The page as a Gradio app; `serve` launches it, with its style and its limits.
+
+    Args:
+        shelf: the models
+        examples: image files to choose from
+        first: the image that is explained when the page opens
+    """
+    with gr.Blocks(title="timm_coda: exact explanations", analytics_enabled=False, delete_cache=(_HOUR, _HOUR)) as app:
+        page = _Page(shelf, examples, first)
+        if first is not None:
+            page.on(app.load, page.new_image)
+    return app
+
+
+class _Page:
+    """The parts of the page, and a method for each thing that a visitor does.
+
+    The methods return the new values of parts, and leave those that they do not name as they are.
+    """
+
+    def __init__(self, shelf: Shelf, examples: Sequence[Path], first: Path | None) -> None:
+        self.shelf = shelf
+        model = shelf[shelf.names[0]]
+        names = class_names(model)
+        self.shown = gr.State(None, time_to_live=_HOUR)
+        gr.HTML(_HEAD, elem_id="coda-head", js_on_load=None)
+        with gr.Row(elem_id="coda-page"):
+            with gr.Column(elem_id="coda-input"):
+                self.image = gr.Image(
+                    None if first is None else str(first),
+                    label="Image",
+                    sources=["upload", "clipboard"],
+                    buttons=[],
+                    height=220,
+                )
+                # The file as it came: `read_image` opens it, with its limits and its words.
+                setattr(self.image, "preprocess", lambda file: file and file.path)  # noqa: B010
+                script = "element.onclick = (e) => e.target.dataset.example && trigger('choose', e.target.dataset)"
+                self.examples = gr.HTML(examples_html(examples), elem_id="coda-examples", js_on_load=script)
+                self.model = gr.Dropdown(
+                    list(shelf.names),
+                    value=shelf.names[0],
+                    label="Model",
+                    info="Choose one, or type a name, a folder or hf-hub:USER/NAME" if shelf.any_model else None,
+                    allow_custom_value=shelf.any_model,
+                )
+            with gr.Column(elem_id="coda-pictures"):
+                self.message = gr.HTML("", elem_id="coda-message", js_on_load=None)
+                self.result = gr.HTML(_EMPTY, js_on_load=(_HERE / "page.js").read_text(encoding="utf-8"))
+            with gr.Column(elem_id="coda-settings"):
+                self.target = gr.Dropdown(_numbered(names), value=None, label="Why this class")
+                self.versus = gr.Dropdown(_others(names), value=_NOBODY, label="and not this one")
+                self.layer = gr.Dropdown(_layers(model), value=_IMAGE, label="As a sum over")
+                hint = "Percentile of the evidence that gets the strongest colour: lower shows weak evidence"
+                self.percentile = gr.Slider(80, 100, 99.5, step=0.1, label="Colour scale", info=hint, buttons=[])
+                widest, window = _windows(model)
+                hint = "Pixels a side, in the picture of colours: the maps stay exact"
+                self.smooth = gr.Slider(1, widest, window, step=2, label="Smoothing", info=hint, buttons=[])
+                with gr.Row():
+                    save_figure = gr.Button("Save figure (PNG)", size="sm")
+                    save_arrays = gr.Button("Save arrays (NPZ)", size="sm")
+                self.file = gr.Textbox(visible=False)
+
+        def take(event: gr.EventData) -> str:  # a change of the image, which is explained next
+            return str(examples[int(event.example)])
+
+        self.examples.choose(take, None, self.image, api_visibility="private")
+        self.on(self.image.change, self.new_image)
+        self.on(self.model.change, self.new_image)
+        self.on(self.result.choose, self.choose)
+        for part in (self.target, self.versus, self.layer):  # not `input`, which a dropdown sends twice
+            self.on(part.select, self.explain)
+        for part in (self.percentile, self.smooth):
+            self.on(part.input, self.draw)
+        for button, run in ((save_figure, self.save_figure), (save_arrays, self.save_arrays)):
+            self.on(button.click, run).success(None, self.file, js=_SAVE, api_visibility="private")
+
+    def on(self, event: Callable[..., Any], run: Callable[["_Wish"], dict]) -> Any:
+        """Do `run` at that event; what goes wrong is said on the page, in words."""
+
+        def answer(image, model, target, versus, layer, smooth, percentile, shown, event: gr.EventData) -> dict:
+            try:
+                wish = _Wish(image, model, target, versus, layer, smooth, percentile, shown, event)
+                return {self.message: "", **run(wish)}
+            except (ValueError, OSError, ImportError) as error:  # our own errors say what is wrong and how to mend it
+                said = str(error)
+            except Exception:
+                _log.exception("the page could not answer")
+                said = "Something went wrong on the server, which is not your fault: its log says what."
+            # What is there belongs to the image or the model before.
+            old = self._nothing("") if run == self.new_image else {}
+            return {**old, self.message: f'<p class="coda-error" role="alert">{escape(said)}</p>'}
+
+        return event(
+            answer,
+            [self.image, self.model, self.target, self.versus, self.layer, self.smooth, self.percentile, self.shown],
+            [self.message, self.shown, self.result, self.target, self.versus, self.layer, self.smooth, self.file],
+            trigger_mode="always_last",
+            concurrency_id="explain",
+            concurrency_limit=2,
+            show_progress="minimal",
+            show_progress_on=self.result,
+            api_visibility="private",
+        )
+
+    def new_image(self, wish: "_Wish") -> dict:
+        """Explain what the model sees in another image, or what another model sees."""
+        if wish.image is None:
+            return self._nothing(_EMPTY)
+        model = self.shelf[wish.model]
+        names, (widest, window) = class_names(model), _windows(model)
+        picture = read_image(wish.image, name="The image", max_pixels=MAX_PIXELS)
+        if wish.shown is not None and wish.shown.model == wish.model:
+            return self._explain(wish, picture, None, _NOBODY)
+        changes = self._explain(wish._replace(layer=_IMAGE, smooth=window), picture, None, _NOBODY)
+        return changes | {
+            self.target: gr.Dropdown(_numbered(names), value=changes[self.target]),
+            self.versus: gr.Dropdown(_others(names), value=_NOBODY),
+            self.layer: gr.Dropdown(_layers(model), value=_IMAGE),
+            self.smooth: gr.Slider(maximum=widest, value=window, interactive=True),
+        }
+
+    def explain(self, wish: "_Wish") -> dict:
+        """Explain the class that is chosen in the fields, by the layer that is chosen there."""
+        return self._again(wish, wish.target, wish.versus)
+
+    def choose(self, wish: "_Wish") -> dict:
+        """Explain the class, or contrast the classes, of the button that was pressed in the result."""
+        return self._again(wish, wish.event.target_class, wish.event.versus_class)
+
+    def draw(self, wish: "_Wish") -> dict:
+        """Draw what is shown with other settings."""
+        if wish.shown is None:
+            return {}
+        return {self.result: result_html(wish.shown, smooth=wish.smooth, percentile=wish.percentile)}
+
+    def save_figure(self, wish: "_Wish") -> dict:
+        return {self.file: _as_text("explanation.png", figure_file(_there(wish.shown)))}
+
+    def save_arrays(self, wish: "_Wish") -> dict:
+        return {self.file: _as_text("explanation.npz", arrays_file(_there(wish.shown)))}
+
+    def _again(self, wish: "_Wish", target: int | None, versus: int) -> dict:
+        return {} if wish.shown is None else self._explain(wish, wish.shown.explanation.images, target, versus)
+
+    def _explain(self, wish: "_Wish", picture: Any, target: int | None, versus: int) -> dict:
+        model = self.shelf[wish.model]
+        versus = _NOBODY if versus == target else versus
+        other = None if versus == _NOBODY else versus
+        explanation = model.explain(picture, target, versus=other, layer=wish.layer or None)
+        shown = Shown(wish.model, explanation, class_names(model))
+        return {
+            self.shown: shown,
+            self.result: result_html(shown, smooth=wish.smooth, percentile=wish.percentile),
+            self.target: shown.target,
+            self.versus: versus,
+            self.smooth: gr.Slider(interactive=wish.layer == _IMAGE),
+        }
+
+    def _nothing(self, result: str) -> dict:
+        return {self.shown: None, self.result: result, self.target: None, self.versus: _NOBODY}
+
+
+class _Wish(NamedTuple):
+    """What stands in the fields when a visitor does something."""
+
+    image: str | None
+    model: str
+    target: int | None
+    versus: int
+    layer: str
+    smooth: int
+    percentile: float
+    shown: Shown | None
+    event: gr.EventData
+
+
+def _numbered(names: Sequence[str]) -> list[tuple[str, int]]:
+    """Choices of a field; classes may share a name."""
+    return [(name, index) for index, name in enumerate(names)]
+
+
+def _others(names: Sequence[str]) -> list[tuple[str, int]]:
+    return [("(no other class)", _NOBODY), *_numbered(names)]
+
+
+def _layers(model: Any) -> list[tuple[str, str]]:
+    return [("the pixels", _IMAGE), *((f"layer {name}", name) for name in layer_names(model))]
+
+
+def _windows(model: Any) -> tuple[int, int]:
+    """Pixels a side: the widest smoothing that leaves something to see, and `visualize.rgba`'s own."""
+    height = model.pretrained_cfg["input_size"][-2]
+    return max(3, height // 8 | 1), max(1, round(15 * height / 224)) | 1
+
+
+def _there(shown: Shown | None) -> Shown:
+    if shown is None:
+        raise ValueError("There is nothing to save yet: choose an image first.")
+    return shown
+
+
+def _as_text(name: str, content: bytes) -> str:
+    return f"{name},{base64.b64encode(content).decode()}"

@@ -1,0 +1,98 @@
+"""The page on a port of this machine."""
+
+import contextlib
+import tempfile
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+
+import gradio as gr
+
+from .app import make_app
+from .examples import digit_examples, folder_examples
+from .shelf import Shelf, is_shipped, our_pretrained
+
+__all__ = ["serve"]
+
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
+MAX_UPLOAD = "10mb"
+_SESSIONS = 200  # visitors whose last explanation is kept, at most about 2 MB each; older ones start again
+_STYLE = Path(__file__).parent / "page.css"
+
+
+def serve(
+    models: Sequence[str] = (),
+    *,
+    examples: Path | None = None,
+    host: str = "127.0.0.1",
+    port: int | None = None,
+    any_model: bool | None = None,
+) -> None:
+    """Show the page until Ctrl-C.
+
+    Args:
+        models: what visitors may choose, as `hub.load_model` takes it, the first one at the start; none: those whose
+            weights come with the package and, with `any_model`, those that can be downloaded
+        examples: a folder of example images; by default handwritten digits
+        host: the address to listen at; 0.0.0.0 lets other machines in
+        port: by default the variable GRADIO_SERVER_PORT, or the first free one from 7860
+        any_model: visitors may load any folder of this machine and any model of the Hub; by default only where no
+            other machine is let in
+
+    Raises:
+        ValueError: the first model cannot be shown, or there is no example.
+        OSError: the port is taken.
+    """
+    any_model = host in LOOPBACK if any_model is None else any_model
+    shipped = [name for name in our_pretrained() if is_shipped(name)]
+    offered = [*models] or [*shipped, *(our_pretrained() if any_model else ())]
+    shelf = Shelf(offered, any_model=any_model)
+    shelf[shelf.names[0]]  # fail now and in words, not when somebody comes
+    with tempfile.TemporaryDirectory(prefix="timm-coda-") as folder:
+        paths = digit_examples(Path(folder)) if examples is None else folder_examples(examples, Path(folder))
+        # Digits mean nothing to a model of photographs, so the page then waits for an image.
+        fitting = examples is not None or shelf.names[0] in shipped
+        app = make_app(shelf, paths, first=paths[0] if fitting else None)
+        url = _launch(app, host, port)
+        print(f"The page is at {url} (Ctrl-C ends it)", flush=True)
+        try:
+            with contextlib.suppress(KeyboardInterrupt):
+                threading.Event().wait()
+        finally:
+            app.close()
+
+
+def _launch(app: gr.Blocks, host: str, port: int | None) -> str:
+    """Listen, with nothing that asks or tells another machine; the page's address."""
+    try:
+        return app.launch(
+            server_name=host,
+            server_port=port,
+            max_file_size=MAX_UPLOAD,
+            state_session_capacity=_SESSIONS,
+            theme=_theme(),
+            css_paths=_STYLE,
+            footer_links=[],
+            share=False,
+            run_history=False,
+            enable_monitoring=False,
+            mcp_server=False,
+            ssr_mode=False,
+            pwa=False,
+            quiet=True,
+            prevent_thread_lock=True,
+        )[1]
+    except OSError as error:
+        where = "from 7860 on" if port is None else port
+        raise OSError(f"cannot listen at {host} port {where}: is it in use? Name another with --port") from error
+
+
+def _theme() -> gr.themes.Base:
+    """Fonts that are there without a network, and small print that is dark enough to read."""
+    fonts = ["system-ui", "sans-serif"]
+    return gr.themes.Base(primary_hue="blue", neutral_hue="slate", font=fonts, font_mono=["monospace"]).set(
+        body_text_color_subdued="*neutral_600",
+        body_text_color_subdued_dark="*neutral_300",
+        block_info_text_color="*neutral_600",
+        block_info_text_color_dark="*neutral_300",
+    )

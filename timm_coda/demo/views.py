@@ -1,0 +1,161 @@
+"""What one visitor looks at, as HTML and as files to take along.
+
+The pictures are inside the HTML, so that no file of one visitor can be read by another.
+"""
+
+import base64
+import io
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import jinja2
+import numpy as np
+from PIL import Image
+
+from ..explain import Explanation
+from ..visualize import EVIDENCE_COLORS, color_limit, heatmap
+
+_BARS = 5
+_SMALL = 128  # pixels a side: pictures up to here are shown as crisp squares
+_TEMPLATES = jinja2.Environment(
+    loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=jinja2.StrictUndefined
+)
+
+
+@dataclass(frozen=True)
+class Shown:
+    """An explanation of one image, and what its classes are called."""
+
+    model: str
+    explanation: Explanation
+    names: tuple[str, ...]
+
+    @property
+    def target(self) -> int:
+        return int(self.explanation.target)
+
+    @property
+    def versus(self) -> int | None:
+        return None if self.explanation.versus is None else int(self.explanation.versus)
+
+
+def examples_html(paths: Sequence[Path]) -> str:
+    """A strip of small pictures to choose from."""
+    examples = []
+    for path in paths:
+        with Image.open(path) as image:
+            image.thumbnail((96, 96))
+            examples.append({"name": path.stem, "source": _data_url(image)})
+    return _TEMPLATES.get_template("examples.html").render(examples=examples)
+
+
+def result_html(shown: Shown, *, smooth: int, percentile: float) -> str:
+    """The most probable classes, the explanation in words, its pictures, and a place to read a region of it.
+
+    Args:
+        shown: what to show
+        smooth: of the colours, see `visualize.rgba`
+        percentile: of the colours and of the maps, see `visualize.rgba` and `visualize.color_limit`
+    """
+    explanation, target, versus = shown.explanation, shown.target, shown.versus
+    maps = explanation.contributions[0].float().cpu().numpy()  # (h, w)
+    limit = color_limit(maps, percentile=percentile)
+    value, total, residual = (
+        float(number) for number in (explanation.value, explanation.contributions.sum(), explanation.residual)
+    )
+    names = {"target_name": shown.names[target], "versus_name": "" if versus is None else shown.names[versus]}
+    return _TEMPLATES.get_template("result.html").render(
+        rows=_rows(shown),
+        target=target,
+        versus=versus,
+        title=names["target_name"] if versus is None else f"{names['target_name']}, not {names['versus_name']}",
+        place="the image" if explanation.layer is None else f"layer {explanation.layer}",
+        position="pixel" if explanation.layer is None else "position",
+        value=_number(value),
+        bias=_number(explanation.bias),
+        total=_number(total),
+        added=_term(total),
+        residual=_term(residual) if abs(residual) > 0.01 * max(1, abs(value)) else "",
+        difference=_number(abs(value)),
+        side="above" if value >= 0 else "below",
+        pictures=_pictures(shown, maps, limit, smooth, percentile),
+        map=base64.b64encode(maps.astype("<f4").tobytes()).decode(),
+        height=maps.shape[0],
+        width=maps.shape[1],
+        window=max(1, round(min(maps.shape) / 14)),
+        window_limit=min(maps.shape),
+        limit=f"{limit:.2g}",
+        colors=", ".join(f"#{bytes(color).hex()}" for color in EVIDENCE_COLORS),
+        **names,
+    )
+
+
+def _rows(shown: Shown) -> list[dict]:
+    """The most probable classes, and those that are explained."""
+    logits = shown.explanation.logits[0].float()
+    order = logits.argsort(descending=True, stable=True)[:_BARS].tolist()
+    order += [i for i in (shown.target, shown.versus) if i is not None and i not in order]
+    rows = []
+    for index in order:
+        logit = float(logits[index])
+        probability = (1 + math.tanh(logit / 2)) / 2  # the sigmoid, without overflow
+        percent = f"{100 * probability:.1f}"
+        rows.append({"index": index, "name": shown.names[index], "logit": _number(logit), "percent": percent})
+    return rows
+
+
+def _pictures(shown: Shown, maps: np.ndarray, limit: float, smooth: int, percentile: float) -> list[dict]:
+    explanation = shown.explanation
+    seen = np.moveaxis(explanation.images[0].float().cpu().numpy(), 0, -1).clip(0, 1)
+    height, width = seen.shape[:2]
+    what = "red speaks for it, blue against it"
+    parts = [("Image", f"The image as the model sees it, {width} x {height} pixels", 255 * seen)]
+    if explanation.layer is None:
+        colors = 255 * explanation.rgba(smooth=smooth, percentile=percentile)[0]
+        parts.append(("Colours for it", "The colours that speak for the class, opaque where they are found", colors))
+    parts.append(("For and against", f"Signed map of the explained class: {what}", heatmap(maps, limit=limit)))
+    parts.append(("On the image", f"The signed map over the grey image: {what}", explanation.overlay(limit=limit)[0]))
+    pictures = []
+    for caption, description, pixels in parts:
+        pixels = np.rint(pixels).astype(np.uint8)
+        source = _data_url(Image.fromarray(pixels.squeeze(-1) if pixels.shape[-1] == 1 else pixels))
+        crisp = max(pixels.shape) <= _SMALL
+        pictures.append({"caption": caption, "description": description, "source": source, "crisp": crisp})
+    return pictures
+
+
+def _data_url(image: Image.Image) -> str:
+    stream = io.BytesIO()
+    image.save(stream, format="PNG")
+    return f"data:image/png;base64,{base64.b64encode(stream.getvalue()).decode()}"
+
+
+def _number(number: float) -> str:
+    return f"{round(number, 2) + 0.0:.2f}".replace("-", "\N{MINUS SIGN}")  # adding 0 turns a negative zero into zero
+
+
+def _term(number: float) -> str:
+    """A number to be added, `+ 1.20` or `- 1.20`."""
+    return f"{'+' if round(number, 2) >= 0 else chr(0x2212)} {abs(number):.2f}"
+
+
+def figure_file(shown: Shown) -> bytes:
+    """The figure of the explanation, a PNG.
+
+    Raises:
+        ImportError: matplotlib is missing.
+    """
+    stream = io.BytesIO()
+    shown.explanation.plot(label_names=shown.names).savefig(stream, format="png")
+    return stream.getvalue()
+
+
+def arrays_file(shown: Shown) -> bytes:
+    """The numbers of the explanation, an NPZ, see `Explanation.arrays`."""
+    stream = io.BytesIO()
+    np.savez_compressed(
+        stream, allow_pickle=False, **shown.explanation.arrays() | {"label_names": np.array(shown.names)}
+    )
+    return stream.getvalue()
