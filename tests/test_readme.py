@@ -37,9 +37,19 @@ def run(command: list[str], folder: Path, **variables: str) -> str:
 
 def test_commands_are_known():
     assert [command.split(" --")[0] for command in commands()] == [
-        "pip install -e '.[test]'",
+        "pip install -e '.[viz]'",
         "python train.py",
+        "pip install -e '.[test]'",
         "python -m pytest",
+        "timm-coda explain explanation.png",
+        "timm-coda explain photos/ clip.mp4",
+        "timm-coda explain photo.jpg",
+        "timm-coda demo",
+        "timm-coda demo",
+        "timm-coda evaluate",
+        "python train.py",
+        "accelerate launch",
+        "python train.py",
         "python train.py",
         "python train.py",
         "python path/to/timm/train.py path/to/images",
@@ -69,3 +79,5 @@ def test_first_command_then_push_then_every_python_block(clone, tmp_path):
     (export,) = [line.split()[1:] for line in commands() if line.startswith("timm-coda export")]
     assert "contributions" in run([sys.executable, "-m", "timm_coda.cli", *export], clone)
     assert (clone / "explanation.png").read_bytes().startswith(b"\x89PNG")
+    explain = next(line.split()[1:] for line in commands() if line.startswith("timm-coda explain"))
+    assert "1 of 1 explained" in run([sys.executable, "-m", "timm_coda.cli", *explain], clone)

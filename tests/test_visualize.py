@@ -344,7 +344,16 @@ def test_figure_is_the_same_in_threads_and_under_any_settings(tmp_path):
     dark = {"figure.facecolor": "black", "savefig.facecolor": "black", "axes.grid": True, "font.size": 30}
     with matplotlib.rc_context(dark | {"figure.autolayout": True, "text.usetex": True, "text.color": "white"}):
         assert saved("dark.png") == expected
-    assert "matplotlib.pyplot" not in sys.modules
+
+
+def test_figure_leaves_pyplot_alone():
+    """In a process of its own: other tests' libraries import it."""
+    code = (
+        "import sys, numpy; from timm_coda import visualize; images = numpy.zeros((1, 3, 8, 8)); "
+        "visualize.figure(images, contributions=images[:, 0], values=[[0.0]], titles=[['']], bias=0.0); "
+        "sys.exit('matplotlib.pyplot' in sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 @pytest.mark.parametrize(("suffix", "start"), [(".png", b"\x89PNG"), (".PDF", b"%PDF"), (".svg", b"<?xml")])
