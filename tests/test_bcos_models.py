@@ -7,6 +7,7 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
+from bcos_cases import assert_authors_numbers, layers_and_inputs
 from conftest import relative_error, run_timm_suite
 
 import timm_coda
@@ -45,18 +46,9 @@ def test_equals_the_authors_numbers(golden, case, tmp_path):
     path = published_file(golden, case, tmp_path)
     model = timm.create_model(GOLDEN[case], pretrained=True, pretrained_cfg_overlay={"file": str(path)})
     published = {name: torch.from_numpy(value) for name, value in golden.state_dict(case).items()}
-    model = model.double().eval()
+    model = model.double()
     loaded = model.load_state_dict(bcos_resnet.checkpoint_filter_fn(published, model))
-    assert not loaded.missing_keys
-    assert not loaded.unexpected_keys
-    expected = golden.expected(case)
-    targets = torch.from_numpy(expected["targets"]).expand(2, -1)
-    explanation = model.explain(torch.from_numpy(golden.inputs(case)).double(), targets)
-    bias = model.logits.bias
-    assert bias == -log(999)
-    assert relative_error(explanation.logits - bias, expected["logits"] - bias) < 1e-9
-    assert relative_error(explanation.contributions, expected["contributions"]) < 1e-9
-    assert relative_error(explanation.weights[:1, :1], expected["weights"]) < 1e-6
+    assert_authors_numbers(golden, case, model, loaded)
 
 
 def test_timm_loads_the_published_file(golden, tmp_path):
@@ -85,17 +77,8 @@ def test_timm_loads_the_published_file(golden, tmp_path):
 
 def freeze(model, x):
     """The network with the dynamic weights it has at `x` written into its convolutions, by the formulas alone."""
-    seen = {}
-    layers = {name: m for name, m in model.named_modules() if isinstance(m, BcosConv2d)}
-    hooks = [
-        layer.register_forward_hook(lambda module, args, output, name=name: seen.update({name: args[0]}))
-        for name, layer in layers.items()
-    ]
-    model(x)
-    for hook in hooks:
-        hook.remove()
-    for name, layer in layers.items():
-        p = model.encoding(seen[name]) if isinstance(layer, EncodedBcosConv2d) else seen[name]
+    for layer, p in layers_and_inputs(model, x, BcosConv2d):
+        p = model.encoding(p) if isinstance(layer, EncodedBcosConv2d) else p
         weight = layer.weight / layer.weight.square().sum((1, 2, 3), keepdim=True).sqrt()
         geometry = layer.stride, layer.padding, layer.dilation, layer.groups
         norm = (F.conv2d(p.square(), torch.ones_like(weight), None, *geometry) + 1e-6).sqrt()

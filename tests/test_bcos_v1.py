@@ -9,6 +9,7 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
+from bcos_cases import layers_and_inputs
 from conftest import relative_error, run_timm_suite
 from timm.models.resnet import BasicBlock
 
@@ -98,18 +99,9 @@ def test_another_networks_checkpoint_is_named():
 
 def freeze(model, x):
     """The network with the weights, candidates and cosines it has at `x` written in, by the formulas alone."""
-    seen = {}
-    layers = {name: m for name, m in model.named_modules() if isinstance(m, BcosConv2d)}
-    hooks = [
-        layer.register_forward_hook(lambda module, args, output, name=name: seen.update({name: args[0]}))
-        for name, layer in layers.items()
-    ]
-    model(x)
-    for hook in hooks:
-        hook.remove()
-    for name, layer in layers.items():
-        encoded = isinstance(layer, EncodedBcosConv2d) and seen[name].shape[1] == 3
-        p = torch.cat([seen[name], 1 - seen[name]], 1) if encoded else seen[name]
+    for layer, p in layers_and_inputs(model, x, BcosConv2d):
+        encoded = isinstance(layer, EncodedBcosConv2d) and p.shape[1] == 3
+        p = torch.cat([p, 1 - p], 1) if encoded else p
         weight = layer.weight / layer.weight.square().sum((1, 2, 3), keepdim=True).sqrt()
 
         def candidates(p, weight=weight, layer=layer):

@@ -7,6 +7,7 @@ from types import MethodType
 import pytest
 import timm
 import torch
+from bcos_cases import assert_authors_numbers
 from conftest import relative_error, run_timm_suite
 from test_bcos_models import freeze
 
@@ -75,17 +76,7 @@ def test_equals_the_authors_numbers(golden, case):
     name, family = GOLDEN[case]
     model = timm.create_model(name, device="meta")
     loaded = model.load_state_dict(family.checkpoint_filter_fn(published(golden, case), model), assign=True)
-    assert not loaded.missing_keys
-    assert not loaded.unexpected_keys
-    model = model.double().eval()
-    expected = golden.expected(case)
-    targets = torch.from_numpy(expected["targets"]).expand(2, -1)
-    explanation = model.explain(torch.from_numpy(golden.inputs(case)).double(), targets)
-    bias = model.logits.bias
-    assert bias == -log(999)
-    assert relative_error(explanation.logits - bias, expected["logits"] - bias) < 1e-9
-    assert relative_error(explanation.contributions, expected["contributions"]) < 1e-9
-    assert relative_error(explanation.weights[:1, :1], expected["weights"]) < 1e-6
+    assert_authors_numbers(golden, case, model, loaded)
 
 
 def test_timm_loads_the_published_file(golden, tmp_path):

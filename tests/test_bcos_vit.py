@@ -8,6 +8,7 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
+from bcos_cases import assert_authors_numbers, layers_and_inputs
 from conftest import relative_error, run_timm_suite
 from timm.layers import Attention
 
@@ -54,17 +55,7 @@ def test_equals_the_authors_numbers(golden, case, tmp_path):
     path = published_file(golden, case, tmp_path)
     model = timm.create_model(GOLDEN[case], pretrained=True, pretrained_cfg_overlay={"file": str(path)})
     loaded = model.load_state_dict(bcos_vit.checkpoint_filter_fn(torch.load(path), model))
-    assert not loaded.missing_keys
-    assert not loaded.unexpected_keys
-    model = model.double().eval()
-    expected = golden.expected(case)
-    targets = torch.from_numpy(expected["targets"]).expand(2, -1)
-    explanation = model.explain(torch.from_numpy(golden.inputs(case)).double(), targets)
-    bias = model.logits.bias
-    assert bias == -log(999)
-    assert relative_error(explanation.logits - bias, expected["logits"] - bias) < 1e-9
-    assert relative_error(explanation.contributions, expected["contributions"]) < 1e-9
-    assert relative_error(explanation.weights[:1, :1], expected["weights"]) < 1e-6
+    explanation = assert_authors_numbers(golden, case, model, loaded)
     assert explanation.residual.abs().min() > 1e-5, "the position embedding's share"
 
 
@@ -81,18 +72,8 @@ def test_published_file_fits_other_colours_and_classes(golden, case, tmp_path):
 
 def freeze(model, x):
     """The network with the weights, variances and attention it has at `x` written into it, by the formulas alone."""
-    seen = {}
     kinds = BcosConv2d, BcosLinear, DynamicLayerNorm, DynamicGroupNorm2d, Attention
-    layers = {name: m for name, m in model.named_modules() if isinstance(m, kinds)}
-    hooks = [
-        layer.register_forward_hook(lambda module, args, output, name=name: seen.update({name: args[0]}))
-        for name, layer in layers.items()
-    ]
-    model(x)
-    for hook in hooks:
-        hook.remove()
-    for name, layer in layers.items():
-        p = seen[name]
+    for layer, p in layers_and_inputs(model, x, kinds):
         if isinstance(layer, BcosConv2d):
             frozen = frozen_convolution(layer, model.encoding(p) if isinstance(layer, EncodedBcosConv2d) else p)
         elif isinstance(layer, BcosLinear):
