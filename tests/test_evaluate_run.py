@@ -215,3 +215,8 @@ def test_bcos_network(tmp_path, capsys):
     results = json.loads((tmp_path / "a/results.json").read_text())
     entries = results["metrics"]["deletion"]["explainers"]
     assert all(entry["n"] == 2 and len(entry["curve"]["x"]) == 33 for entry in entries.values())
+
+
+def test_a_device_that_is_not_there(tmp_path, capsys):
+    assert cli.main([*DIGITS, "--output", str(tmp_path / "a"), "--device", "tpu"]) == 2
+    assert "--device tpu: choose cpu or cuda" in capsys.readouterr().err

@@ -1,10 +1,10 @@
-"""What every command's parser has."""
+"""What commands share."""
 
 import argparse
 from collections.abc import Callable
 from typing import Any
 
-__all__ = ["new_command"]
+__all__ = ["choose_device", "new_command"]
 
 
 def new_command(
@@ -20,3 +20,18 @@ def new_command(
     )
     parser.set_defaults(run=run)
     return parser
+
+
+def choose_device(name: str | None) -> str:
+    """What --device names, or the best there is.
+
+    Raises:
+        ValueError: it is neither cpu nor cuda, or there is no CUDA device.
+    """
+    import torch
+
+    if name not in (None, "cpu", "cuda"):
+        raise ValueError(f"--device {name}: choose cpu or cuda (CUDA_VISIBLE_DEVICES says which)")
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"--device cuda: PyTorch {torch.__version__} finds no CUDA device; choose cpu")
+    return name or ("cuda" if torch.cuda.is_available() else "cpu")

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ._command import new_command
+from ._command import choose_device, new_command
 
 _DESCRIPTION = """\
 Score a model's own explanations, and those of common methods, on labelled
@@ -75,8 +75,6 @@ def _positive(text: str) -> int:
 
 
 def _run(args: argparse.Namespace) -> int:
-    import torch
-
     from ..evaluate.explainers import make_explainer
     from ..evaluate.metrics import make_metric
     from ..evaluate.report import write_report
@@ -97,7 +95,7 @@ def _run(args: argparse.Namespace) -> int:
         images=args.images,
         seed=args.seed,
         batch_size=args.batch_size,
-        device=args.device or ("cuda" if torch.cuda.is_available() else "cpu"),
+        device=choose_device(args.device),
     )
     try:
         results = run(

@@ -6,7 +6,7 @@ import textwrap
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ._command import new_command
+from ._command import choose_device, new_command
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -80,7 +80,7 @@ def _run(args: argparse.Namespace) -> int:
     except ImportError as error:
         raise ValueError(error) from error
     sources = find_sources(args.inputs, args.output)
-    model = load_model(args.model).to(_device(args.device))
+    model = load_model(args.model).to(choose_device(args.device))
     if not hasattr(model, "explain"):
         kind = type(model).__name__
         raise ValueError(f"--model {args.model}: a {kind} cannot explain itself; those of timm_coda can")
@@ -167,16 +167,6 @@ def _short(text: str, width: int) -> str:
     if len(text) <= width:
         return text
     return "…" + text[-width + 1 :] if "/" in text else text[: width - 1] + "…"
-
-
-def _device(name: str | None) -> str:
-    import torch
-
-    if name not in (None, "cpu", "cuda"):
-        raise ValueError(f"--device {name}: choose cpu or cuda (CUDA_VISIBLE_DEVICES says which)")
-    if name == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"--device cuda: PyTorch {torch.__version__} finds no CUDA device; choose cpu")
-    return name or ("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def _classes(names: "Sequence[str]", words: list[str] | None) -> list[int] | None:
