@@ -100,7 +100,7 @@ def load_model(name: str, *, pretrained: bool = True) -> Any:
 def _check_name(name: str) -> None:
     if ":" not in name and not timm.is_model(name.split(".")[0]):
         near = difflib.get_close_matches(name, timm.list_models()) or timm.list_models("coda*")
-        raise HubError(f"timm has no model {name!r}; there is {', '.join(near)}; or name a folder")
+        raise HubError(f"timm has no model {name!r}; there is {', '.join(near)}, or local-dir:FOLDER")
 
 
 class HubMixin(ModelHubMixin):
