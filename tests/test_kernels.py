@@ -22,13 +22,15 @@ def gradients(y, tensors):
     return torch.autograd.grad(y, tensors, g)
 
 
-@pytest.mark.parametrize("block", ["whole", "tiny"])
+@pytest.mark.parametrize("block", ["whole", "tiny", "forgetful"])
 @pytest.mark.parametrize("layout", FORMATS)
 @pytest.mark.parametrize("activation", ["squash", "l2"])
 @pytest.mark.parametrize("case", CASES)
 def test_cpu_equals_reference(case, activation, layout, block, monkeypatch):
     if block == "tiny":  # blocks of one image's rows, and of a few positions
-        monkeypatch.setattr(cpu, "_positions", lambda width: 5)
+        monkeypatch.setattr(cpu, "_positions", lambda a: 5)
+    if block == "forgetful":  # U is formed again in backward
+        monkeypatch.setattr(cpu, "_KEPT", 0)
     exact, options = problem(case)
     options = [*options.values(), activation]
     expected = reference.dau_conv2d(*exact, *options)
@@ -76,7 +78,7 @@ def test_operators_are_registered_right(case, frozen, layout):
     tensors = [t.detach().to(memory_format=FORMATS[layout]).requires_grad_() for t in tensors]
     if frozen:
         tensors[1:] = [t.detach() for t in tensors[1:]]
-    arguments = (*tensors, *(list(pair) for pair in options.values()), "squash", frozen)
+    arguments = (*tensors, *(list(pair) for pair in options.values()), "squash", frozen, not frozen)
     torch.library.opcheck(torch.ops.timm_coda.dau_conv2d_cpu.default, arguments)
 
 

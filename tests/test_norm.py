@@ -14,8 +14,9 @@ def weights(dtype: torch.dtype = torch.float32, inputs: int = 10) -> tuple[torch
 
 
 def assert_current(up: torch.Tensor, up_bias: torch.Tensor) -> None:
-    known = norm.cached_norm_terms(up, up_bias, torch.float64)
-    for kept, new in zip(known, norm.norm_terms(up, up_bias, torch.float64), strict=True):
+    known, packed = norm.cached_norm_terms(up, up_bias, torch.float64)
+    current = norm.norm_terms(up, up_bias, torch.float64)
+    for kept, new in zip((*known, packed), (*current, norm.for_pairs(current)), strict=True):
         assert torch.equal(kept, new)
 
 
@@ -84,3 +85,16 @@ def test_bits_do_not_depend_on_where_the_weights_lie():
         expected = norm.norm_terms(up, up_bias, torch.float32)
         for one, other in zip(norm.norm_terms(*shifted, torch.float32), expected, strict=True):
             assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("rank", [1, 2, 3, 4, 7, 8])
+def test_pairs_are_a_square(rank):
+    torch.manual_seed(0)
+    z, weight = torch.randn(5, rank, dtype=torch.float64), torch.randn(5, 2, dtype=torch.float64)
+    up, up_bias = torch.randn(2 * rank, 9, dtype=torch.float64), torch.randn(2, 9, dtype=torch.float64)
+    terms = norm.norm_terms(up, up_bias, torch.float64)
+    expected = torch.einsum("ni,dij,nj->nd", z, terms.gram, z) + 2 * z @ terms.cross.T
+    torch.testing.assert_close(norm.pairs(z) @ norm.for_pairs(terms).T, expected)
+    second, first = norm.from_pairs(weight.T @ norm.pairs(z), rank)
+    torch.testing.assert_close(second, torch.einsum("nd,ni,nj->dij", weight, z, z))
+    torch.testing.assert_close(first, weight.T @ z)

@@ -5,26 +5,28 @@ G and c as in `functional.py` and h(s) the rescaling of s = |v|^2:
 
     forward    z = P B^T,  U = P A^T (n, D, r),  num = U z + P b^T,  s = z G z + 2 c z + |b|^2,  y = num h(s)
     data       dP = (g h (x) z) A + (g h) b                                   all that an explanation needs
-    backward   alpha = g h, beta = g num h'(s):
-               dP = (alpha (x) z) A + [dz, alpha] [B; b],   dz = alpha U + 2 beta (G z + c)
-               dA = (alpha (x) z)^T P + 2 (E A + e b^T),  E = sum beta z z^T,  e = sum beta z,  likewise db, dB
+    backward   alpha = g h, beta = 2 g num h'(s):
+               dP = (alpha (x) z) A + [dz, alpha] [B; b],   dz = alpha U + beta (G z + c)
+               dA = (alpha (x) z)^T P + E A + e b^T,  E = sum beta z z^T,  e = sum beta z,  likewise db, dB
 
-U and the outer products exist only for a block; nothing but z, num and s is kept for backward, which forms U again:
-a product costs less than writing it to memory and reading it back.
+U and the outer products exist only for a block. Training keeps U for backward up to a size: reading it takes a tenth of
+the time of forming it again. z G z and E take each pair of numbers once (`norm.pairs`).
 """
 
 import torch
 from torch import Tensor
 
 from .convolution import rescaling, rescaling_slope
-from .norm import add_norm_gradient, cached_norm_terms
+from .norm import add_norm_gradient, cached_norm_terms, from_pairs, pairs
 from .operator import make_operator
 from .patches import as_rows, geometry, memory_format
 
 __all__ = ["dau_conv2d"]
 
-# Numbers in the largest temporary of a block: 8 MB in float32, within a last-level cache, long enough for the products.
-_BLOCK = 2**21
+# Bytes of the largest temporary of a block: within a last-level cache, long enough for the products.
+_BLOCK = 2**23
+# Bytes of U that a layer keeps for backward. More of it is formed again there.
+_KEPT = 2**28
 # glibc hands what is freed back to the system, and fetching zeroed pages again takes as long as the products they hold.
 # Once a program has freed an array of nearly 32 MB, never touched here, it keeps up to 64 MB.
 torch.empty(2**25 - 2**16, dtype=torch.uint8)
@@ -32,26 +34,29 @@ torch.empty(2**25 - 2**16, dtype=torch.uint8)
 _ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
 
-def _forward(x, down, up, up_bias, stride, padding, dilation, activation):
+def _forward(x, down, up, up_bias, stride, padding, dilation, activation, keep):
     units, rank = up_bias.shape[0], down.shape[0]
     g = geometry(x, up, stride, padding, dilation)
     exact = torch.promote_types(x.dtype, torch.float32)
     a, b = g.flat(up), g.flat(up_bias)
     small = torch.cat([g.flat(down), b])  # (r + D, K)
-    gram, cross, square = cached_norm_terms(up, up_bias, exact)
-    gram, cross = gram.view(units * rank, rank), 2 * cross.view(-1)
+    terms, packed = cached_norm_terms(up, up_bias, exact)
 
     z, num, s = (x.new_empty(g.positions, n, dtype=exact) for n in (rank, units, units))
+    u = x.new_empty(g.positions if keep else 0, units * rank)
     windows = g.windows(g.padded(x))
-    for index, now in g.blocks(_positions(units * rank)):
+    for index, now in g.blocks(_positions(a)):
         p = windows[index].reshape(now.stop - now.start, -1)
         low, plain = _product(p, small).split([rank, units], 1)
         z[now] = low
-        torch.add(_contract(_product(p, a), low), plain, out=num[now])
-        torch.add(_contract(_product(z[now], gram).add_(cross), z[now]), square, out=s[now])
+        tile = _product(p, a)
+        torch.add(_contract(tile, low), plain, out=num[now])
+        torch.add(_product(pairs(z[now]), packed), terms.square, out=s[now])
+        if keep:
+            u[now] = tile
     y = (num * rescaling(s, activation)).to(x.dtype)
     y = y.view(x.shape[0], g.rows, g.columns, units).permute(0, 3, 1, 2)
-    return y.contiguous(memory_format=memory_format(x)), z, num, s
+    return y.contiguous(memory_format=memory_format(x)), z, num, s, u
 
 
 def _data_gradient(grad, x, up, up_bias, z, s, stride, padding, dilation, activation):
@@ -61,49 +66,61 @@ def _data_gradient(grad, x, up, up_bias, z, s, stride, padding, dilation, activa
     z = z.to(x.dtype)
     dx = g.padded_zeros(x)
     target = g.windows(dx)
-    for index, now in g.blocks(_positions(a.shape[0])):
+    for index, now in g.blocks(_positions(a)):
         g.fold(target[index], _product(_outer(alpha[now], z[now]), a.t()).addmm_(alpha[now], b))
     return g.cropped(dx, x)
 
 
-def _backward(grad, x, down, up, up_bias, z, num, s, stride, padding, dilation, activation):
+def _backward(grad, x, down, up, up_bias, z, num, s, u, stride, padding, dilation, activation):
     units, rank = up_bias.shape[0], down.shape[0]
     exact, low = num.dtype, x.dtype
     g = geometry(x, up, stride, padding, dilation)
     a, b = g.flat(up), g.flat(up_bias)
     small = torch.cat([g.flat(down), b])
-    gram, cross, _ = cached_norm_terms(up, up_bias, exact)
-    gram, cross = gram.view(units * rank, rank), cross.view(-1)
+    terms, _ = cached_norm_terms(up, up_bias, exact)
 
     grad = as_rows(grad).to(exact)
     alpha = (grad * rescaling(s, activation)).to(low)
-    beta = grad * num * rescaling_slope(s, activation)
-    zl = z.to(low)
+    beta = 2 * grad * num * rescaling_slope(s, activation)
+    dz, zeroth = beta @ terms.cross, beta.sum(0)
+    gram, beta, z = (t.to(low) for t in (terms.gram.view(units * rank, rank), beta, z))
     # A product that sums over positions wants them as columns.
-    alpha_t, beta_t, z_t, zl_t = (rows.t().contiguous() for rows in (alpha, beta, z, zl))
+    alpha_t, beta_t, z_t = (rows.t().contiguous() for rows in (alpha, beta, z))
 
-    da = torch.zeros(a.shape, dtype=exact)
-    dsmall = torch.zeros(small.shape, dtype=exact)
-    second = torch.zeros(units * rank, rank, dtype=exact)  # E
+    da, dsmall, dnorm = _Sum(exact), _Sum(exact), _Sum(exact)
     dx = g.padded_zeros(x)
     windows, target = g.windows(g.padded(x)), g.windows(dx)
-    for index, now in g.blocks(_positions(units * rank)):
+    for index, now in g.blocks(_positions(a)):
         p = windows[index].reshape(now.stop - now.start, -1)
-        half = _product(z[now], gram).add_(cross)  # of the norm's gradient
-        dz = _contract_units(beta[now], half).mul_(2) + _contract_units(alpha[now], _product(p, a))
-        both = torch.cat([dz.to(low), alpha[now]], 1)
-        dp = _product(_outer(alpha[now], zl[now]), a.t())
+        tile = u[now] if len(u) else _product(p, a)
+        dz[now] += _contract_units(alpha[now], tile)
+        dz[now] += _contract_units(beta[now], _product(z[now], gram))
+        both = torch.cat([dz[now].to(low), alpha[now]], 1)
+        dp = _product(_outer(alpha[now], z[now]), a.t())
         g.fold(target[index], dp.addmm_(both, small))
-        da += _product(_outer_t(alpha_t[:, now], zl_t[:, now]), p.t())
-        dsmall += _product(both.t().contiguous(), p.t())
-        second += _product(_outer_t(beta_t[:, now], z_t[:, now]), z_t[:, now].contiguous())
+        da.add(_product(_outer_t(alpha_t[:, now], z_t[:, now]), p.t()))
+        dsmall.add(_product(both.t().contiguous(), p.t()))
+        dnorm.add(_product(beta_t[:, now], pairs(z[now]).t()))
 
-    da, ddown, db = add_norm_gradient(a.view(units, rank, -1), b, da, dsmall, second, beta_t @ z, beta.sum(0))
+    second, first = from_pairs(dnorm.total, rank)
+    da, ddown, db = add_norm_gradient(a.view(units, rank, -1), b, da.total, dsmall.total, second, first, zeroth)
     return g.cropped(dx, x), *(g.unflat(t, x.shape[1]).to(low) for t in (ddown, da, db))
+
+
+class _Sum:
+    """Of products over blocks."""
+
+    def __init__(self, dtype):
+        self.total, self.dtype = None, dtype
+
+    def add(self, part):
+        self.total = part.to(self.dtype) if self.total is None else self.total.add_(part)
 
 
 def _outer(left: Tensor, right: Tensor) -> Tensor:
     """(n, D) and (n, r) to (n, D*r)."""
+    if left.itemsize == 2:  # short rows of half precision are multiplied one number at a time
+        return torch.bmm(left.unsqueeze(2), right.unsqueeze(1)).flatten(1)
     return (left.unsqueeze(2) * right.unsqueeze(1)).flatten(1)
 
 
@@ -122,8 +139,8 @@ def _contract_units(left: Tensor, u: Tensor) -> Tensor:
     return torch.bmm(left.unsqueeze(1), u.view(*left.shape, -1)).squeeze(1)
 
 
-def _positions(width: int) -> int:
-    return max(_BLOCK // width, 64)
+def _positions(a: Tensor) -> int:
+    return max(_BLOCK // a[:, 0].nbytes, 64)
 
 
 def _product(left: Tensor, right: Tensor) -> Tensor:
@@ -133,4 +150,8 @@ def _product(left: Tensor, right: Tensor) -> Tensor:
     return left @ right.t()
 
 
-dau_conv2d = make_operator("dau_conv2d_cpu", _forward, _data_gradient, _backward)
+def _keeps(positions: int, up: Tensor) -> bool:
+    return positions * up.shape[0] * up.itemsize <= _KEPT
+
+
+dau_conv2d = make_operator("dau_conv2d_cpu", _forward, _data_gradient, _backward, keeps=_keeps)

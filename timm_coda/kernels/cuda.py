@@ -198,7 +198,7 @@ def _code_kernel(
         dz += tl.sum(u.reshape(BLOCK_N, UNITS, RANK) * alpha[:, :, None], 1)
         half = _products(z_ptr, gram_ptr, rows, in_rows, columns, in_columns, RANK, 16, NORM_PRECISION)
         half += tl.load(cross_ptr + columns, mask=in_columns, other=0.0)[None, :]
-        dz += 2 * tl.sum(half.reshape(BLOCK_N, UNITS, RANK) * beta[:, :, None], 1)
+        dz += tl.sum(half.reshape(BLOCK_N, UNITS, RANK) * beta[:, :, None], 1)
     dz_ptrs = dz_ptr + rows[:, None].to(tl.int64) * RANK + tl.arange(0, RANK)[None, :]
     tl.store(dz_ptrs, dz, mask=in_rows[:, None])
 
@@ -258,7 +258,7 @@ def _units(meta: dict) -> int:
     return max(meta["COLUMNS"] // meta["RANK"], 1)
 
 
-def _forward(x, down, up, up_bias, stride, padding, dilation, activation):
+def _forward(x, down, up, up_bias, stride, padding, dilation, activation, keep):
     units, rank = up_bias.shape[0], down.shape[0]
     g = geometry(x, up, stride, padding, dilation)
     a, b = g.flat(up), g.flat(up_bias)
@@ -275,7 +275,7 @@ def _forward(x, down, up, up_bias, stride, padding, dilation, activation):
         RANK=rank, L2=activation == "l2", PRECISION=precision, NORM_PRECISION=precision,
     )  # fmt: skip
     y = y.view(x.shape[0], g.rows, g.columns, units).permute(0, 3, 1, 2)
-    return y.contiguous(memory_format=memory_format(x)), z, num, s
+    return y.contiguous(memory_format=memory_format(x)), z, num, s, x.new_empty(0, units * rank)
 
 
 def _data(alpha: Tensor, z: Tensor, a: Tensor, base: Tensor) -> Tensor:
@@ -317,7 +317,7 @@ def _data_gradient(grad, x, up, up_bias, z, s, stride, padding, dilation, activa
     return g.cropped(dx, x)
 
 
-def _backward(grad, x, down, up, up_bias, z, num, s, stride, padding, dilation, activation):
+def _backward(grad, x, down, up, up_bias, z, num, s, u, stride, padding, dilation, activation):
     units, rank = up_bias.shape[0], down.shape[0]
     g = geometry(x, up, stride, padding, dilation)
     a, b = g.flat(up), g.flat(up_bias)
@@ -325,7 +325,7 @@ def _backward(grad, x, down, up, up_bias, z, num, s, stride, padding, dilation, 
     small = torch.cat([g.flat(down), b])
     grad = as_rows(grad).float()
     alpha = grad * rescaling(s, activation)
-    beta = grad * num * rescaling_slope(s, activation)
+    beta = 2 * grad * num * rescaling_slope(s, activation)
     p = g.windows(g.padded(x)).reshape(g.positions, -1)
 
     dz = torch.empty_like(z)
@@ -341,7 +341,7 @@ def _backward(grad, x, down, up, up_bias, z, num, s, stride, padding, dilation, 
     g.fold(g.windows(dx), _data(alpha, z, a, both @ small))
 
     dsmall = (both.t() @ p).float()
-    second = _weight(beta, z, z)
+    second = _weight(beta, z, z).view(units, rank, rank)
     da, ddown, db = add_norm_gradient(
         a.view(units, rank, -1), b, _weight(alpha, z, p), dsmall, second, beta.t() @ z, beta.sum(0)
     )

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-__all__ = ["NormTerms", "add_norm_gradient", "cached_norm_terms", "norm_terms"]
+__all__ = ["NormTerms", "add_norm_gradient", "cached_norm_terms", "for_pairs", "from_pairs", "norm_terms", "pairs"]
 
 
 class NormTerms(NamedTuple):
@@ -30,22 +30,62 @@ def norm_terms(up: Tensor, up_bias: Tensor, exact: torch.dtype) -> NormTerms:
     return NormTerms(a @ a.transpose(1, 2), (a @ b.unsqueeze(2)).squeeze(2), b.square().sum(1))
 
 
-_cache = WeakTensorKeyDictionary()  # up: (fingerprint, terms), gone with the weights
+def pairs(z: Tensor) -> Tensor:
+    """Every z_i z_j once (z_i z_(i + r/2) twice), and then every z_i: (n, r) to (n, (r//2 + 2) r).
+
+    Row k < r//2 + 1 of the second axis holds z_i z_(i + k), counted round: long runs of neighbours, and half of the
+    products that a square has.
+    """
+    n, rank = z.shape
+    rows = rank // 2 + 1
+    out = z.new_empty(n, rows + 1, rank)
+    shifted = torch.cat([z, z[:, : rank // 2]], 1).unfold(1, rank, 1)  # (n, rows, r)
+    torch.mul(z.unsqueeze(1), shifted, out=out[:, :rows])
+    out[:, rows] = z
+    return out.flatten(1)
 
 
-def cached_norm_terms(up: Tensor, up_bias: Tensor, exact: torch.dtype) -> NormTerms:
-    """`norm_terms` of CPU weights, computed anew only when they have changed.
+def for_pairs(terms: NormTerms) -> Tensor:
+    """What z G z + 2 c z takes of each of `pairs(z)`, (D, (r//2 + 2) r)."""
+    places, often, _ = _pair_places(terms.cross.shape[1])
+    return torch.cat([terms.gram.flatten(1)[:, places] * often, 2 * terms.cross], 1)
+
+
+def from_pairs(sums: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """Sums over positions of weighted pairs, (D, (r//2 + 2) r), as those of z z^T (D, r, r) and of z (D, r)."""
+    *_, back = _pair_places(rank)
+    return sums[:, back].unflatten(1, (rank, rank)), sums[:, -rank:]
+
+
+@lru_cache
+def _pair_places(rank: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Of `pairs`: where they are in a square, how often it has them, and where the square's are among them."""
+    i = torch.arange(rank)
+    k = torch.arange(rank // 2 + 1)[:, None]
+    often = torch.where((k == 0) | (2 * k == rank), 1, 2).expand(-1, rank)
+    ahead = (i - i[:, None]) % rank  # of column before row
+    back = torch.where(ahead <= rank // 2, ahead * rank + i[:, None], (rank - ahead) * rank + i)
+    return (i * rank + (i + k) % rank).flatten(), often.flatten(), back.flatten()
+
+
+_cache = WeakTensorKeyDictionary()  # up: (fingerprint, what was found), gone with the weights
+
+
+def cached_norm_terms(up: Tensor, up_bias: Tensor, exact: torch.dtype) -> tuple[NormTerms, Tensor]:
+    """`norm_terms` of CPU weights, and these `for_pairs`, computed anew only when they have changed.
 
     For a single image the Gram matrices cost as much as half the layer. Reading the weights to see whether they are
     the same costs a tenth of that, and sees what the version counter does not: writes through `.data`.
     """
     fingerprint = _fingerprint(up), _fingerprint(up_bias), exact
-    if None in fingerprint:
-        return norm_terms(up, up_bias, exact)
     known = _cache.get(up)
-    if known is None or known[0] != fingerprint:
-        known = _cache[up] = fingerprint, norm_terms(up, up_bias, exact)
-    return known[1]
+    if None not in fingerprint and known is not None and known[0] == fingerprint:
+        return known[1]
+    terms = norm_terms(up, up_bias, exact)
+    found = terms, for_pairs(terms)
+    if None not in fingerprint:
+        _cache[up] = fingerprint, found
+    return found
 
 
 _COLUMNS = 256
@@ -81,12 +121,12 @@ def add_norm_gradient(
     Args:
         a, b: (D, r, K) and (D, K)
         da, dsmall: what comes through v^T p, (D*r, K), and stacked of B and b (r + D, K)
-        second, first, zeroth: sums over positions of beta z z^T (D*r, r), beta z (D, r), beta (D)
+        second, first, zeroth: sums over positions of beta z z^T (D, r, r), beta z (D, r), beta (D)
     """
     units, rank, _ = a.shape
     a, b = a.to(da.dtype), b.to(da.dtype)
-    da = torch.baddbmm(da.view(a.shape), second.view(units, rank, rank), a, alpha=2)
-    da.addcmul_(first.unsqueeze(2), b.unsqueeze(1), value=2)
+    da = torch.baddbmm(da.view(a.shape), second, a)
+    da.addcmul_(first.unsqueeze(2), b.unsqueeze(1))
     ddown, db = dsmall.split([rank, units])
     through_norm = torch.bmm(first.unsqueeze(1), a).squeeze(1) + zeroth.unsqueeze(1) * b
-    return da.view(units * rank, -1), ddown, db + 2 * through_norm
+    return da.view(units * rank, -1), ddown, db + through_norm

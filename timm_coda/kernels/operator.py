@@ -11,17 +11,26 @@ from .patches import memory_format, output_size
 __all__ = ["make_operator"]
 
 
-def make_operator(name: str, forward: Callable, data_gradient: Callable, backward: Callable) -> Callable[..., Tensor]:
+def make_operator(
+    name: str,
+    forward: Callable,
+    data_gradient: Callable,
+    backward: Callable,
+    *,
+    keeps: Callable[[int, Tensor], bool] = lambda positions, up: False,
+) -> Callable[..., Tensor]:
     """The function `dau_conv2d` of a backend, with the arguments of `functional.dau_conv2d`.
 
     Args:
         name: of the operators, timm_coda::{name}, {name}_data and {name}_backward
-        forward: (x, down, up, up_bias, stride, padding, dilation, activation) to y (B, D, H', W') and, float32 or
-            better, for all N positions z (N, r), num = v^T p (N, D) and s = |v|^2 (N, D)
+        forward: (x, down, up, up_bias, stride, padding, dilation, activation, keep) to y (B, D, H', W') and, float32
+            or better, for all N positions z (N, r), num = v^T p (N, D) and s = |v|^2 (N, D); and U (N, D*r) in the
+            dtype of x, or (0, D*r) without `keep`
         data_gradient: (grad, x, up, up_bias, z, s, stride, padding, dilation, activation) to W^T grad like x, of
             which only shape and format matter
-        backward: (grad, x, down, up, up_bias, z, num, s, stride, padding, dilation, activation) to the gradients of
+        backward: (grad, x, down, up, up_bias, z, num, s, u, stride, padding, dilation, activation) to the gradients of
             x, down, up and up_bias
+        keeps: (N, up) to whether training keeps U
     """
 
     @torch.library.custom_op(f"timm_coda::{name}", mutates_args=())
@@ -35,17 +44,19 @@ def make_operator(name: str, forward: Callable, data_gradient: Callable, backwar
         dilation: list[int],
         activation: str,
         frozen: bool,
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        keep: bool,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         with torch.autocast(x.device.type, enabled=False):
-            return forward(x, down, up, up_bias, stride, padding, dilation, activation)
+            return forward(x, down, up, up_bias, stride, padding, dilation, activation, keep)
 
     @forward_op.register_fake
-    def _(x, down, up, up_bias, stride, padding, dilation, activation, frozen):
+    def _(x, down, up, up_bias, stride, padding, dilation, activation, frozen, keep):
         rows, columns = output_size(x, up.shape[2:], stride, padding, dilation)
         units, positions = up_bias.shape[0], x.shape[0] * rows * columns
         exact = torch.promote_types(x.dtype, torch.float32)
         y = x.new_empty(x.shape[0], units, rows, columns).contiguous(memory_format=memory_format(x))
-        return y, *(x.new_empty(positions, n, dtype=exact) for n in (down.shape[0], units, units))
+        found = (x.new_empty(positions, n, dtype=exact) for n in (down.shape[0], units, units))
+        return y, *found, x.new_empty(positions if keep else 0, up.shape[0])
 
     @torch.library.custom_op(f"timm_coda::{name}_data", mutates_args=())
     def data_op(
@@ -84,28 +95,29 @@ def make_operator(name: str, forward: Callable, data_gradient: Callable, backwar
         z: Tensor,
         num: Tensor,
         s: Tensor,
+        u: Tensor,
         stride: list[int],
         padding: list[int],
         dilation: list[int],
         activation: str,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         with torch.autocast(x.device.type, enabled=False):
-            return backward(grad, x, down, up, up_bias, z, num, s, stride, padding, dilation, activation)
+            return backward(grad, x, down, up, up_bias, z, num, s, u, stride, padding, dilation, activation)
 
     @backward_op.register_fake
-    def _(grad, x, down, up, up_bias, z, num, s, stride, padding, dilation, activation):
+    def _(grad, x, down, up, up_bias, z, num, s, u, stride, padding, dilation, activation):
         dx = torch.empty_like(x, memory_format=memory_format(x))
         return dx, *(t.new_empty(t.shape) for t in (down, up, up_bias))
 
     def setup_context(ctx, inputs, output) -> None:
-        x, down, up, up_bias, *ctx.options, ctx.frozen = inputs
-        _, z, num, s = output
-        ctx.mark_non_differentiable(z, num, s)
-        ctx.save_for_backward(x, down, up, up_bias, z, num, s)
+        x, down, up, up_bias, *ctx.options, ctx.frozen, _ = inputs
+        _, *found = output
+        ctx.mark_non_differentiable(*found)
+        ctx.save_for_backward(x, down, up, up_bias, *found)
 
     def differentiate(ctx, grad, *_):
-        x, down, up, up_bias, z, num, s = ctx.saved_tensors
-        no_options = (None,) * 5
+        x, down, up, up_bias, z, num, s, u = ctx.saved_tensors
+        no_options = (None,) * 6
         if torch.is_grad_enabled():  # create_graph=True: the gradient is to be differentiated again
             inputs = (x, down, up, up_bias)
             wanted = [i for i in range(4) if ctx.needs_input_grad[i]]
@@ -115,7 +127,7 @@ def make_operator(name: str, forward: Callable, data_gradient: Callable, backwar
             return *(gradients.get(i) for i in range(4)), *no_options
         if ctx.frozen:
             return data_op(grad, x, up, up_bias, z, s, *ctx.options), None, None, None, *no_options
-        return *backward_op(grad, x, down, up, up_bias, z, num, s, *ctx.options), *no_options
+        return *backward_op(grad, x, down, up, up_bias, z, num, s, u, *ctx.options), *no_options
 
     forward_op.register_autograd(differentiate, setup_context=setup_context)
 
@@ -130,6 +142,10 @@ def make_operator(name: str, forward: Callable, data_gradient: Callable, backwar
         activation: str,
         frozen: bool,
     ) -> Tensor:
-        return forward_op(x, down, up, up_bias, [*stride], [*padding], [*dilation], activation, frozen)[0]
+        keep = False
+        if torch.is_grad_enabled() and not frozen and any(weight.requires_grad for weight in (down, up, up_bias)):
+            rows, columns = output_size(x, up.shape[2:], stride, padding, dilation)
+            keep = keeps(x.shape[0] * rows * columns, up)
+        return forward_op(x, down, up, up_bias, [*stride], [*padding], [*dilation], activation, frozen, keep)[0]
 
     return dau_conv2d

@@ -1,6 +1,6 @@
 """Patches of a convolution as rows of a matrix, and back: the geometry that the matrix-product backends share."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -90,7 +90,7 @@ class Geometry(NamedTuple):
 
 
 def output_size(
-    x: Tensor, kernel: torch.Size, stride: list[int], padding: list[int], dilation: list[int]
+    x: Tensor, kernel: Sequence[int], stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int]
 ) -> tuple[int, int]:
     """Rows and columns of a convolution's output."""
     rows, columns = (
