@@ -88,13 +88,17 @@ def test_bits_do_not_depend_on_where_the_weights_lie():
 
 
 @pytest.mark.parametrize("rank", [1, 2, 3, 4, 7, 8])
-def test_pairs_are_a_square(rank):
+def test_pairs_are_a_square(rank, monkeypatch):
+    monkeypatch.setattr(norm, "_BLOCK", 0)  # blocks of 16
     torch.manual_seed(0)
-    z, weight = torch.randn(5, rank, dtype=torch.float64), torch.randn(5, 2, dtype=torch.float64)
+    z, weight = torch.randn(37, rank, dtype=torch.float64), torch.randn(37, 2, dtype=torch.float64)
     up, up_bias = torch.randn(2 * rank, 9, dtype=torch.float64), torch.randn(2, 9, dtype=torch.float64)
     terms = norm.norm_terms(up, up_bias, torch.float64)
     expected = torch.einsum("ni,dij,nj->nd", z, terms.gram, z) + 2 * z @ terms.cross.T
-    torch.testing.assert_close(norm.pairs(z) @ norm.for_pairs(terms).T, expected)
-    second, first = norm.from_pairs(weight.T @ norm.pairs(z), rank)
+    blocks = [(now, pairs.clone()) for now, pairs in norm.pairs(z)]
+    assert [now.stop for now, _ in blocks] == [16, 32, 37]
+    pairs = torch.cat([pairs for _, pairs in blocks])
+    torch.testing.assert_close(pairs @ norm.for_pairs(terms).T, expected)
+    second, first = norm.from_pairs(weight.T @ pairs, rank)
     torch.testing.assert_close(second, torch.einsum("nd,ni,nj->dij", weight, z, z))
     torch.testing.assert_close(first, weight.T @ z)

@@ -49,11 +49,10 @@ def _forward(x, down, up, up_bias, stride, padding, dilation, activation, keep):
         p = windows[index].reshape(now.stop - now.start, -1)
         low, plain = _product(p, small).split([rank, units], 1)
         z[now] = low
-        tile = _product(p, a)
+        tile = _product(p, a, out=u[now] if keep else None)
         torch.add(_contract(tile, low), plain, out=num[now])
-        torch.add(_product(pairs(z[now]), packed), terms.square, out=s[now])
-        if keep:
-            u[now] = tile
+    for now, both in pairs(z):
+        torch.add(_product(both, packed), terms.square, out=s[now])
     y = (num * rescaling(s, activation)).to(x.dtype)
     y = y.view(x.shape[0], g.rows, g.columns, units).permute(0, 3, 1, 2)
     return y.contiguous(memory_format=memory_format(x)), z, num, s, u
@@ -83,9 +82,9 @@ def _backward(grad, x, down, up, up_bias, z, num, s, u, stride, padding, dilatio
     alpha = (grad * rescaling(s, activation)).to(low)
     beta = 2 * grad * num * rescaling_slope(s, activation)
     dz, zeroth = beta @ terms.cross, beta.sum(0)
-    gram, beta, z = (t.to(low) for t in (terms.gram.view(units * rank, rank), beta, z))
+    gram, beta, zl = (t.to(low) for t in (terms.gram.view(units * rank, rank), beta, z))
     # A product that sums over positions wants them as columns.
-    alpha_t, beta_t, z_t = (rows.t().contiguous() for rows in (alpha, beta, z))
+    alpha_t, beta_t, z_t = (rows.t().contiguous() for rows in (alpha, beta, zl))
 
     da, dsmall, dnorm = _Sum(exact), _Sum(exact), _Sum(exact)
     dx = g.padded_zeros(x)
@@ -94,14 +93,14 @@ def _backward(grad, x, down, up, up_bias, z, num, s, u, stride, padding, dilatio
         p = windows[index].reshape(now.stop - now.start, -1)
         tile = u[now] if len(u) else _product(p, a)
         dz[now] += _contract_units(alpha[now], tile)
-        dz[now] += _contract_units(beta[now], _product(z[now], gram))
+        dz[now] += _contract_units(beta[now], _product(zl[now], gram))
         both = torch.cat([dz[now].to(low), alpha[now]], 1)
-        dp = _product(_outer(alpha[now], z[now]), a.t())
+        dp = _product(_outer(alpha[now], zl[now]), a.t())
         g.fold(target[index], dp.addmm_(both, small))
         da.add(_product(_outer_t(alpha_t[:, now], z_t[:, now]), p.t()))
         dsmall.add(_product(both.t().contiguous(), p.t()))
-        dnorm.add(_product(beta_t[:, now], pairs(z[now]).t()))
-
+    for now, both in pairs(z):
+        dnorm.add(_product(beta_t[:, now], both.to(low).t()))
     second, first = from_pairs(dnorm.total, rank)
     da, ddown, db = add_norm_gradient(a.view(units, rank, -1), b, da.total, dsmall.total, second, first, zeroth)
     return g.cropped(dx, x), *(g.unflat(t, x.shape[1]).to(low) for t in (ddown, da, db))
@@ -143,11 +142,12 @@ def _positions(a: Tensor) -> int:
     return max(_BLOCK // a[:, 0].nbytes, 64)
 
 
-def _product(left: Tensor, right: Tensor) -> Tensor:
-    """left right^T."""
+def _product(left: Tensor, right: Tensor, out: Tensor | None = None) -> Tensor:
+    """left right^T, in `out`, if given."""
     if _ONEDNN and left.dtype == torch.float32:
-        return torch.ops.mkldnn._linear_pointwise(left, right, None, "none", [], "")
-    return left @ right.t()
+        product = torch.ops.mkldnn._linear_pointwise(left, right, None, "none", [], "")
+        return product if out is None else out.copy_(product)
+    return torch.mm(left, right.t(), out=out)
 
 
 def _keeps(positions: int, up: Tensor) -> bool:

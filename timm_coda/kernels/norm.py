@@ -1,5 +1,6 @@
 """What the norm |v|^2 = z G z + 2 c z + |b|^2 needs of the weights alone: G, c, |b|^2 and their gradients."""
 
+from collections.abc import Iterator
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -8,6 +9,9 @@ from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 __all__ = ["NormTerms", "add_norm_gradient", "cached_norm_terms", "for_pairs", "from_pairs", "norm_terms", "pairs"]
+
+
+_BLOCK = 2**21  # bytes of a block of pairs, which stay in the cache of a core
 
 
 class NormTerms(NamedTuple):
@@ -30,19 +34,23 @@ def norm_terms(up: Tensor, up_bias: Tensor, exact: torch.dtype) -> NormTerms:
     return NormTerms(a @ a.transpose(1, 2), (a @ b.unsqueeze(2)).squeeze(2), b.square().sum(1))
 
 
-def pairs(z: Tensor) -> Tensor:
-    """Every z_i z_j once (z_i z_(i + r/2) twice), and then every z_i: (n, r) to (n, (r//2 + 2) r).
+def pairs(z: Tensor) -> Iterator[tuple[slice, Tensor]]:
+    """Every z_i z_j once (z_i z_(i + r/2) twice), and then every z_i: (n, r) to (n, (r//2 + 2) r), in blocks of n.
 
     Row k < r//2 + 1 of the second axis holds z_i z_(i + k), counted round: long runs of neighbours, and half of the
     products that a square has.
     """
-    n, rank = z.shape
+    rank = z.shape[1]
     rows = rank // 2 + 1
-    out = z.new_empty(n, rows + 1, rank)
-    shifted = torch.cat([z, z[:, : rank // 2]], 1).unfold(1, rank, 1)  # (n, rows, r)
-    torch.mul(z.unsqueeze(1), shifted, out=out[:, :rows])
-    out[:, rows] = z
-    return out.flatten(1)
+    size = min(len(z), max(_BLOCK // (z.itemsize * (rows + 1) * rank), 16))
+    memory = z.new_empty(size, rows + 1, rank)
+    for start in range(0, len(z), size):
+        now = slice(start, min(start + size, len(z)))
+        out = memory[: now.stop - start]
+        shifted = torch.cat([z[now], z[now, : rank // 2]], 1).unfold(1, rank, 1)  # (n, rows, r)
+        torch.mul(z[now].unsqueeze(1), shifted, out=out[:, :rows])
+        out[:, rows] = z[now]
+        yield now, out.flatten(1)
 
 
 def for_pairs(terms: NormTerms) -> Tensor:

@@ -113,6 +113,7 @@ def make_operator(
         x, down, up, up_bias, *ctx.options, ctx.frozen, _ = inputs
         _, *found = output
         ctx.mark_non_differentiable(*found)
+        ctx.set_materialize_grads(False)  # zeros as large as U
         ctx.save_for_backward(x, down, up, up_bias, *found)
 
     def differentiate(ctx, grad, *_):
