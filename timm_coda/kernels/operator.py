@@ -117,8 +117,10 @@ def make_operator(
         ctx.save_for_backward(x, down, up, up_bias, *found)
 
     def differentiate(ctx, grad, *_):
-        x, down, up, up_bias, z, num, s, u = ctx.saved_tensors
         no_options = (None,) * 6
+        if grad is None:
+            return *(None,) * 4, *no_options
+        x, down, up, up_bias, z, num, s, u = ctx.saved_tensors
         if torch.is_grad_enabled():  # create_graph=True: the gradient is to be differentiated again
             inputs = (x, down, up, up_bias)
             wanted = [i for i in range(4) if ctx.needs_input_grad[i]]
