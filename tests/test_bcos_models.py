@@ -94,13 +94,21 @@ def freeze(model, x):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("arguments", [{}, {"block": timm.models.resnet.Bottleneck, "cardinality": 4, "base_width": 8}])
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {},
+        {"block": timm.models.resnet.Bottleneck, "layers": (1, 1, 1, 1), "cardinality": 4, "base_width": 8},
+        {"block": timm.models.resnet.BasicBlock, "layers": (1, 2, 1), "channels": (4, 6, 8), "small_stem": True},
+    ],
+    ids=["tiny", "grouped", "small_images"],
+)
 def test_map_is_that_of_the_frozen_network_on_any_other_image(arguments):
     """At the image itself the sum test alone would pass for plain input x gradient, too."""
     model = tiny(output_stride=16, logit_temperature=0.5, logit_bias=-1.25)
     if arguments:
         torch.manual_seed(0)
-        model = timm_coda.BcosResNet(layers=(1, 1, 1, 1), num_classes=4, **arguments).double().eval()
+        model = timm_coda.BcosResNet(num_classes=4, **arguments).double().eval()
     x, other = torch.rand(2, 1, 3, 33, 40, dtype=torch.float64)
     explanation = model.explain(x, torch.arange(4)[None])
     logits = model(x)
@@ -144,7 +152,7 @@ def test_weights_are_those_of_timms_architecture(name):
 
 
 def test_registered_with_the_published_files():
-    assert set(timm.list_models("bcos_res*")) == {f"bcos_{name}" for name in MODELS}
+    assert set(timm.list_models("bcos_res*")) == {f"bcos_{name}" for name in (*MODELS, "resnet20", "resnet56")}
     tags = timm.list_pretrained("bcos_res*")
     assert len(tags) == 8
     for tag in tags:
@@ -234,7 +242,20 @@ def test_gradient_checkpointing_changes_nothing():
     assert relative_error(maps[1], maps[0]) < 1e-12
 
 
-@pytest.mark.parametrize("name", ["bcos_resnet18"])
+@pytest.mark.parametrize(("name", "blocks"), [("bcos_resnet20", 3), ("bcos_resnet56", 9)])
+def test_layout_for_small_images(name, blocks):
+    """Two convolutions a block, one in front and the classifier: 6n + 2 layers; and a shortcut's where channels grow."""
+    model = timm.create_model(name, device="meta")
+    layers = [module for module in model.modules() if isinstance(module, BcosConv2d)]
+    shortcuts = [layer for layer in layers[1:-1] if layer.kernel_size == (1, 1)]
+    assert (len(layers) - len(shortcuts), len(shortcuts)) == (6 * blocks + 2, 2)
+    features = model.forward_features(torch.empty(2, 3, 32, 32, device="meta"))
+    assert features.shape == (2, 64, 8, 8)
+    with pytest.raises(timm_coda.hub.HubError, match=rf"{name}.cifar10 has no weights yet"):
+        timm.create_model(name, pretrained=True)
+
+
+@pytest.mark.parametrize("name", ["bcos_resnet18", "bcos_resnet20"])
 def test_timm_suite(golden, name, tmp_path):
     """timm's own tests, unchanged, with a file of the published name where timm would download to."""
     folder = tmp_path / "hub" / "checkpoints"

@@ -13,6 +13,8 @@ U and the outer products exist only for a block. Training keeps U for backward u
 the time of forming it again. z G z and E take each pair of numbers once (`norm.pairs`).
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -107,12 +109,13 @@ def _backward(grad, x, down, up, up_bias, z, num, s, u, stride, padding, dilatio
 
 
 class _Sum:
-    """Of products over blocks."""
+    """Of products over blocks: `total`, in a dtype of its own."""
 
-    def __init__(self, dtype):
-        self.total, self.dtype = None, dtype
+    def __init__(self, dtype: torch.dtype) -> None:
+        self.total: Any = None
+        self.dtype = dtype
 
-    def add(self, part):
+    def add(self, part: Tensor) -> None:
         self.total = part.to(self.dtype) if self.total is None else self.total.add_(part)
 
 

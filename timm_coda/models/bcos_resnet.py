@@ -5,7 +5,9 @@ Papers:
     `B-cos Alignment for Inherently Interpretable CNNs and Vision Transformers` - https://arxiv.org/abs/2306.10898
 
 The networks of the second paper (B-cos v2) with its authors' ImageNet weights: timm's ResNet with its modules replaced
-(see `bcosify.py`), B = 2, the classifier a 1x1 B-cos convolution in front of the pooling. logits = W(x) x + bias.
+(see `bcosify.py`), B = 2, the classifier a 1x1 B-cos convolution in front of the pooling. logits = W(x) x + bias. The
+two for CIFAR-10 have three stages of 16, 32 and 64 channels (He et al., CVPR 2016, section 4.2), and ours are the
+convolutions in their shortcuts.
 """
 
 # torch.jit.ignore is declared for a flag only:
@@ -15,13 +17,14 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch.nn.functional as F
-from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from timm.models import generate_default_cfgs, register_model
 from timm.models.resnet import BasicBlock, Bottleneck, ResNet
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..bcosify import bcos_classifier, bcos_logits, replace_modules
 from ..layers import GlobalPool
 from ._bcos_v2 import LONG, BcosHead, v2_cfg, v2_weights
+from ._builder import build_model
 
 __all__ = ["BcosResNet"]
 
@@ -31,12 +34,14 @@ class BcosResNet(BcosHead, ResNet):
 
     Args:
         block, layers, cardinality, base_width, drop_rate, drop_path_rate, zero_init_last: as timm's `ResNet`
+        channels: of three or four stages
+        small_stem: start with a 3x3 convolution at full size in place of a 7x7 one and pooling, for 32-pixel images
         b: B of all layers
         logit_temperature: T; high ones give sharper explanations and start slower
         logit_bias: b0, the logit of every class where there is no evidence; None for -log(num_classes - 1)
         num_classes: 0 for pooled features
         in_chans: colours of an image, encoded as twice as many channels inside
-        output_stride: 32, 16 or 8
+        output_stride: 32, 16 or 8, as if the stem were the large one
         global_pool: 'avg', 'sum' or '' (a logit map)
     """
 
@@ -48,6 +53,8 @@ class BcosResNet(BcosHead, ResNet):
         layers: tuple[int, ...],
         cardinality: int = 1,
         base_width: int = 64,
+        channels: tuple[int, ...] = (64, 128, 256, 512),
+        small_stem: bool = False,
         b: float = 2.0,
         logit_temperature: float = 1.0,
         logit_bias: float | None = None,
@@ -62,9 +69,12 @@ class BcosResNet(BcosHead, ResNet):
         dtype=None,
     ) -> None:
         dd = {"device": device, "dtype": dtype}
+        # timm's plain stem has 64 channels; that of its deep stem, which is replaced below, follows the stages.
+        stem = {"stem_type": "deep", "stem_width": channels[0] // 2} if small_stem else {}
         super().__init__(
             block,  # pyright: ignore[reportArgumentType]
             layers,
+            channels=channels,
             num_classes=0,
             in_chans=2 * in_chans,
             output_stride=output_stride,
@@ -74,8 +84,19 @@ class BcosResNet(BcosHead, ResNet):
             drop_rate=drop_rate,
             drop_path_rate=drop_path_rate,
             zero_init_last=zero_init_last,
+            **stem,
             **dd,
         )
+        if small_stem:
+            self.conv1 = nn.Conv2d(2 * in_chans, channels[0], 3, padding=1, bias=False, **dd)
+            self.maxpool = nn.Identity()
+            stages: Any = self.feature_info
+            for index, info in enumerate(stages):
+                info["reduction"] //= 4 if index else 2
+        if len(channels) == 3:  # timm's forward pass has a fourth stage, in front of what is made anew below
+            del self.global_pool, self.fc
+            self.layer4 = nn.Sequential()
+            self.feature_info.append({**self.feature_info[-1], "module": "layer4"})
         replace_modules(self, "conv1", b=b)
         self.in_chans = in_chans
         self.num_classes = num_classes
@@ -104,6 +125,14 @@ def _cfg(file: str, top1: float, **kwargs: Any) -> dict[str, Any]:
     return v2_cfg(file, top1, "conv1", "fc", **kwargs)
 
 
+def _cifar_cfg(**kwargs: Any) -> dict[str, Any]:
+    """To be trained here."""
+    names = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
+    ours = {"url": "", "num_classes": 10, "label_names": names, "input_size": (3, 32, 32), "pool_size": (8, 8)}
+    ours |= {"crop_pct": 1.0, "interpolation": "bicubic", "description": None, "origin_url": None}
+    return {**_cfg("", 0), **ours, **kwargs}
+
+
 default_cfgs = generate_default_cfgs(
     {
         "bcos_resnet18.v2_in1k": _cfg("resnet_18-68b4160fff.pth", 68.74),
@@ -114,12 +143,14 @@ default_cfgs = generate_default_cfgs(
         "bcos_resnet152.v2_in1k": _cfg("resnet_152-42051a77c1.pth", 76.48),
         "bcos_resnet152.v2_long_in1k": _cfg("resnet_152_long-0b4b434939.pth", 80.14, **LONG),
         "bcos_resnext50_32x4d.v2_in1k": _cfg("resnext_50_32x4d-57af241ab9.pth", 75.82),
+        "bcos_resnet20.cifar10": _cifar_cfg(),
+        "bcos_resnet56.cifar10": _cifar_cfg(),
     }
 )
 
 
 def _create_bcos_resnet(variant: str, pretrained: bool = False, **kwargs: Any) -> BcosResNet:
-    return build_model_with_cfg(BcosResNet, variant, pretrained, pretrained_filter_fn=checkpoint_filter_fn, **kwargs)
+    return build_model(BcosResNet, variant, pretrained, checkpoint_filter_fn, **kwargs)
 
 
 @register_model
@@ -156,3 +187,20 @@ def bcos_resnet152(pretrained: bool = False, **kwargs: Any) -> BcosResNet:
 def bcos_resnext50_32x4d(pretrained: bool = False, **kwargs: Any) -> BcosResNet:
     model_args = {"block": Bottleneck, "layers": (3, 4, 6, 3), "cardinality": 32, "base_width": 4}
     return _create_bcos_resnet("bcos_resnext50_32x4d", pretrained, **dict(model_args, **kwargs))
+
+
+_SMALL = {"block": BasicBlock, "channels": (16, 32, 64), "small_stem": True}
+
+
+@register_model
+def bcos_resnet20(pretrained: bool = False, **kwargs: Any) -> BcosResNet:
+    """For 32-pixel images."""
+    model_args = dict(_SMALL, layers=(3, 3, 3))
+    return _create_bcos_resnet("bcos_resnet20", pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def bcos_resnet56(pretrained: bool = False, **kwargs: Any) -> BcosResNet:
+    """For 32-pixel images."""
+    model_args = dict(_SMALL, layers=(9, 9, 9))
+    return _create_bcos_resnet("bcos_resnet56", pretrained, **dict(model_args, **kwargs))
