@@ -244,7 +244,7 @@ def test_gradient_checkpointing_changes_nothing():
 
 @pytest.mark.parametrize(("name", "blocks"), [("bcos_resnet20", 3), ("bcos_resnet56", 9)])
 def test_layout_for_small_images(name, blocks):
-    """Two convolutions a block, one in front and the classifier: 6n + 2 layers; and a shortcut's where channels grow."""
+    """Two convolutions a block, one in front and the classifier: 6n + 2; and a shortcut's where channels grow."""
     model = timm.create_model(name, device="meta")
     layers = [module for module in model.modules() if isinstance(module, BcosConv2d)]
     shortcuts = [layer for layer in layers[1:-1] if layer.kernel_size == (1, 1)]

@@ -36,6 +36,7 @@ SUMMARY = {
     "history": [{}, {}, {}],
     "skipped": {"image 3": "broken"},
     "localisation": {"grid 3x3": 0.91234, "chance": 0.11},
+    "evaluation": {"command": "timm-coda evaluate --model mine", "scores": {"removal": [0.91234, 0.9, 0.92]}},
 }
 
 
@@ -73,6 +74,8 @@ def test_what_was_measured():
         "| loss on them | 0.1235 |",
         "| localisation, grid 3x3 | 0.9123 |",
         "| localisation, chance | 0.11 |",
+        "| removal | 0.912 (95 % interval 0.900 to 0.920) |",
+        "```bash\ntimm-coda evaluate --model mine\n```",
         "Epoch 2 of 3 was kept because it was the best on these test images",
         "- data: 1,347 images of me/animals\n",
         "- images that could not be read: 1,",

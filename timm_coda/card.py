@@ -32,7 +32,8 @@ def make_card(
         config: Its `config.json`.
         repo_id: Its id on the Hub, `USER/NAME`; None for a tag in timm's registry.
         summary: What train.py measured, its `summary.json`; more numbers may stand there: `localisation`, either one or
-            a mapping from names to numbers.
+            a mapping from names to numbers; and `evaluation`, the `command` of one and its `scores`, a mapping from
+            names to (number, ends of its 95 % interval).
         picture: Name of a picture of explanations beside the card.
         license: Of the weights, such as `"mit"`; by default what the config says, unless the summary says that they
             were trained from scratch: the config's description and licence are those of other weights then.
@@ -182,10 +183,15 @@ def _measured(summary: Mapping[str, Any]) -> str:
             rows.append(f"| {f'localisation, {name}' if name else 'localisation'} | {score:.4g} |")
     if not rows:
         return ""
+    evaluation = summary.get("evaluation", {})
+    for name, (score, low, high) in evaluation.get("scores", {}).items():
+        rows.append(f"| {name} | {score:.3f} (95 % interval {low:.3f} to {high:.3f}) |")
     lines = ["## Measured", "", "| | |", "| --- | --- |", *rows]
     if (epochs := len(summary.get("history", ()))) > 1:
         note = f"Epoch {summary['epoch']} of {epochs} was kept because it was the best on these test images, so expect "
         lines += ["", note + "a little less on new ones."]
+    if evaluation:
+        lines += ["", "The explanations were measured by", "", f"```bash\n{evaluation['command']}\n```"]
     return "\n".join(lines)
 
 
