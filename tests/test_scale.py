@@ -56,3 +56,14 @@ def test_two_processes_are_one_with_twice_the_accumulation(colours, shards, tmp_
     out = finish(start("--resume", "killed", "--workers", 0, cwd=tmp_path, processes=2))
     assert "going on with killed after update" in out
     assert_same_run(tmp_path / "two", tmp_path / "killed")
+
+
+def test_a_streaming_run_that_is_killed_goes_on_bit_for_bit(shards, tmp_path):
+    options = [*SHARED, "--data", shards, "--streaming", 32, "--batch-size", 8, "--save-every", 1, "--workers", 1]
+    finish(start(*options, "--output", "whole", cwd=tmp_path))
+    run = start(*options, "--output", "killed", cwd=tmp_path)
+    wait_for_state(run, tmp_path / "killed", 7)
+    kill(run)
+    out = finish(start("--resume", "killed", "--workers", 0, cwd=tmp_path))
+    assert "going on with killed after update" in out
+    assert_same_run(tmp_path / "whole", tmp_path / "killed")
