@@ -10,12 +10,13 @@ from pathlib import Path
 import pytest
 import timm
 import torch
-from conftest import relative_error
+from conftest import SHARED, relative_error
 from safetensors.torch import load_file
 
 import timm_coda
 from timm_coda import convert, data, hub
 
+ROOT = Path(__file__).parents[1]
 SMALL = {"rank": 2}
 
 
@@ -91,6 +92,32 @@ def test_shipped_weights_anywhere_offline(tmp_path, digits, test_set):
     assert relative_error(torch.load(tmp_path / "logits.pt"), digits(torch.ones(1, 3, 16, 16))) < 1e-5
     text = (hub.save_model(digits, tmp_path / "saved") / "config.json").read_text()
     assert str(file.parent) not in text
+
+
+@pytest.fixture(scope="module")
+def cifar10():
+    folder = SHARED / "data/cifar10"
+    if not folder.is_dir():
+        pytest.skip(f"no CIFAR-10 in {folder}")
+    return data.load_data([str(folder)]).test
+
+
+@pytest.mark.parametrize(("count", "tolerance"), [(500, 0.03), pytest.param(10_000, 0.001, marks=pytest.mark.slow)])
+def test_shipped_weights_are_as_good_as_their_card_says(count, tolerance, cifar10):
+    model = timm.create_model("coda_net_xs.cifar10", pretrained=True).eval()
+    file = Path(model.pretrained_cfg["file"])
+    assert file.stat().st_size < 5e6
+    assert {value.dtype for value in load_file(file).values()} == {torch.float16}
+    _, transform = data.create_transforms(timm.data.resolve_model_data_config(model))
+    right = seen = 0
+    for batch in data.create_loader(data.ImageDataset(cifar10, transform), batch_size=100, workers=0):
+        with torch.no_grad():
+            right += (model(batch.images).argmax(1) == batch.labels).sum().item()
+        seen += len(batch.labels)
+        if seen == count:
+            break
+    summary = json.loads((ROOT / "hub_configs/coda_net_xs.cifar10/summary.json").read_text())
+    assert abs(right / seen - summary["accuracy"]) <= tolerance, right
 
 
 def test_transformers_pipeline_names_the_digits(digits, test_set, tmp_path):

@@ -203,7 +203,11 @@ default_cfgs = generate_default_cfgs(
             hf_hub_id="timm-coda/coda_net_xs.digits",
             **_DIGITS,
         ),
-        "coda_net_xs.cifar10": _cfg(**_CIFAR),
+        "coda_net_xs.cifar10": _cfg(
+            file=str(_WEIGHTS / "coda_net_xs.cifar10.safetensors"),
+            hf_hub_id="timm-coda/coda_net_xs.cifar10",
+            **_CIFAR,
+        ),
         **{
             f"coda_net_s.mpi_t{t}_cifar10": _mpi_cfg(f"coda_net_s.mpi_t{t}_cifar10", token, **_CIFAR)
             for t, token in _MPI_CIFAR.items()
