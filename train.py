@@ -113,6 +113,7 @@ def make_parser() -> argparse.ArgumentParser:
 def train(args: argparse.Namespace, stop: list[int]) -> None:
     """One run, from top to bottom, or until a signal is in `stop`."""
     output, options = Path(args.output), runs.run_options(args)
+    environment = runs.environment()  # now, for at the end the folder may hold other code
     if args.resume and (output / "summary.json").exists():
         raise runs.Stopped(f"{output} is finished: there is nothing to go on with", code=0)
     repo_id = args.push_to_hub and hub.check_access(args.push_to_hub)  # now, and not after hours of training
@@ -264,7 +265,7 @@ def train(args: argparse.Namespace, stop: list[int]) -> None:
         published = timm.create_model(f"local-dir:{output}", pretrained=True).to(device)  # as anyone loads it
         explain(output / "explanation.png")
         facts = {"options": options, "parameters": parameters, "processes": processes, "label_names": classes}
-        facts |= localisation.at_end(published)
+        facts |= {"environment": environment, **localisation.at_end(published)}
         runs.save_summary(output, progress, facts | {"training_images": images_seen, "test_images": len(test_set)})
         print(runs.closing_words(output, progress, pictures=not silent))
     trackers.finish(accelerator)

@@ -220,10 +220,9 @@ def progress_bar(batches: Iterable[Any], name: str, *, total: int, initial: int,
 
 
 def save_summary(folder: Path, progress: Progress, facts: dict[str, Any]) -> None:
-    """Write `summary.json`: the best epoch's numbers, facts about the run, where it ran, and how it went."""
+    """Write `summary.json`: the best epoch's numbers, facts about the run and where it ran, and how it went."""
     summary = {"command": shlex.join(sys.argv), **progress.best, "seconds": progress.seconds, **facts}
     summary["hub_data_set"] = _hub_data_set(facts["options"]["data"])
-    summary |= {"environment": environment()}
     how = ("history", "curve", "skipped", "skipped_updates")
     summary |= {name: value for name, value in asdict(progress).items() if name in how}
     write_text(folder / "summary.json", json.dumps(summary, indent=1) + "\n")
