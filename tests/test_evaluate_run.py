@@ -83,9 +83,10 @@ def test_killed_it_goes_on(tmp_path):
     words += ["idsds", "--explainers", "inherent", "random", "gradient", "grad_cam", "--output"]
     killed, whole = tmp_path / "killed", tmp_path / "whole"
     command = [sys.executable, "-m", "timm_coda.cli", *words, str(killed)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    how = {"env": os.environ | {"OMP_NUM_THREADS": "1"}, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    how["preexec_fn"] = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)  # ignored where tests run in background
     for number, at, code in ((signal.SIGINT, 1, 130), (signal.SIGKILL, 4, -9)):
-        process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        process = subprocess.Popen(command, text=True, **how)
         while finished(killed) < at and process.poll() is None:
             time.sleep(0.02)
         process.send_signal(number)
