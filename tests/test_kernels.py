@@ -46,6 +46,15 @@ def test_cpu_equals_reference(case, activation, layout, block, monkeypatch):
     assert relative_error(gradients(frozen, tensors[:1])[0], wanted[0]) < 1e-12
 
 
+def test_no_image_at_all():
+    tensors, options = problem("3x3")
+    x = tensors[0].detach()[:0].requires_grad_()
+    y = cpu.dau_conv2d(x, *tensors[1:], *options.values(), activation="squash", frozen=False)
+    assert y.shape == (0, 5, 8, 8)
+    for gradient, tensor in zip(gradients(y, (x, *tensors[1:])), (x, *tensors[1:]), strict=True):
+        assert gradient.shape == tensor.shape and not gradient.any()
+
+
 @pytest.mark.parametrize("layout", FORMATS)
 def test_memory_format_is_kept(layout):
     tensors, options = problem("3x3")

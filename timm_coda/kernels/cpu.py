@@ -88,7 +88,8 @@ def _backward(grad, x, down, up, up_bias, z, num, s, u, stride, padding, dilatio
     # A product that sums over positions wants them as columns.
     alpha_t, beta_t, z_t = (rows.t().contiguous() for rows in (alpha, beta, zl))
 
-    da, dsmall, dnorm = _Sum(exact), _Sum(exact), _Sum(exact)
+    shapes = a.shape, small.shape, (units, (rank // 2 + 2) * rank)
+    da, dsmall, dnorm = (_Sum(*shape, dtype=exact) for shape in shapes)
     dx = g.padded_zeros(x)
     windows, target = g.windows(g.padded(x)), g.windows(dx)
     for index, now in g.blocks(_positions(a)):
@@ -109,14 +110,18 @@ def _backward(grad, x, down, up, up_bias, z, num, s, u, stride, padding, dilatio
 
 
 class _Sum:
-    """Of products over blocks: `total`, in a dtype of its own."""
+    """Of products over blocks: `total`, of a shape and dtype of its own."""
 
-    def __init__(self, dtype: torch.dtype) -> None:
-        self.total: Any = None
-        self.dtype = dtype
+    def __init__(self, *shape: int, dtype: torch.dtype) -> None:
+        self.shape, self.dtype = shape, dtype
+        self._total: Any = None
 
     def add(self, part: Tensor) -> None:
-        self.total = part.to(self.dtype) if self.total is None else self.total.add_(part)
+        self._total = part.to(self.dtype) if self._total is None else self._total.add_(part)
+
+    @property
+    def total(self) -> Tensor:
+        return torch.zeros(self.shape, dtype=self.dtype) if self._total is None else self._total
 
 
 def _outer(left: Tensor, right: Tensor) -> Tensor:

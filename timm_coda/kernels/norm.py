@@ -42,8 +42,8 @@ def pairs(z: Tensor) -> Iterator[tuple[slice, Tensor]]:
     """
     rank = z.shape[1]
     rows = rank // 2 + 1
-    size = min(len(z), max(_BLOCK // (z.itemsize * (rows + 1) * rank), 16))
-    memory = z.new_empty(size, rows + 1, rank)
+    size = max(_BLOCK // (z.itemsize * (rows + 1) * rank), 16)
+    memory = z.new_empty(min(size, len(z)), rows + 1, rank)
     for start in range(0, len(z), size):
         now = slice(start, min(start + size, len(z)))
         out = memory[: now.stop - start]
@@ -74,9 +74,6 @@ def _pair_places(rank: int) -> tuple[Tensor, Tensor, Tensor]:
     ahead = (i - i[:, None]) % rank  # of column before row
     back = torch.where(ahead <= rank // 2, ahead * rank + i[:, None], (rank - ahead) * rank + i)
     return (i * rank + (i + k) % rank).flatten(), often.flatten(), back.flatten()
-
-
-_cache = WeakTensorKeyDictionary()  # up: (its and the bias's fingerprints, dtype, what was found), gone with it
 
 
 _cache = WeakTensorKeyDictionary()  # up: (its and the bias's fingerprints, dtype, what was found), gone with it
