@@ -72,7 +72,9 @@ def _data_gradient(grad, x, up, up_bias, z, s, stride, padding, dilation, activa
     return g.cropped(dx, x)
 
 
-def _backward(grad, x, down, up, up_bias, z, num, s, u, stride, padding, dilation, activation):
+def _backward(
+    grad, x, down, up, up_bias, z, num, s, u, stride, padding, dilation, activation, wants_dx
+):
     units, rank = up_bias.shape[0], down.shape[0]
     exact, low = num.dtype, x.dtype
     g = geometry(x, up, stride, padding, dilation)
@@ -84,44 +86,51 @@ def _backward(grad, x, down, up, up_bias, z, num, s, u, stride, padding, dilatio
     alpha = (grad * rescaling(s, activation)).to(low)
     beta = 2 * grad * num * rescaling_slope(s, activation)
     dz, zeroth = beta @ terms.cross, beta.sum(0)
-    gram, beta, zl = (t.to(low) for t in (terms.gram.view(units * rank, rank), beta, z))
+    gram, beta, z = (t.to(low) for t in (terms.gram.view(units * rank, rank), beta, z))
     # A product that sums over positions wants them as columns.
-    alpha_t, beta_t, z_t = (rows.t().contiguous() for rows in (alpha, beta, zl))
+    alpha_t, beta_t, z_t = (rows.t().contiguous() for rows in (alpha, beta, z))
 
-    shapes = a.shape, small.shape, (units, (rank // 2 + 2) * rank)
-    da, dsmall, dnorm = (_Sum(*shape, dtype=exact) for shape in shapes)
-    dx = g.padded_zeros(x)
-    windows, target = g.windows(g.padded(x)), g.windows(dx)
+    dweights = _Sum(units * rank + rank + units, a.shape[1], dtype=low)
+    dnorm = _Sum(units, (rank // 2 + 2) * rank, dtype=low)
+    dx = g.padded_zeros(x) if wants_dx else x.new_empty(0)
+    windows, target = g.windows(g.padded(x)), g.windows(dx) if wants_dx else dx
     for index, now in g.blocks(_positions(a)):
         p = windows[index].reshape(now.stop - now.start, -1)
-        tile = u[now] if len(u) else _product(p, a)
-        dz[now] += _contract_units(alpha[now], tile)
-        dz[now] += _contract_units(beta[now], _product(zl[now], gram))
+        dz[now] += _contract_units(alpha[now], u[now] if len(u) else _product(p, a))
+        dz[now] += _contract_units(beta[now], _product(z[now], gram))
         both = torch.cat([dz[now].to(low), alpha[now]], 1)
-        dp = _product(_outer(alpha[now], zl[now]), a.t())
-        g.fold(target[index], dp.addmm_(both, small))
-        da.add(_product(_outer_t(alpha_t[:, now], z_t[:, now]), p.t()))
-        dsmall.add(_product(both.t().contiguous(), p.t()))
+        if wants_dx:
+            dp = _product(_outer(alpha[now], z[now]), a.t())
+            g.fold(target[index], dp.addmm_(both, small))
+        columns = p.new_empty(units * rank + rank + units, len(p))  # of the gradients of A, B and b
+        outer, rest = columns.split([units * rank, rank + units])
+        torch.mul(alpha_t[:, now].unsqueeze(1), z_t[:, now], out=outer.view(units, rank, -1))
+        rest.copy_(both.t())
+        dweights.add(_product(columns, p.t()))
     for now, both in pairs(z):
-        dnorm.add(_product(beta_t[:, now], both.to(low).t()))
+        dnorm.add(_product(beta_t[:, now], both.t()))
     second, first = from_pairs(dnorm.total, rank)
-    da, ddown, db = add_norm_gradient(a.view(units, rank, -1), b, da.total, dsmall.total, second, first, zeroth)
-    return g.cropped(dx, x), *(g.unflat(t, x.shape[1]).to(low) for t in (ddown, da, db))
+    da, dsmall = dweights.total.split([units * rank, rank + units])
+    da, ddown, db = add_norm_gradient(a.view(units, rank, -1), b, da, dsmall, second, first, zeroth.to(low))
+    return g.cropped(dx, x) if wants_dx else dx, *(g.unflat(t, x.shape[1]) for t in (ddown, da, db))
 
 
 class _Sum:
-    """Of products over blocks: `total`, of a shape and dtype of its own."""
+    """Of products over blocks; in float32 or better where there are several, `total` in a dtype of its own."""
 
     def __init__(self, *shape: int, dtype: torch.dtype) -> None:
         self.shape, self.dtype = shape, dtype
         self._total: Any = None
 
     def add(self, part: Tensor) -> None:
-        self._total = part.to(self.dtype) if self._total is None else self._total.add_(part)
+        if self._total is None:
+            self._total = part
+        else:
+            self._total = self._total.to(torch.promote_types(self.dtype, torch.float32)).add_(part)
 
     @property
     def total(self) -> Tensor:
-        return torch.zeros(self.shape, dtype=self.dtype) if self._total is None else self._total
+        return torch.zeros(self.shape, dtype=self.dtype) if self._total is None else self._total.to(self.dtype)
 
 
 def _outer(left: Tensor, right: Tensor) -> Tensor:
@@ -129,11 +138,6 @@ def _outer(left: Tensor, right: Tensor) -> Tensor:
     if left.itemsize == 2:  # short rows of half precision are multiplied one number at a time
         return torch.bmm(left.unsqueeze(2), right.unsqueeze(1)).flatten(1)
     return (left.unsqueeze(2) * right.unsqueeze(1)).flatten(1)
-
-
-def _outer_t(left: Tensor, right: Tensor) -> Tensor:
-    """(D, n) and (r, n) to (D*r, n)."""
-    return (left.unsqueeze(1) * right.unsqueeze(0)).flatten(0, 1)
 
 
 def _contract(u: Tensor, z: Tensor) -> Tensor:

@@ -317,7 +317,7 @@ def _data_gradient(grad, x, up, up_bias, z, s, stride, padding, dilation, activa
     return g.cropped(dx, x)
 
 
-def _backward(grad, x, down, up, up_bias, z, num, s, u, stride, padding, dilation, activation):
+def _backward(grad, x, down, up, up_bias, z, num, s, u, stride, padding, dilation, activation, wants_dx):
     units, rank = up_bias.shape[0], down.shape[0]
     g = geometry(x, up, stride, padding, dilation)
     a, b = g.flat(up), g.flat(up_bias)
@@ -337,15 +337,18 @@ def _backward(grad, x, down, up, up_bias, z, num, s, u, stride, padding, dilatio
         RANK=rank, PRECISION=precision, NORM_PRECISION=precision,
     )  # fmt: skip
     both = torch.cat([dz, alpha], 1).to(x.dtype)
-    dx = g.padded_zeros(x)
-    g.fold(g.windows(dx), _data(alpha, z, a, both @ small))
+    dx = x.new_empty(0)
+    if wants_dx:
+        padded = g.padded_zeros(x)
+        g.fold(g.windows(padded), _data(alpha, z, a, both @ small))
+        dx = g.cropped(padded, x)
 
     dsmall = (both.t() @ p).float()
     second = _weight(beta, z, z).view(units, rank, rank)
     da, ddown, db = add_norm_gradient(
         a.view(units, rank, -1), b, _weight(alpha, z, p), dsmall, second, beta.t() @ z, beta.sum(0)
     )
-    return g.cropped(dx, x), *(g.unflat(t, x.shape[1]).to(x.dtype) for t in (ddown, da, db))
+    return dx, *(g.unflat(t, x.shape[1]).to(x.dtype) for t in (ddown, da, db))
 
 
 dau_conv2d = make_operator("dau_conv2d_cuda", _forward, _data_gradient, _backward)

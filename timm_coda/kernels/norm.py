@@ -11,7 +11,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 __all__ = ["NormTerms", "add_norm_gradient", "cached_norm_terms", "for_pairs", "from_pairs", "norm_terms", "pairs"]
 
 
-_BLOCK = 2**21  # bytes of a block of pairs, which stay in the cache of a core
+_BLOCK = 2**23  # bytes of a block of pairs
 
 
 class NormTerms(NamedTuple):
@@ -96,20 +96,21 @@ def cached_norm_terms(up: Tensor, up_bias: Tensor, exact: torch.dtype) -> tuple[
     return found
 
 
-_COLUMNS = 64
+# What is summed lies so many 64-bit words apart, a prime number: whole rows, kernels or channels that change places
+# change sums, too, for their distance is no multiple of it.
+_STRIDE, _TERMS = 2039, 8
 
 
 def _fingerprint(weight: Tensor) -> tuple[int, Tensor, Tensor] | None:
-    """Version and sums of all bits by rows and by columns, or None where they cannot be read as 64-bit numbers."""
+    """Version and sums of all bits, or None where they cannot be read as 64-bit numbers."""
     if weight.is_contiguous(memory_format=torch.channels_last):
         weight = weight.permute(0, 2, 3, 1)
     if not weight.is_contiguous() or weight.storage_offset() * weight.itemsize % 8 or weight.nbytes % 8:
         return None
     words = weight.detach().view(-1).view(torch.int64)
-    whole = words.numel() // _COLUMNS * _COLUMNS
-    table = words[:whole].view(-1, _COLUMNS)
+    whole = words.numel() // (_STRIDE * _TERMS) * _STRIDE * _TERMS
     version = -1 if weight.is_inference() else weight._version
-    return version, torch.cat([table.sum(1), words[whole:]]), table.sum(0)
+    return version, words[:whole].view(-1, _TERMS, _STRIDE).sum(1), words[whole:].clone()
 
 
 def _equal(one: tuple[int, Tensor, Tensor] | None, other: tuple[int, Tensor, Tensor] | None) -> bool:

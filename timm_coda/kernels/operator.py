@@ -28,8 +28,8 @@ def make_operator(
             dtype of x, or (0, D*r) without `keep`
         data_gradient: (grad, x, up, up_bias, z, s, stride, padding, dilation, activation) to W^T grad like x, of
             which only shape and format matter
-        backward: (grad, x, down, up, up_bias, z, num, s, u, stride, padding, dilation, activation) to the gradients of
-            x, down, up and up_bias
+        backward: (grad, x, down, up, up_bias, z, num, s, u, stride, padding, dilation, activation, wants_dx) to the
+            gradients of x, down, up and up_bias; that of x is empty where it is not wanted
         keeps: (N, up) to whether training keeps U
     """
 
@@ -100,13 +100,14 @@ def make_operator(
         padding: list[int],
         dilation: list[int],
         activation: str,
+        wants_dx: bool,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         with torch.autocast(x.device.type, enabled=False):
-            return backward(grad, x, down, up, up_bias, z, num, s, u, stride, padding, dilation, activation)
+            return backward(grad, x, down, up, up_bias, z, num, s, u, stride, padding, dilation, activation, wants_dx)
 
     @backward_op.register_fake
-    def _(grad, x, down, up, up_bias, z, num, s, u, stride, padding, dilation, activation):
-        dx = torch.empty_like(x, memory_format=memory_format(x))
+    def _(grad, x, down, up, up_bias, z, num, s, u, stride, padding, dilation, activation, wants_dx):
+        dx = torch.empty_like(x, memory_format=memory_format(x)) if wants_dx else x.new_empty(0)
         return dx, *(t.new_empty(t.shape) for t in (down, up, up_bias))
 
     def setup_context(ctx, inputs, output) -> None:
@@ -130,7 +131,9 @@ def make_operator(
             return *(gradients.get(i) for i in range(4)), *no_options
         if ctx.frozen:
             return data_op(grad, x, up, up_bias, z, s, *ctx.options), None, None, None, *no_options
-        return *backward_op(grad, x, down, up, up_bias, z, num, s, u, *ctx.options), *no_options
+        wants_dx = ctx.needs_input_grad[0]
+        dx, *others = backward_op(grad, x, down, up, up_bias, z, num, s, u, *ctx.options, wants_dx)
+        return dx if wants_dx else None, *others, *no_options
 
     forward_op.register_autograd(differentiate, setup_context=setup_context)
 
