@@ -42,16 +42,38 @@ def test_terms_follow_every_way_of_writing(dtype, inputs):
 
 def test_no_two_small_changes_look_alike():
     """Finite differences change one number after another by the same amount."""
-    up, _ = weights()
-    numbers, seen = up.data.view(-1), set()
-    for index in range(len(numbers)):
-        before = numbers[index].item()
-        for step in (1e-3, -1e-3):
-            numbers[index] = before + step
-            _, rows, columns = norm._fingerprint(up)
-            seen.add((*rows.tolist(), *columns.tolist()))
-        numbers[index] = before
-    assert len(seen) == 2 * len(numbers)
+    for units, indices in ((6, range(540)), (2000, range(70_000, 75_000, 9))):
+        up, seen = torch.randn(units, 10, 3, 3), set()
+        numbers = up.data.view(-1)
+        for index in indices:
+            before = numbers[index].item()
+            for step in (1e-3, -1e-3):
+                numbers[index] = before + step
+                version, sums = norm._fingerprint(up)
+                seen.add((version, *(tensor.numpy().tobytes() for tensor in sums)))
+            numbers[index] = before
+        assert len(seen) == 2 * len(indices)
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_numbers_that_change_places_are_seen(dtype, memory_format):
+    torch.manual_seed(0)
+    up = torch.randn(1024, 64, 3, 3).to(dtype).contiguous(memory_format=memory_format)
+    before, original = norm._fingerprint(up), up.clone()
+    swaps = [(dim, i, j) for dim, size in enumerate(up.shape) for i, j in ((0, 1), (0, 2), (0, size // 2), (1, -1))]
+    moved = {f"flip of {dim}": original.flip(dim) for dim in range(4)}
+    moved |= {f"shift of {dim} by {n}": original.roll(n, dim) for dim in range(4) for n in (1, 2)}
+    moved["transposed kernels"] = original.transpose(2, 3)
+    for dim, i, j in swaps:
+        order = torch.arange(up.shape[dim])
+        order[i], order[j] = order[j].item(), order[i].item()
+        moved[f"{i} and {j} of {dim}"] = original.index_select(dim, order)
+    for name, weight in moved.items():
+        up.data.copy_(weight)
+        assert torch.equal(up, original) or not norm._equal(before, norm._fingerprint(up)), name
+    up.data.copy_(original)
+    assert norm._equal(before, norm._fingerprint(up))
 
 
 def test_computed_once_and_gone_with_the_weights():

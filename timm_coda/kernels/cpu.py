@@ -16,6 +16,7 @@ the time of forming it again. z G z and E take each pair of numbers once (`norm.
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .convolution import rescaling, rescaling_slope
@@ -26,7 +27,7 @@ from .patches import as_rows, geometry, memory_format
 __all__ = ["dau_conv2d"]
 
 # Bytes of the largest temporary of a block: within a last-level cache, long enough for the products.
-_BLOCK = 2**23
+_BLOCK = 2**24
 # Bytes of U that a layer keeps for backward. More of it is formed again there.
 _KEPT = 2**28
 # glibc hands what is freed back to the system, and fetching zeroed pages again takes as long as the products they hold.
@@ -51,10 +52,10 @@ def _forward(x, down, up, up_bias, stride, padding, dilation, activation, keep):
         p = windows[index].reshape(now.stop - now.start, -1)
         low, plain = _product(p, small).split([rank, units], 1)
         z[now] = low
-        tile = _product(p, a, out=u[now] if keep else None)
+        tile = u[now].copy_(_product(p, a)) if keep else _product(p, a)
         torch.add(_contract(tile, low), plain, out=num[now])
     for now, both in pairs(z):
-        torch.add(_product(both, packed), terms.square, out=s[now])
+        s[now] = _product(both, packed, terms.square)
     y = (num * rescaling(s, activation)).to(x.dtype)
     y = y.view(x.shape[0], g.rows, g.columns, units).permute(0, 3, 1, 2)
     return y.contiguous(memory_format=memory_format(x)), z, num, s, u
@@ -96,8 +97,8 @@ def _backward(
     windows, target = g.windows(g.padded(x)), g.windows(dx) if wants_dx else dx
     for index, now in g.blocks(_positions(a)):
         p = windows[index].reshape(now.stop - now.start, -1)
-        dz[now] += _contract_units(alpha[now], u[now] if len(u) else _product(p, a))
-        dz[now] += _contract_units(beta[now], _product(z[now], gram))
+        tile = u[now] if len(u) else _product(p, a)
+        dz[now].add_(_contract_units(alpha[now], tile)).add_(_contract_units(beta[now], _product(z[now], gram)))
         both = torch.cat([dz[now].to(low), alpha[now]], 1)
         if wants_dx:
             dp = _product(_outer(alpha[now], z[now]), a.t())
@@ -154,12 +155,11 @@ def _positions(a: Tensor) -> int:
     return max(_BLOCK // a[:, 0].nbytes, 64)
 
 
-def _product(left: Tensor, right: Tensor, out: Tensor | None = None) -> Tensor:
-    """left right^T, in `out`, if given."""
+def _product(left: Tensor, right: Tensor, bias: Tensor | None = None) -> Tensor:
+    """left right^T, and `bias` added to every row."""
     if _ONEDNN and left.dtype == torch.float32:
-        product = torch.ops.mkldnn._linear_pointwise(left, right, None, "none", [], "")
-        return product if out is None else out.copy_(product)
-    return torch.mm(left, right.t(), out=out)
+        return torch.ops.mkldnn._linear_pointwise(left, right, bias, "none", [], "")
+    return F.linear(left, right, bias)
 
 
 def _keeps(positions: int, up: Tensor) -> bool:

@@ -11,7 +11,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 __all__ = ["NormTerms", "add_norm_gradient", "cached_norm_terms", "for_pairs", "from_pairs", "norm_terms", "pairs"]
 
 
-_BLOCK = 2**23  # bytes of a block of pairs
+_BLOCK = 2**22  # bytes of a block of pairs
 
 
 class NormTerms(NamedTuple):
@@ -101,22 +101,24 @@ def cached_norm_terms(up: Tensor, up_bias: Tensor, exact: torch.dtype) -> tuple[
 _STRIDE, _TERMS = 2039, 8
 
 
-def _fingerprint(weight: Tensor) -> tuple[int, Tensor, Tensor] | None:
+def _fingerprint(weight: Tensor) -> tuple[int, list[Tensor]] | None:
     """Version and sums of all bits, or None where they cannot be read as 64-bit numbers."""
-    if weight.is_contiguous(memory_format=torch.channels_last):
-        weight = weight.permute(0, 2, 3, 1)
-    if not weight.is_contiguous() or weight.storage_offset() * weight.itemsize % 8 or weight.nbytes % 8:
+    dense = weight.is_contiguous() or weight.is_contiguous(memory_format=torch.channels_last)
+    if not dense or weight.storage_offset() * weight.itemsize % 8 or weight.nbytes % 8:
         return None
-    words = weight.detach().view(-1).view(torch.int64)
-    whole = words.numel() // (_STRIDE * _TERMS) * _STRIDE * _TERMS
+    words = weight.detach().as_strided((weight.numel(),), (1,)).view(torch.int64)
     version = -1 if weight.is_inference() else weight._version
-    return version, words[:whole].view(-1, _TERMS, _STRIDE).sum(1), words[whole:].clone()
+    table = len(words) // (_STRIDE * _TERMS)
+    if table == 0:
+        return version, [words.clone()]
+    sums = words.as_strided((table, _TERMS, _STRIDE), (_STRIDE * _TERMS, _STRIDE, 1)).sum(1)
+    return version, [sums, words[table * _STRIDE * _TERMS :].clone()]
 
 
-def _equal(one: tuple[int, Tensor, Tensor] | None, other: tuple[int, Tensor, Tensor] | None) -> bool:
-    if one is None or other is None or one[0] != other[0]:
+def _equal(one: tuple[int, list[Tensor]] | None, other: tuple[int, list[Tensor]] | None) -> bool:
+    if one is None or other is None or one[0] != other[0] or len(one[1]) != len(other[1]):
         return False
-    return torch.equal(one[1], other[1]) and torch.equal(one[2], other[2])
+    return all(map(torch.equal, one[1], other[1]))
 
 
 def add_norm_gradient(

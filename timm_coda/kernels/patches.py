@@ -60,7 +60,7 @@ class Geometry(NamedTuple):
             for j in range(self.kernel[1]):
                 # One offset at a time: these views do not overlap themselves.
                 at = (..., i, j, slice(None)) if self.channels_last else (..., i, j)
-                target[at] += patches[at]
+                target[at].add_(patches[at])
 
     def blocks(self, size: int) -> Iterator[tuple[tuple[slice, slice], slice]]:
         """Blocks of about `size` positions: (images, rows) of `windows` and their range in the flat order."""
