@@ -73,9 +73,7 @@ def _data_gradient(grad, x, up, up_bias, z, s, stride, padding, dilation, activa
     return g.cropped(dx, x)
 
 
-def _backward(
-    grad, x, down, up, up_bias, z, num, s, u, stride, padding, dilation, activation, wants_dx
-):
+def _backward(grad, x, down, up, up_bias, z, num, s, u, stride, padding, dilation, activation, wants_dx):
     units, rank = up_bias.shape[0], down.shape[0]
     exact, low = num.dtype, x.dtype
     g = geometry(x, up, stride, padding, dilation)
