@@ -9,7 +9,7 @@ import sys
 import pytest
 
 import timm_coda
-from timm_coda import benchmark, cli, compare, macs
+from timm_coda import benchmark, cli, macs
 
 SMALL = ["benchmark", "coda_net_xs", "--model-args", "rank=2", "--img-size", "8", "--batch-size", "2", "--repeats", "2"]
 
@@ -52,7 +52,7 @@ def test_table_says_what_is_missing(monkeypatch, capsys):
 
 
 def test_comparison_with_an_ordinary_model(monkeypatch, capsys, tmp_path):
-    monkeypatch.setattr(compare, "SAMPLE_SECONDS", 1e-3)
+    monkeypatch.setattr(macs, "SAMPLE_SECONDS", 1e-3)
     output = tmp_path / "report.json"
     words = ["benchmark", "bcos_resnet18", "--against", "resnet18", "--batch-size", "2", "--img-size", "32"]
     assert cli.main([*words, "--repeats", "2", "--num-classes", "5", "--no-memory", "--output", str(output)]) == 0

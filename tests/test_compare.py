@@ -4,14 +4,14 @@ import pytest
 import timm
 import torch
 
-from timm_coda import benchmark, compare
+from timm_coda import benchmark, compare, macs
 from timm_coda.benchmark import Setup
 
 SMALL = {"model": "bcos_resnet18", "img_size": 32, "batch_size": 2, "num_classes": 5, "repeats": 3, "memory": False}
 
 
 def test_report(monkeypatch):
-    monkeypatch.setattr(compare, "SAMPLE_SECONDS", 1e-3)
+    monkeypatch.setattr(macs, "SAMPLE_SECONDS", 1e-3)
     before = torch.get_num_threads(), torch.random.get_rng_state()
     report = compare.compare(Setup(**SMALL, operations=("forward", "explain")), "resnet18")
     assert torch.get_num_threads() == before[0]
@@ -46,7 +46,7 @@ def test_what_is_run(monkeypatch):
 
 @pytest.mark.skipif(not benchmark._CLEAR_REFS.exists(), reason="only Linux tells a call's peak")
 def test_memory(monkeypatch):
-    monkeypatch.setattr(compare, "SAMPLE_SECONDS", 1e-3)
+    monkeypatch.setattr(macs, "SAMPLE_SECONDS", 1e-3)
     setup = Setup(**{**SMALL, "img_size": 64, "batch_size": 8, "memory": True, "repeats": 2}, operations=("train",))
     (row,) = compare.compare(setup, "resnet18")["rows"]
     kept = 4 * 8 * 32 * 32 * 64  # bytes of the first convolution's output

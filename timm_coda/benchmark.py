@@ -97,7 +97,7 @@ class Setup:
             object.__setattr__(self, name, values)
 
 
-class _Problem:
+class Problem:
     """The model of a setup in one dtype, a batch of images, and the operations on them."""
 
     def __init__(self, setup: Setup, dtype: str) -> None:
@@ -111,12 +111,12 @@ class _Problem:
         self.calls = layer_calls(model, size)
         self.format = torch.channels_last if setup.channels_last else torch.contiguous_format
         self.model = model.to(setup.device, DTYPES[dtype], memory_format=self.format)
-        self.images = self._random(model.in_chans, size, size)
+        self.images = self.random(setup.batch_size, model.in_chans, size, size)
         self.macs = sum((call.macs for call in self.calls), Macs())
         self.targets = min(classes, 10)
 
-    def _random(self, *shape: int) -> Tensor:
-        x = torch.rand(self.setup.batch_size, *shape).to(self.setup.device, DTYPES[self.dtype])
+    def random(self, *shape: int) -> Tensor:
+        x = torch.rand(*shape).to(self.setup.device, DTYPES[self.dtype])
         return x.contiguous(memory_format=self.format) if x.dim() == 4 else x
 
     def operation(self, name: str, backend: str, *, keep_gradients: bool = False) -> Callable[[], object]:
@@ -128,7 +128,7 @@ class _Problem:
     def layer_operation(self, name: str, call: Call) -> Callable[[], object]:
         """The same for one layer alone, on random input of its shape; backward as in the model."""
         layer, parameters = call.layer, list(call.layer.parameters())
-        x = self._random(*call.input_shape[1:]).requires_grad_()
+        x = self.random(self.setup.batch_size, *call.input_shape[1:]).requires_grad_()
         with torch.no_grad():
             grad = torch.rand_like(layer(x))
         inner = x if call is not self.calls[0] else x.detach()  # training needs no gradient of the images
@@ -198,7 +198,7 @@ def model_operation(
 class _Cell:
     """One thing to time in every round: an operation of the model, or of one layer of it."""
 
-    problem: _Problem
+    problem: Problem
     operation: str
     backend: str
     run: Callable[[], object]
@@ -267,7 +267,7 @@ def measure(setup: Setup) -> dict[str, Any]:
         # Beyond the limit torch.compile falls back to plain PyTorch; there is one compilation a cell.
         limit = torch._dynamo.config.patch(recompile_limit=64) if setup.compile else contextlib.nullcontext()
         with torch.random.fork_rng(devices=[]), limit:
-            problems = [_Problem(setup, dtype) for dtype in setup.dtypes]
+            problems = [Problem(setup, dtype) for dtype in setup.dtypes]
             cells = [cell for problem in problems for cell in problem.cells()]
             gemms = {problem.dtype: GemmRate(DTYPES[problem.dtype], setup.device) for problem in problems}
             _sample(cells, list(gemms.values()), setup)
@@ -339,11 +339,11 @@ def memory_of_process(code: str, order: dict[str, Any]) -> dict[str, Any]:
 def _memory_process() -> None:
     order = json.load(sys.stdin)
     torch.set_num_threads(order["threads"])
-    problem = _Problem(Setup(**order["setup"]), order["dtype"])
+    problem = Problem(Setup(**order["setup"]), order["dtype"])
     print(json.dumps(_peak(problem, order["operation"], order["backend"])))
 
 
-def _peak(problem: _Problem, operation: str, backend: str) -> int:
+def _peak(problem: Problem, operation: str, backend: str) -> int:
     run = problem.operation(operation, backend, keep_gradients=True)
     with use_backend(backend):
         return peak_of(run, problem.model, problem.setup.device)

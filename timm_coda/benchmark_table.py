@@ -2,7 +2,7 @@
 
 from typing import Any
 
-__all__ = ["benchmark_table", "comparison_table"]
+__all__ = ["benchmark_table", "comparison_table", "scaling_table"]
 
 
 def benchmark_table(report: dict[str, Any]) -> str:
@@ -53,6 +53,30 @@ def comparison_table(report: dict[str, Any]) -> str:
             memory = [_short(ours / 1e6), _short(ours / theirs) if theirs else "-"]
         lines.append(_comparison_row(row["operation"], *numbers, _with_quartiles(row["ratio"], digits=2), *memory))
     return "\n".join(lines)
+
+
+def scaling_table(report: dict[str, Any]) -> str:
+    """What `scaling.measure_scaling` reports as text, 80 columns wide."""
+    setup, environment, rows = report["setup"], report["environment"], report["rows"]
+    machine = "gpus" if setup["device"] == "cuda" else "cpu"
+    lines = [
+        f"{' '.join([setup['model'], *setup['model_args']])}, {report['classes']} classes, backend {report['backend']}",
+        f"{setup['device']}: {environment[machine]}",
+        f"{setup['repeats']} rounds: median (quartiles)",
+        f"relative: time an image and pixel, 1 in batches of {setup['batch_size']} images {rows[0]['img_size']} px",
+    ]
+    for dtype, name in dict.fromkeys((row["dtype"], row["operation"]) for row in rows):
+        mine = [row for row in rows if (row["dtype"], row["operation"]) == (dtype, name)]
+        lines += ["", f"{name}, {dtype}", _scaling_row("px", "images", "ms a batch", "images/s", "relative")]
+        for row in mine:
+            numbers = _with_quartiles(row["seconds"], 1000), _short(row["batch_size"] / row["seconds"]["median"])
+            relative = "1" if row is mine[0] else _with_quartiles(row["relative"], digits=2)
+            lines.append(_scaling_row(str(row["img_size"]), str(row["batch_size"]), *numbers, relative))
+    return "\n".join(lines)
+
+
+def _scaling_row(*words: str) -> str:
+    return "{:>6} {:>7} {:>22} {:>9} {:>20}".format(*words)
 
 
 def _comparison_row(*words: str) -> str:

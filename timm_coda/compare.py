@@ -5,8 +5,6 @@ within a round before its median over the rounds is taken. An explanation is com
 """
 
 import json
-import math
-import random
 import sys
 from collections.abc import Callable
 from dataclasses import asdict
@@ -19,7 +17,7 @@ from tqdm import tqdm
 
 from .benchmark import DTYPES, BenchmarkError, Setup, memory_of_process, model_operation, peak_of, spread
 from .hub import create_model
-from .macs import SAMPLE_SECONDS, seconds
+from .macs import seconds_in_rounds
 from .runs import environment
 
 __all__ = ["compare"]
@@ -76,7 +74,8 @@ def compare(setup: Setup, against: str) -> dict[str, Any]:
     try:
         with torch.random.fork_rng(devices=[]):
             pair = _Pair(setup, against)
-            samples = _sample(pair, setup)
+            runs = {(name, side): pair.operation(name, side) for name in setup.operations for side in _SIDES}
+            samples = seconds_in_rounds(runs, setup.repeats, setup.seed, setup.device)
         rows = [_row(name, samples) for name in setup.operations]
         for row in tqdm(rows, "memory", disable=None, leave=False):
             if setup.memory:
@@ -92,24 +91,6 @@ def compare(setup: Setup, against: str) -> dict[str, Any]:
         "environment": machine,
         "rows": rows,
     }
-
-
-def _sample(pair: _Pair, setup: Setup) -> dict[tuple[str, str], list[float]]:
-    """Seconds of each operation of each side, one a round."""
-    jobs: list[tuple[tuple[str, str], Callable[[], object], int]] = []
-    for name in tqdm(setup.operations, "warming up", disable=None, leave=False):
-        for side in _SIDES:
-            run = pair.operation(name, side)
-            seconds(run, 1, setup.device)  # fills caches
-            once = seconds(run, 1, setup.device)
-            jobs.append(((name, side), run, math.ceil(min(SAMPLE_SECONDS / once, 1000))))
-    samples: dict[tuple[str, str], list[float]] = {key: [] for key, _, _ in jobs}
-    order = random.Random(setup.seed)
-    for _ in tqdm(range(setup.repeats), "rounds", disable=None, leave=False):
-        order.shuffle(jobs)
-        for key, run, calls in jobs:
-            samples[key].append(seconds(run, calls, setup.device))
-    return samples
 
 
 def _row(name: str, samples: dict[tuple[str, str], list[float]]) -> dict[str, Any]:

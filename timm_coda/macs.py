@@ -3,16 +3,20 @@
 import contextlib
 import functools
 import math
+import random
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from tqdm import tqdm
 
-__all__ = ["SAMPLE_SECONDS", "Call", "GemmRate", "Macs", "count_macs", "layer_calls", "seconds"]
+__all__ = ["SAMPLE_SECONDS", "Call", "GemmRate", "Macs", "count_macs", "layer_calls", "seconds", "seconds_in_rounds"]
+
+_Key = TypeVar("_Key")
 
 SAMPLE_SECONDS = 0.1  # what is shorter is repeated until a sample lasts as long
 
@@ -132,6 +136,23 @@ def seconds(run: Callable[[], object], calls: int, device: str) -> float:
         run()
     wait()
     return (time.perf_counter() - start) / calls
+
+
+def seconds_in_rounds(
+    runs: Mapping[_Key, Callable[[], object]], repeats: int, seed: int, device: str
+) -> dict[_Key, list[float]]:
+    """Time of a call of each, one a round; a round takes each once, in random order."""
+    jobs = []
+    for key, run in tqdm(runs.items(), "warming up", disable=None, leave=False):
+        seconds(run, 1, device)  # fills caches
+        jobs.append((key, run, math.ceil(min(SAMPLE_SECONDS / seconds(run, 1, device), 1000))))
+    samples: dict[_Key, list[float]] = {key: [] for key in runs}
+    order = random.Random(seed)
+    for _ in tqdm(range(repeats), "rounds", disable=None, leave=False):
+        order.shuffle(jobs)
+        for key, run, calls in jobs:
+            samples[key].append(seconds(run, calls, device))
+    return samples
 
 
 class GemmRate:

@@ -19,6 +19,7 @@ matrix products.
   timm-coda benchmark coda_net_s --batch-size 256 --dtype float32 bfloat16
   timm-coda benchmark coda_net_l --batch-size 1 --operations explain
   timm-coda benchmark bcos_resnet50 --against resnet50 --batch-size 8
+  timm-coda benchmark coda_net_s --scaling --batch-size 64 --operations forward
 
 A round takes every operation of every backend once, in random order, so that a
 busy machine disturbs all of them alike; still, stop other work for numbers to
@@ -32,6 +33,9 @@ publish. The table has medians over the rounds and, in brackets, quartiles.
   x ordinary   with --against, for networks that have no published formulation
                to compare with (B-cos): times as long as the ordinary model
                takes in the same round, an explanation against its forward
+  relative     with --scaling: time an image and pixel in parts of the time they
+               take in the largest batch of the smallest images; 1 throughout
+               would be time that grows with batch and pixels and nothing else
   GEMM         counted multiply-accumulates a second, in parts of what the
                faster square matrix product reaches in that round: torch.mm or,
                for float32 on a CPU, oneDNN's, which convolutions use. What is
@@ -52,10 +56,15 @@ def add(subcommands: Any) -> None:
         _DESCRIPTION,
         _run,
     )
-    add = parser.add_argument_group("what").add_argument
+    what = parser.add_argument_group("what")
+    add = what.add_argument
     add("model", help="a name in timm's registry, such as coda_net_s; weights do not change the time, so none are read")
     add("--model-args", nargs="+", default=[], metavar="NAME=JSON", help="of its constructor, as rank=16")
-    add("--against", metavar="MODEL", help="an ordinary timm model to compare with, in place of backends")
+    instead = what.add_mutually_exclusive_group()
+    hint = "an ordinary timm model to compare with, in place of backends"
+    instead.add_argument("--against", metavar="MODEL", help=hint)
+    hint = "also smaller batches, down to one image, and images up to four times as large, in place of backends"
+    instead.add_argument("--scaling", action="store_true", help=hint)
     add("--img-size", type=int, metavar="N", help="pixels a side (default: the model's)")
     add("--num-classes", type=int, metavar="N", help="(default: the model's)")
     add(
@@ -95,9 +104,10 @@ def _run(args: argparse.Namespace) -> int:
     import torch
 
     from ..benchmark import Setup, measure
-    from ..benchmark_table import benchmark_table, comparison_table
+    from ..benchmark_table import benchmark_table, comparison_table, scaling_table
     from ..compare import compare
     from ..runs import write_text
+    from ..scaling import measure_scaling
 
     if args.output and (args.output.is_dir() or not os.access(args.output.absolute().parent, os.W_OK)):
         raise ValueError(f"--output {args.output}: cannot be written; name a file in a folder that is there")
@@ -119,9 +129,14 @@ def _run(args: argparse.Namespace) -> int:
         memory=not args.no_memory,
         layers=args.layers,
     )
-    measured = compare(setup, args.against) if args.against else measure(setup)
+    if args.against:
+        measured, table = compare(setup, args.against), comparison_table
+    elif args.scaling:
+        measured, table = measure_scaling(setup), scaling_table
+    else:
+        measured, table = measure(setup), benchmark_table
     report = {"command": args.command_line, **measured}
-    print(comparison_table(report) if args.against else benchmark_table(report))
+    print(table(report))
     if args.output:
         write_text(args.output, json.dumps(report, indent=1) + "\n")
         print(f"\n{args.output}: every number")
