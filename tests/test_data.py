@@ -18,7 +18,7 @@ import pytest
 import torch
 from PIL import Image
 
-from timm_coda import data
+from timm_coda import data, sources
 
 DIGIT_CONFIG = {
     "input_size": (3, 16, 16),
@@ -85,14 +85,14 @@ def test_the_digits_ship_with_the_package():
 
 def test_the_digits_need_no_network_and_no_writable_home(tmp_path):
     (tmp_path / "home").write_text("a file, so nothing can be written below it")
-    before = sorted(path.name for path in data.DIGITS.iterdir())
+    before = sorted(path.name for path in sources.DIGITS.iterdir())
     code = "from timm_coda.data import load_data; print(len(load_data('digits').train))"
     home = str(tmp_path / "home")
     environment = os.environ | {"HOME": home, "HF_HOME": f"{home}/hf", "HF_HUB_OFFLINE": "1"}
     environment["PYTHONPATH"] = str(Path(data.__file__).parents[1])
     run = subprocess.run([sys.executable, "-c", code], env=environment, cwd=tmp_path, capture_output=True, text=True)
     assert run.stdout == "1347\n", run.stderr
-    assert sorted(path.name for path in data.DIGITS.iterdir()) == before
+    assert sorted(path.name for path in sources.DIGITS.iterdir()) == before
 
 
 @pytest.mark.parametrize(

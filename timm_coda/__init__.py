@@ -4,7 +4,8 @@ Importing this package registers every model in timm.
 """
 
 from .bcos import BcosConv2d, BcosLinear
-from .explain import ExplainMixin, Explanation, explain, explanation_mode
+from .explain import ExplainMixin, explain, explanation_mode
+from .explanation import Explanation
 from .functional import bcos_conv2d, bcos_linear, dau_conv2d, dau_linear, set_backend, use_backend
 from .hub import HubMixin
 from .layers import DAUConv2d, DAULinear, InverseEncoding

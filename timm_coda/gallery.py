@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from timm.data import resolve_model_data_config
 
-from .explain import Explanation
+from .explanation import Explanation
 from .inputs import Source
 from .page import GAP, GREY, Page
 from .placement import eval_transform, overlay_whole, seen_box

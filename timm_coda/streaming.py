@@ -17,7 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
-from . import data
+from . import data, sources
 from .data import DataError, ImageData, ImageDataset, Skipped
 
 __all__ = ["StreamOrder", "StreamedDataset", "StreamedSplit", "load_stream"]
@@ -65,13 +65,13 @@ def load_stream(
     """
     if list(source) == ["digits"]:
         raise DataError("--streaming: the digits are in the package; give parquet files or a Hub id")
-    files = data._find_files(list(source)) or _hub_files(source[0], subset)
-    train_name = data._choose_split(files, train_split, data._TRAIN, "--train-split")
-    usual = [name for name in data._EVAL if name != train_name]
-    test_name = data._choose_split(files, test_split, usual, "--test-split")
+    files = sources.find_files(list(source)) or _hub_files(source[0], subset)
+    train_name = sources.choose_split(files, train_split, sources.TRAIN_NAMES, "--train-split")
+    usual = [name for name in sources.EVAL_NAMES if name != train_name]
+    test_name = sources.choose_split(files, test_split, usual, "--test-split")
     if train_name is None or test_name is None:
         raise DataError(
-            f"--streaming wants a train and a test split, here is {data._list(files)}: name them with "
+            f"--streaming wants a train and a test split, here is {sources.listed(files)}: name them with "
             "--train-split and --test-split, or leave --streaming out"
         )
     paths = tuple(files[train_name])
@@ -81,21 +81,21 @@ def load_stream(
             with _open(path) as parquet:
                 if number == 0:
                     features = datasets.Features.from_arrow_schema(parquet.schema_arrow)
-                    image_column, label_column = data._find_columns(features, image_column, label_column)
+                    image_column, label_column = sources.find_columns(features, image_column, label_column)
                 tables.append(parquet.read(columns=[label_column]))
                 rows = [parquet.metadata.row_group(group).num_rows for group in range(parquet.num_row_groups)]
         except (pa.ArrowException, OSError) as error:
             raise DataError(f"{path!r} cannot be read as parquet: {error}") from error
         groups += [(number, group, count) for group, count in enumerate(rows) if count]
     assert image_column is not None and label_column is not None
-    labels, names = data._encode_labels(
+    labels, names = sources.encode_labels(
         datasets.Dataset(pa.concat_tables(tables)), label_column, train_name, None, num_classes
     )
     if not len(labels):
-        raise DataError(f"the {train_name} split of {data._list(source)} is empty: there is nothing to learn from")
-    test_rows, notes = data._read_parquet({test_name: files[test_name]})
-    test_labels, _ = data._encode_labels(test_rows[test_name], label_column, test_name, names, num_classes)
-    images = data._encoded_images(test_rows[test_name], image_column)
+        raise DataError(f"the {train_name} split of {sources.listed(source)} is empty: there is nothing to learn from")
+    test_rows, notes = sources.read_parquet({test_name: files[test_name]})
+    test_labels, _ = sources.encode_labels(test_rows[test_name], label_column, test_name, names, num_classes)
+    images = sources.encoded_images(test_rows[test_name], image_column)
     test = data.Split(test_name, images, image_column, np.arange(len(test_labels)), test_labels)
     train = StreamedSplit(train_name, paths, image_column, np.array(groups), labels)
     return ImageData(train, test, image_column, label_column, names, tuple(notes))

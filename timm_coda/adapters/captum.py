@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from ..explain import Explanation
+from ..explanation import Explanation
 from .colors import explain_colors
 
 try:

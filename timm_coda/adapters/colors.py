@@ -5,7 +5,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from ..explain import Explanation, explain
+from ..explain import explain
+from ..explanation import Explanation
 
 
 class ValidColors(nn.Module):

@@ -14,7 +14,7 @@ import jinja2
 import numpy as np
 from PIL import Image
 
-from ..explain import Explanation
+from ..explanation import Explanation
 from ..visualize import EVIDENCE_COLORS, color_limit, heatmap
 
 _BARS = 5

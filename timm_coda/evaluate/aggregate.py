@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from .. import visualize as v
-from ..explain import Explanation, explain, output_of
+from ..explain import explain, output_of
+from ..explanation import Explanation
 from ..page import GAP, GREY, INK, PANEL, PITCH, Page
 from .base import EvaluationError, Subject, progress_bar
 
