@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from timm_coda import cli, functional, macs, scaling
+from timm_coda import benchmark, cli, functional, macs, scaling
 from timm_coda.benchmark import BenchmarkError, Setup
 
 SMALL = {"model": "coda_net_xs", "model_args": ("rank=2",), "img_size": 8, "repeats": 3}
@@ -23,6 +23,7 @@ def test_cases():
         *((4, 128), (1, 128)),
     ]
     assert [*scaling.cases(6, 8)] == [(6, 8), (1, 8), (1, 16)]
+    assert [*scaling.cases(3, 8)] == [(3, 8), (1, 8)]
 
 
 def test_report():
@@ -52,6 +53,14 @@ def test_what_is_run(monkeypatch):
     assert {(name, x.dtype, tuple(x.shape)) for name, x in seen} == {
         ("train", torch.bfloat16, shape) for shape in ((4, 3, 8, 8), (1, 3, 8, 8), (1, 3, 16, 16))
     }
+
+
+def test_how_many_targets(monkeypatch):
+    seen = []
+    monkeypatch.setattr(benchmark, "explain", lambda model, images, top: seen.append((len(images), top)))
+    setup = Setup(**SMALL, batch_size=2, operations=("explain", "explain-all"))
+    assert len(scaling.measure_scaling(setup)["rows"]) == 4
+    assert set(seen) == {(2, 1), (1, 1), (2, 10), (1, 10)}
 
 
 @pytest.mark.parametrize("options", [{"backends": ("reference",)}, {"backends": ("cpu", "torch")}, {"layers": True}])

@@ -122,8 +122,7 @@ class Problem:
     def operation(self, name: str, backend: str, *, keep_gradients: bool = False) -> Callable[[], object]:
         """What is timed, as a function; without an optimiser, and with parameter gradients set to None."""
         run = torch.compile(self.model) if self.setup.compile and backend != PUBLISHED else self.model
-        targets = self.targets if name == "explain-all" else 1
-        return model_operation(name, self.model, self.images, targets, run=run, keep_gradients=keep_gradients)
+        return model_operation(name, self.model, self.images, self.targets, run=run, keep_gradients=keep_gradients)
 
     def layer_operation(self, name: str, call: Call) -> Callable[[], object]:
         """The same for one layer alone, on random input of its shape; backward as in the model."""
@@ -171,12 +170,15 @@ def model_operation(
     name: str,
     model: Any,
     images: Tensor,
-    targets: int = 1,
+    targets: int,
     *,
     run: Callable[..., Any] | None = None,
     keep_gradients: bool = False,
 ) -> Callable[[], object]:
-    """One of `OPERATIONS` as a function; `run` is what computes the logits, if not the model as it is."""
+    """One of `OPERATIONS` as a function; `run` is what computes the logits, if not the model as it is.
+
+    `targets` is how many classes "explain-all" explains.
+    """
     compute: Callable[..., Any] = model if run is None else run
     truth = F.one_hot(torch.arange(len(images)) % model.num_classes, model.num_classes).float().to(images.device)
 
@@ -191,7 +193,10 @@ def model_operation(
             model.zero_grad()
         F.binary_cross_entropy_with_logits(compute(images).float(), truth).backward()
 
-    return {"forward": forward, "train": train}.get(name) or (lambda: explain(model.eval(), images, top=targets))
+    def explain_top() -> None:
+        explain(model.eval(), images, top=targets if name == "explain-all" else 1)
+
+    return {"forward": forward, "train": train}.get(name, explain_top)
 
 
 @dataclass

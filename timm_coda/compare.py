@@ -46,8 +46,7 @@ class _Pair:
     def operation(self, name: str, side: str, *, keep_gradients: bool = False) -> Callable[[], object]:
         if side and name.startswith("explain"):
             name = "forward"
-        targets = self.targets if name == "explain-all" else 1
-        return model_operation(name, self.models[side], self.images, targets, keep_gradients=keep_gradients)
+        return model_operation(name, self.models[side], self.images, self.targets, keep_gradients=keep_gradients)
 
 
 def compare(setup: Setup, against: str) -> dict[str, Any]:

@@ -20,12 +20,14 @@ __all__ = ["measure_scaling"]
 
 
 def cases(batch_size: int, size: int) -> Iterator[tuple[int, int]]:
-    """(images, pixels a side): quarters of the batch, twice the side, but never more pixels than at first."""
+    """(images, pixels a side): quarters of the batch down to one, twice the side, never more pixels than at first."""
     for factor in (1, 2, 4):
         batch = batch_size // factor**2
-        while batch >= 1:
+        while batch > 1:
             yield batch, size * factor
-            batch //= 4
+            batch = max(batch // 4, 1)
+        if batch == 1:
+            yield 1, size * factor
 
 
 def measure_scaling(setup: Setup) -> dict[str, Any]:
