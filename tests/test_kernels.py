@@ -64,6 +64,25 @@ def test_memory_format_is_kept(layout):
     assert gradients(y, x)[0].is_contiguous(memory_format=FORMATS[layout])
 
 
+@pytest.mark.parametrize("name", ["cpu", "triton"])
+def test_images_need_no_gradient_for_the_weights_to_have_theirs(name, request):
+    """As in the first layer in training, where that of the images is left out."""
+    kernels = cpu if name == "cpu" else request.getfixturevalue("cuda_kernels")
+    device = "cuda" if name == "triton" and torch.cuda.is_available() else "cpu"
+    generator = torch.Generator().manual_seed(0)
+    sizes = (2, 3, 6, 5), (16, 3, 3, 3), (64, 3, 3, 3), (4, 3, 3, 3)
+    x, *weights = (torch.randn(size, generator=generator).to(device) for size in sizes)
+    weights = [weight.requires_grad_() for weight in weights]
+
+    def run(images):
+        return kernels.dau_conv2d(images, *weights, (1, 1), (1, 1), (1, 1), "squash", False)
+
+    for alone, beside in zip(
+        gradients(run(x), weights), gradients(run(x.clone().requires_grad_()), weights), strict=True
+    ):
+        assert torch.equal(alone, beside)
+
+
 @pytest.mark.parametrize("activation", ["squash", "l2"])
 def test_bfloat16(activation):
     exact, options = problem("large_stem")
@@ -87,6 +106,8 @@ def test_operators_are_registered_right(case, frozen, layout):
     tensors = [t.detach().to(memory_format=FORMATS[layout]).requires_grad_() for t in tensors]
     if frozen:
         tensors[1:] = [t.detach() for t in tensors[1:]]
+    elif case == "stride":
+        tensors[0] = tensors[0].detach()
     arguments = (*tensors, *(list(pair) for pair in options.values()), "squash", frozen, not frozen)
     torch.library.opcheck(torch.ops.timm_coda.dau_conv2d_cpu.default, arguments)
 
