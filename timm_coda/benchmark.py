@@ -14,7 +14,7 @@ import signal
 import statistics
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -95,6 +95,18 @@ class Setup:
                 if value not in choices:
                     raise BenchmarkError(f"{name}: there is no {value!r}; choose among {', '.join(choices)}")
             object.__setattr__(self, name, values)
+
+
+@contextlib.contextmanager
+def conditions(setup: Setup) -> Iterator[None]:
+    """The setup's threads inside; afterwards those, and the random state, that there were."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(setup.threads or threads)
+    try:
+        with torch.random.fork_rng(devices=[]):
+            yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 class Problem:
@@ -266,12 +278,10 @@ def measure(setup: Setup) -> dict[str, Any]:
         BenchmarkError: nothing could be measured.
         ValueError: no such model, or the image is too small for it.
     """
-    threads = torch.get_num_threads()
-    torch.set_num_threads(setup.threads or threads)
-    try:
-        # Beyond the limit torch.compile falls back to plain PyTorch; there is one compilation a cell.
-        limit = torch._dynamo.config.patch(recompile_limit=64) if setup.compile else contextlib.nullcontext()
-        with torch.random.fork_rng(devices=[]), limit:
+    # Beyond the limit torch.compile falls back to plain PyTorch; there is one compilation a cell.
+    limit = torch._dynamo.config.patch(recompile_limit=64) if setup.compile else contextlib.nullcontext()
+    with conditions(setup):
+        with limit:
             problems = [Problem(setup, dtype) for dtype in setup.dtypes]
             cells = [cell for problem in problems for cell in problem.cells()]
             gemms = {problem.dtype: GemmRate(DTYPES[problem.dtype], setup.device) for problem in problems}
@@ -281,8 +291,6 @@ def measure(setup: Setup) -> dict[str, Any]:
             if setup.memory and not cell.call and not cell.missing:
                 row |= _extra_memory(cell)
         machine = environment()
-    finally:
-        torch.set_num_threads(threads)
     problem = problems[0]
     return {
         "setup": asdict(setup),

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from .benchmark import DTYPES, BenchmarkError, Setup, memory_of_process, model_operation, peak_of, spread
+from .benchmark import DTYPES, BenchmarkError, Setup, conditions, memory_of_process, model_operation, peak_of, spread
 from .hub import create_model
 from .macs import seconds_in_rounds
 from .runs import environment
@@ -68,20 +68,15 @@ def compare(setup: Setup, against: str) -> dict[str, Any]:
             f"dtypes={setup.dtypes}, layers={setup.layers}, compile={setup.compile}: a comparison with {against} is of "
             "whole models, uncompiled, in one dtype"
         )
-    threads = torch.get_num_threads()
-    torch.set_num_threads(setup.threads or threads)
-    try:
-        with torch.random.fork_rng(devices=[]):
-            pair = _Pair(setup, against)
-            runs = {(name, side): pair.operation(name, side) for name in setup.operations for side in _SIDES}
-            samples = seconds_in_rounds(runs, setup.repeats, setup.seed, setup.device)
+    with conditions(setup):
+        pair = _Pair(setup, against)
+        runs = {(name, side): pair.operation(name, side) for name in setup.operations for side in _SIDES}
+        samples = seconds_in_rounds(runs, setup.repeats, setup.seed, setup.device)
         rows = [_row(name, samples) for name in setup.operations]
         for row in tqdm(rows, "memory", disable=None, leave=False):
             if setup.memory:
                 row |= _extra_memory(setup, against, pair, row["operation"])
         machine = environment()
-    finally:
-        torch.set_num_threads(threads)
     return {
         "setup": asdict(setup),
         "against": against,

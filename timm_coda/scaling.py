@@ -8,9 +8,7 @@ from collections.abc import Iterator
 from dataclasses import asdict
 from typing import Any
 
-import torch
-
-from .benchmark import PUBLISHED, BenchmarkError, Problem, Setup, model_operation, spread
+from .benchmark import PUBLISHED, BenchmarkError, Problem, Setup, conditions, model_operation, spread
 from .folder import blame
 from .functional import use_backend
 from .macs import seconds_in_rounds
@@ -50,23 +48,18 @@ def measure_scaling(setup: Setup) -> dict[str, Any]:
             f"backends={setup.backends}, layers={setup.layers}, compile={setup.compile}: how time grows is measured of "
             "whole models, uncompiled, with one backend that is not the published formulation"
         )
-    threads = torch.get_num_threads()
-    torch.set_num_threads(setup.threads or threads)
-    try:
-        with torch.random.fork_rng(devices=[]), use_backend(backends[0]):
-            runs = {}
-            for dtype in setup.dtypes:
-                problem = Problem(setup, dtype)
-                smallest = problem.images.shape[-1]
-                for batch, size in cases(setup.batch_size, smallest):
-                    images = problem.random(batch, problem.images.shape[1], size, size)
-                    for name in setup.operations:
-                        runs[dtype, name, batch, size] = model_operation(name, problem.model, images, problem.targets)
-            with blame(f"{setup.model} on images larger than {smallest} pixels", BenchmarkError):
-                samples = seconds_in_rounds(runs, setup.repeats, setup.seed, setup.device)
+    runs = {}
+    with conditions(setup), use_backend(backends[0]):
+        for dtype in setup.dtypes:
+            problem = Problem(setup, dtype)
+            smallest = problem.images.shape[-1]
+            for batch, size in cases(setup.batch_size, smallest):
+                images = problem.random(batch, problem.images.shape[1], size, size)
+                for name in setup.operations:
+                    runs[dtype, name, batch, size] = model_operation(name, problem.model, images, problem.targets)
+        with blame(f"{setup.model} on images larger than {smallest} pixels", BenchmarkError):
+            samples = seconds_in_rounds(runs, setup.repeats, setup.seed, setup.device)
         machine = environment()
-    finally:
-        torch.set_num_threads(threads)
     rows = []
     for (dtype, name, batch, size), own in samples.items():
         reference = samples[dtype, name, setup.batch_size, smallest]
