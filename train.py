@@ -31,15 +31,19 @@ from timm.scheduler import create_scheduler_v2
 from timm.utils import ModelEmaV3
 
 import timm_coda  # noqa: F401  # registers the models
-from timm_coda import data, hub, learning, linear_map, loading, runs, states, streaming, trackers
-from timm_coda.evaluate.training import TrainingLocalisation
+from timm_coda import data, hub
+from timm_coda.errors import wrap_errors
+from timm_coda.evaluate import TrainingLocalisation
+from timm_coda.training import losses, map_penalty, runs, states, trackers
+from timm_coda.training.options import HelpFormatter, natural, parse_options, positive, run_options
+from timm_coda.training.updates import Updates
 
 DEFAULT_RECIPE = Path(__file__).parent / "hub_configs/coda_net_xs.digits/recipe.yaml"
 
 
 def make_parser() -> argparse.ArgumentParser:
     """The options. Defaults are the paper's settings for CIFAR-10 (CVPR 2021) where the help gives no other reason."""
-    look = {"usage": "python train.py [options]", "description": __doc__, "formatter_class": runs.HelpFormatter}
+    look = {"usage": "python train.py [options]", "description": __doc__, "formatter_class": HelpFormatter}
     parser = argparse.ArgumentParser("train.py", allow_abbrev=False, **look)
     switch = argparse.BooleanOptionalAction
     add = parser.add_argument_group("run").add_argument
@@ -47,14 +51,14 @@ def make_parser() -> argparse.ArgumentParser:
     add("--output", help="output folder (default: a fresh one, runs/NAME, runs/NAME-2, ...)")
     add("--overwrite", action=switch, default=False, help="replace the run that is in the output folder")
     add("--resume", nargs="?", const="auto", help="folder of a run to go on with; auto: --output's, if there is one")
-    add("--seed", type=runs.natural, default=0, help="the same seed gives the same weights, with any number of workers")
+    add("--seed", type=natural, default=0, help="the same seed gives the same weights, with any number of workers")
     add("--mixed-precision", choices=["no", "bf16", "fp16"], help="(default: what accelerate launch says, else no)")
-    add("--save-every", type=runs.natural, default=0, help="updates between training states; epochs save one anyway")
-    add("--keep", type=runs.natural, default=0, help="models of so many best epochs to keep in best/, too")
-    add("--log-every", type=runs.positive, default=10, help="updates between points of the loss curve")
-    add("--explain-every", type=runs.natural, default=5, help="epochs between explanation pictures; 0: one at the end")
-    add("--explain-images", type=runs.positive, default=8, help="test images in such a picture; 8 fit a page")
-    add("--eval-explanations", type=runs.natural, default=0, help="epochs between scores of grid localisation; 0: none")
+    add("--save-every", type=natural, default=0, help="updates between training states; epochs save one anyway")
+    add("--keep", type=natural, default=0, help="models of so many best epochs to keep in best/, too")
+    add("--log-every", type=positive, default=10, help="updates between points of the loss curve")
+    add("--explain-every", type=natural, default=5, help="epochs between explanation pictures; 0: one at the end")
+    add("--explain-images", type=positive, default=8, help="test images in such a picture; 8 fit a page")
+    add("--eval-explanations", type=natural, default=0, help="epochs between scores of grid localisation; 0: none")
     add("--push-to-hub", metavar="REPO", help="publish the finished run there, USER/NAME, with a model card")
     add("--report-to", default="none", help="a tracker of Accelerate's: tensorboard, wandb, ...; none: files do")
     add = parser.add_argument_group("data").add_argument
@@ -65,16 +69,16 @@ def make_parser() -> argparse.ArgumentParser:
     add("--val-fraction", type=float, default=0.1, help="share to hold out for tests where there is no such split")
     add("--image-column", help="(default: the only one with images)")
     add("--label-column", help="(default: the only one with classes, or the one named label)")
-    add("--num-classes", type=runs.positive, help="(default: the data set's)")
-    add("--workers", type=runs.natural, default=2, help="processes that decode images; 0 is best for tiny ones")
-    buffer = {"type": runs.positive, "nargs": "?", "const": 8192, "metavar": "IMAGES"}
+    add("--num-classes", type=positive, help="(default: the data set's)")
+    add("--workers", type=natural, default=2, help="processes that decode images; 0 is best for tiny ones")
+    buffer = {"type": positive, "nargs": "?", "const": 8192, "metavar": "IMAGES"}
     add("--streaming", **buffer, help="read parquet files as the run goes, shuffled in a buffer (alone: of 8192)")
     add("--data-on-device", action=switch, default=False, help="for small images: decoded once, shifted, flipped there")
     add = parser.add_argument_group("images").add_argument
-    add("--img-size", type=runs.positive, help="height and width in pixels (default: the model's)")
+    add("--img-size", type=positive, help="height and width in pixels (default: the model's)")
     add("--interpolation", help="nearest, bilinear or bicubic (default: the model's)")
     add("--crop-pct", type=float, help="share of its width that a test image keeps (default: the model's)")
-    add("--crop-padding", type=runs.natural, default=4, help="shift training images by up to so many pixels")
+    add("--crop-padding", type=natural, default=4, help="shift training images by up to so many pixels")
     add("--scale", type=float, nargs=2, default=[1.0, 1.0], help="area of a random crop; the paper crops by padding")
     add("--ratio", type=float, nargs=2, default=[1.0, 1.0], help="aspect ratio of a random crop; 1 1: as it is")
     add("--hflip", type=float, default=0.5, help="probability of a left-right flip; 0 for letters and digits")
@@ -91,16 +95,16 @@ def make_parser() -> argparse.ArgumentParser:
     add("--grad-checkpointing", action=switch, default=False, help="compute activations again to save memory")
     add("--ema", type=float, default=0.0, help="decay of averaged weights, which are then tested and saved; 0: none")
     add = parser.add_argument_group("learning").add_argument
-    add("--epochs", type=runs.positive, default=200, help="times that each training image is seen")
-    add("--batch-size", type=runs.positive, default=16, help="images a step and process; GPUs want more, and more --lr")
-    add("--grad-accum", type=runs.positive, default=1, help="steps in an update: a larger batch with the same memory")
-    add("--loss", choices=learning.LOSSES, default="bce", help="bce: a yes or no a class; -uniform: B-cos v2's targets")
+    add("--epochs", type=positive, default=200, help="times that each training image is seen")
+    add("--batch-size", type=positive, default=16, help="images a step and process; GPUs want more, and more --lr")
+    add("--grad-accum", type=positive, default=1, help="steps in an update: a larger batch with the same memory")
+    add("--loss", choices=losses.LOSSES, default="bce", help="bce: a yes or no a class; -uniform: B-cos v2's targets")
     add("--map-penalty", type=float, default=0.0, help="times mean |W(x)|, added to the loss; for CoDA-Nets")
     add("--smoothing", type=float, default=0.0, help="of labels; 0 lets evidence grow without limit")
     add("--opt", default="adam", help="an optimiser of timm's")
     add("--lr", type=float, default=2.5e-4, help="highest learning rate; for batches of 16")
     add("--weight-decay", type=float, default=0.0, help="dynamic weights are bounded without it")
-    add("--sched", choices=learning.SCHEDULES, default="step", help="a schedule of timm's, stepped each update")
+    add("--sched", choices=losses.SCHEDULES, default="step", help="a schedule of timm's, stepped each update")
     add("--decay-epochs", type=float, default=30, help="epochs between two decays; step only")
     add("--decay-rate", type=float, default=2 / 3, help="factor of a decay; step only")
     add("--warmup-epochs", type=float, default=0.0, help="of linear warm-up; small batches need none")
@@ -112,8 +116,8 @@ def make_parser() -> argparse.ArgumentParser:
 
 def train(args: argparse.Namespace, stop: list[int]) -> None:
     """One run, from top to bottom, or until a signal is in `stop`."""
-    output, options = Path(args.output), runs.run_options(args)
-    environment = runs.environment()  # now, for at the end the folder may hold other code
+    output, options = Path(args.output), run_options(args)
+    environment = hub.environment()  # now, for at the end the folder may hold other code
     if args.resume and (output / "summary.json").exists():
         raise runs.Stopped(f"{output} is finished: there is nothing to go on with", code=0)
     repo_id = args.push_to_hub and hub.check_access(args.push_to_hub)  # now, and not after hours of training
@@ -127,18 +131,18 @@ def train(args: argparse.Namespace, stop: list[int]) -> None:
 
     # Data and model
     names = "subset image_column label_column train_split test_split val_fraction num_classes"
-    source = (streaming.load_stream if args.streaming else data.load_data)(args.data, **chosen(names))
+    source = (data.load_stream if args.streaming else data.load_data)(args.data, **chosen(names))
     classes = source.label_names
     network: Any = hub.create_model(args.model, num_classes=len(classes), **chosen("pretrained model_args head_only"))
-    with hub.blame("--grad-checkpointing", states.RunError):
+    with wrap_errors("--grad-checkpointing", states.RunError):
         network.set_grad_checkpointing(args.grad_checkpointing)
-    with hub.blame("--img-size, --interpolation, --crop-pct or a random change of the images", states.RunError):
+    with wrap_errors("--img-size, --interpolation, --crop-pct or a random change of the images", states.RunError):
         config = resolve_input_data_config(network, chosen("img_size interpolation crop_pct"))
         changes = chosen("crop_padding scale ratio hflip color_jitter auto_augment erase")
         transform, test_transform = data.create_transforms(config, **changes)
     how = chosen("batch_size seed workers streaming data_on_device") | {"config": config, "changes": changes}
     place = {"process": accelerator.process_index, "processes": processes, "device": device}
-    loader = loading.make_train_loader(source.train, transform, **how, **place)
+    loader = data.make_train_loader(source.train, transform, **how, **place)
     test_set = data.ImageDataset(source.test, test_transform)
     test_loader = data.create_loader(test_set, **chosen("batch_size workers"))
     examples = test_set.examples(args.explain_images)
@@ -149,23 +153,23 @@ def train(args: argparse.Namespace, stop: list[int]) -> None:
     batches, images_seen = len(loader), len(source.train)
     if batches == 0:
         raise states.RunError(f"--batch-size {args.batch_size}, {processes} processes: only {images_seen} images")
-    with hub.blame("--opt, --lr, --sched or a number that belongs to them", states.RunError):
+    with wrap_errors("--opt, --lr, --sched or a number that belongs to them", states.RunError):
         optimizer = create_optimizer_v2(network, **chosen("opt lr weight_decay"))
         schedule = chosen("sched decay_epochs decay_rate warmup_epochs min_lr")
         schedule |= {"num_epochs": args.epochs, "updates_per_epoch": math.ceil(batches / args.grad_accum)}
         scheduler: Any = create_scheduler_v2(optimizer, step_on_epochs=False, **schedule)[0]
-    mixing = learning.Mixing(args.mixup, args.cutmix, args.smoothing, len(classes))
+    mixing = losses.Mixing(args.mixup, args.cutmix, args.smoothing, len(classes))
     smoothing = 0.0 if mixing.on else args.smoothing  # mixed labels are smooth already
-    loss_function, test_loss = learning.make_loss(args.loss, smoothing), learning.make_loss(args.loss, 0.0)
+    loss_function, test_loss = losses.make_loss(args.loss, smoothing), losses.make_loss(args.loss, 0.0)
     ema = ModelEmaV3(network.to(device), args.ema, use_warmup=True) if args.ema else None
-    with hub.blame("--map-penalty", states.RunError):
-        penalty = linear_map.MapPenalty(network, args.map_penalty, mixed=mixing.on)
+    with wrap_errors("--map-penalty", states.RunError):
+        penalty = map_penalty.MapPenalty(network, args.map_penalty, mixed=mixing.on)
     model, optimizer, test_loader = accelerator.prepare(network, optimizer, test_loader)
     if args.data_on_device:
         test_loader = list(test_loader)
     if ema is not None:
         accelerator.register_for_checkpointing(ema)
-    updates = learning.Updates(accelerator, model, optimizer, norm=args.clip_grad, adaptive=args.agc)
+    updates = Updates(accelerator, model, optimizer, norm=args.clip_grad, adaptive=args.agc)
     published: Any = network if ema is None else ema.module
 
     # Begin, or go on
@@ -204,7 +208,7 @@ def train(args: argparse.Namespace, stop: list[int]) -> None:
 
     def save() -> None:
         progress.window, progress.seconds = accelerator.gather(window[None]).tolist(), time.perf_counter() - before
-        progress.check(learning.evaluate(accelerator, network, [examples], test_loss)[0])  # never save spoilt weights
+        progress.check(losses.evaluate(accelerator, network, [examples], test_loss)[0])  # never save spoilt weights
         states.save_state(accelerator, output / "checkpoints", progress, options)
         if stopping():
             trackers.finish(accelerator)
@@ -229,7 +233,7 @@ def train(args: argparse.Namespace, stop: list[int]) -> None:
                 loss = (loss_function(logits, targets) + penalty(labels)) * weight
                 accelerator.backward(loss)
                 made = updates.step()
-            window += torch.where(loss.isfinite(), weight * learning.tally(loss, logits, labels), 0)
+            window += torch.where(loss.isfinite(), weight * losses.tally(loss, logits, labels), 0)
             seen += len(labels) * processes
             if not accelerator.sync_gradients:
                 continue
@@ -245,7 +249,7 @@ def train(args: argparse.Namespace, stop: list[int]) -> None:
                 save()
 
         means, speed = add_point(), seen / (time.perf_counter() - clock)
-        loss, accuracy, unread = learning.evaluate(accelerator, published, test_loader, test_loss)
+        loss, accuracy, unread = losses.evaluate(accelerator, published, test_loader, test_loss)
         progress.skip(unread)
         found = localisation.after_epoch(published, progress.epoch + 1)
         trackers.log(accelerator, {"test_loss": loss, "test_accuracy": accuracy, **found}, step=progress.update)
@@ -274,7 +278,7 @@ def train(args: argparse.Namespace, stop: list[int]) -> None:
 
 def main() -> int:
     try:
-        train(runs.parse_options(make_parser(), sys.argv[1:], DEFAULT_RECIPE), stop=runs.watch_signals())
+        train(parse_options(make_parser(), sys.argv[1:], DEFAULT_RECIPE), stop=runs.watch_signals())
         return 0
     except (states.RunError, data.DataError, hub.HubError) as error:
         print(f"train.py: error: {error}", file=sys.stderr)

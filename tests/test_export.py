@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 import timm
 import torch
-from conftest import relative_error
 
 import timm_coda  # noqa: F401
+from helpers import relative_error
 from timm_coda import cli, export, hub
 
 onnxruntime = pytest.importorskip("onnxruntime", reason="needs the export extra")

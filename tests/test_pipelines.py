@@ -10,7 +10,6 @@ from pathlib import Path
 import pytest
 import timm
 import torch
-from conftest import SHARED, relative_error
 from PIL import Image
 from timm.data import create_dataset, create_loader, resolve_data_config
 from timm.loss import BinaryCrossEntropy
@@ -20,11 +19,11 @@ from timm.utils import freeze
 from torchvision.transforms.functional import to_tensor
 
 import timm_coda
+from helpers import ROOT, relative_error
 from timm_coda import data, hub
 
 # timm's image folder leaves files for the garbage collector to close.
 pytestmark = pytest.mark.filterwarnings("ignore:unclosed file:ResourceWarning")
-ROOT = Path(__file__).parents[1]
 EPOCHS = 3
 CLASSES = 6
 MARGIN = 0.15  # in accuracy; half of what was seen
@@ -124,11 +123,11 @@ def test_our_train_script(folders, pretrained, head_only, digits, tmp_path):
 
 
 def test_timms_train_script(folders, pretrained, head_only, digits, tmp_path):
-    script = Path(os.environ.get("TIMM_TRAIN_SCRIPT", SHARED / "tools" / "timm_train.py"))
-    if not script.exists():
+    script = os.environ.get("TIMM_TRAIN_SCRIPT")
+    if not script:
         pytest.skip(
-            f"no {script}: timm's packages leave its train.py out; download it from "
-            f"https://github.com/huggingface/pytorch-image-models/tree/v{timm.__version__} and set TIMM_TRAIN_SCRIPT"
+            "timm's train.py is in no package: download it from https://github.com/huggingface/pytorch-image-models/"
+            f"tree/v{timm.__version__} and set TIMM_TRAIN_SCRIPT to its path"
         )
     model = ["--device-modules", "timm_coda", "--model", f"local-dir:{pretrained}", "--pretrained"]
     learning = ["--opt", "adam", "--lr", "0.01", "--warmup-epochs", 0, "--loss", "bce", "--smoothing", 0, "-b", 32]

@@ -9,9 +9,10 @@ import sys
 from pathlib import Path
 
 import pytest
-from hub_server import HubServer
 
-ROOT = Path(__file__).parents[1]
+from helpers import ROOT
+from helpers.hub_server import HubServer
+
 BLOCKS = re.findall(r"```(\w+)\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
 
 
@@ -72,12 +73,12 @@ def test_first_command_then_push_then_every_python_block(clone, tmp_path):
         variables = server.environment(tmp_path / "home", token="hf_me")
         for line in commands():
             if line.startswith("timm-coda push"):
-                said = run([sys.executable, "-m", "timm_coda.cli", *line.split()[1:]], clone, **variables)
+                said = run([sys.executable, "-m", "timm_coda", *line.split()[1:]], clone, **variables)
                 assert "model.safetensors" in said
         assert len(server.repos["me/digits"].branches["main"]) == 2
         run([sys.executable, "-W", "error", "-c", code], clone, **variables)
     (export,) = [line.split()[1:] for line in commands() if line.startswith("timm-coda export")]
-    assert "contributions" in run([sys.executable, "-m", "timm_coda.cli", *export], clone)
+    assert "contributions" in run([sys.executable, "-m", "timm_coda", *export], clone)
     assert (clone / "explanation.png").read_bytes().startswith(b"\x89PNG")
     explain = next(line.split()[1:] for line in commands() if line.startswith("timm-coda explain"))
-    assert "1 of 1 explained" in run([sys.executable, "-m", "timm_coda.cli", *explain], clone)
+    assert "1 of 1 explained" in run([sys.executable, "-m", "timm_coda", *explain], clone)

@@ -19,10 +19,12 @@ from accelerate.state import AcceleratorState, GradientState, PartialState
 from accelerate.tracking import GeneralTracker, on_main_process, register_tracker_class
 from PIL import Image
 from safetensors.torch import load_file
-from train_cases import QUIET, ROOT, SMALL, assert_equal, assert_same_run, image_file, start, wait_for_state
 
 import timm_coda  # noqa: F401
-from timm_coda import data, hub, runs, states
+from helpers.train_cases import QUIET, ROOT, SMALL, assert_equal, assert_same_run, image_file, start, wait_for_state
+from timm_coda import data, hub
+from timm_coda.training import states
+from timm_coda.training.options import parse_options
 
 
 @pytest.fixture(scope="module")
@@ -86,7 +88,7 @@ def test_the_first_command(tmp_path):
 @pytest.mark.parametrize("recipe", sorted(ROOT.glob("hub_configs/*/recipe.yaml")), ids=lambda path: path.parent.name)
 def test_every_recipe_names_options_and_models_that_are_there(train_module, recipe, monkeypatch):
     monkeypatch.chdir(ROOT)
-    args = runs.parse_options(train_module.make_parser(), ["--config", str(recipe), "--output", "x"], recipe)
+    args = parse_options(train_module.make_parser(), ["--config", str(recipe), "--output", "x"], recipe)
     classes = 10
     hub.create_model(args.model, num_classes=classes, model_args=args.model_args)
 

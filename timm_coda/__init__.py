@@ -3,12 +3,21 @@
 Importing this package registers every model in timm.
 """
 
-from .bcos import BcosConv2d, BcosLinear
-from .explain import ExplainMixin, explain, explanation_mode
-from .explanation import Explanation
-from .functional import bcos_conv2d, bcos_linear, dau_conv2d, dau_linear, set_backend, use_backend
-from .hub import HubMixin
-from .layers import DAUConv2d, DAULinear, InverseEncoding
+from .explanation import ExplainMixin, Explanation, explain, explanation_mode
+from .hub import HubMixin, __version__
+from .layers import (
+    BcosConv2d,
+    BcosLinear,
+    DAUConv2d,
+    DAULinear,
+    InverseEncoding,
+    bcos_conv2d,
+    bcos_linear,
+    dau_conv2d,
+    dau_linear,
+    set_backend,
+    use_backend,
+)
 from .models import (
     BcosConvNet,
     BcosConvNeXt,
@@ -24,8 +33,6 @@ from .models import (
     CodaNet,
     bcosify,
 )
-
-__version__ = "0.1.0"
 
 __all__ = [
     "BcosConv2d",

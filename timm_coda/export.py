@@ -19,10 +19,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 
-from . import __version__
-from .explain import explanation_mode
-from .functional import use_backend
-from .hub import temporary_folder
+from .explanation import explanation_mode
+from .hub import __version__, temporary_folder
+from .layers import use_backend
 
 __all__ = ["FORMATS", "OPSET", "export_model", "export_program", "largest_differences", "metadata"]
 

@@ -5,8 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from ..explain import explain
-from ..explanation import Explanation
+from ..explanation import Explanation, explain
 
 
 class ValidColors(nn.Module):

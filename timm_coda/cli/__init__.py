@@ -9,7 +9,7 @@ import os
 import shlex
 import sys
 
-from .. import __version__
+from ..hub import __version__
 from . import benchmark, convert, demo, evaluate, explain, export, push
 
 __all__ = ["main", "make_parser"]

@@ -103,11 +103,8 @@ def add(subcommands: Any) -> None:
 def _run(args: argparse.Namespace) -> int:
     import torch
 
-    from ..benchmark import Setup, measure
-    from ..benchmark_table import benchmark_table, comparison_table, scaling_table
-    from ..compare import compare
-    from ..runs import write_text
-    from ..scaling import measure_scaling
+    from ..benchmark import Setup, benchmark_table, compare, comparison_table, measure, measure_scaling, scaling_table
+    from ..hub import write_text
 
     if args.output and (args.output.is_dir() or not os.access(args.output.absolute().parent, os.W_OK)):
         raise ValueError(f"--output {args.output}: cannot be written; name a file in a folder that is there")

@@ -58,7 +58,7 @@ def add(subcommands: Any) -> None:
 
 
 def _run(args: argparse.Namespace) -> int:
-    from ..convert import convert_checkpoint
+    from ..hub import convert_checkpoint
 
     names = args.label_names
     if names and len(names) == 1 and os.path.isfile(names[0]):

@@ -44,7 +44,7 @@ def _run(args: argparse.Namespace) -> int:
         raise ValueError("--export goes without --host, --port and --any-model: a Space has its own")
     try:
         if args.export is not None:
-            from ..demo.space import export_space
+            from ..demo import export_space
 
             export_space(args.export, args.model, examples=args.examples)
             print(f"{args.export}: a Space. Try it: python {args.export / 'app.py'}")

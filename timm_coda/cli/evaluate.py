@@ -32,8 +32,7 @@ model is reported with its reason, and the others go on.
 
 
 def add(subcommands: Any) -> None:
-    from ..evaluate.explainers import EXPLAINERS
-    from ..evaluate.metrics import DEFAULT_METRICS, METRICS
+    from ..evaluate import DEFAULT_METRICS, EXPLAINERS, METRICS
 
     about = f"{_DESCRIPTION}{_list('Explainers', EXPLAINERS)}, or occlusion_N\n\n{_list('Metrics', METRICS)}\n"
     parser = new_command(subcommands, "evaluate", "explanations in numbers, beside those of other methods", about, _run)
@@ -75,11 +74,7 @@ def _positive(text: str) -> int:
 
 
 def _run(args: argparse.Namespace) -> int:
-    from ..evaluate.explainers import make_explainer
-    from ..evaluate.metrics import make_metric
-    from ..evaluate.report import write_report
-    from ..evaluate.run import Setup, run
-    from ..evaluate.table import results_table
+    from ..evaluate import Setup, make_explainer, make_metric, results_table, run, write_report
 
     explainers = [make_explainer(name, batch_size=args.batch_size, seed=args.seed) for name in args.explainers]
     metrics = [make_metric(name, grids=args.grids, grid_size=args.grid_size) for name in args.metrics]

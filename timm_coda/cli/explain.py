@@ -11,8 +11,7 @@ from ._command import choose_device, new_command
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from ..gallery import Gallery
-    from ..inputs import Source
+    from ..gallery import Gallery, Source
 
 _DESCRIPTION = """\
 Explain images and videos: which pixels speak for and against a class, exactly.
@@ -64,12 +63,9 @@ def add(subcommands: Any) -> None:
 
 
 def _run(args: argparse.Namespace) -> int:
-    from ..gallery import Gallery
-    from ..hub import load_model
-    from ..inputs import find_sources
-    from ..labels import class_names
-    from ..page import letters
-    from ..video import VIDEO_SUFFIXES
+    from ..explanation import letters
+    from ..gallery import VIDEO_SUFFIXES, Gallery, find_sources
+    from ..hub import class_names, load_model
 
     if args.batch_size < 1:
         raise ValueError(f"--batch-size {args.batch_size}: must be at least 1")
@@ -113,9 +109,8 @@ def _explain(sources: "Sequence[Source]", gallery: "Gallery") -> tuple[int, list
     """Explain all of them; returns how many could be, and why the others could not."""
     from tqdm import tqdm
 
+    from ..gallery import VIDEO_SUFFIXES, InputError, VideoError, fetched
     from ..images import ImageError, read_image
-    from ..inputs import InputError, fetched
-    from ..video import VIDEO_SUFFIXES, VideoError
 
     skipped, videos = [], 0
     for source in tqdm(sources, "explaining", unit="file", disable=None, leave=False):
@@ -138,7 +133,7 @@ def _explain(sources: "Sequence[Source]", gallery: "Gallery") -> tuple[int, list
 
 
 def _add_video(source: "Source", path: Path, gallery: "Gallery") -> str:
-    from ..video import VideoError, explain_video
+    from ..gallery import VideoError, explain_video
 
     try:
         found = explain_video(
@@ -170,7 +165,7 @@ def _short(text: str, width: int) -> str:
 
 
 def _classes(names: "Sequence[str]", words: list[str] | None) -> list[int] | None:
-    from ..labels import find_class
+    from ..hub import find_class
 
     return None if words is None else [find_class(names, word) for word in words]
 

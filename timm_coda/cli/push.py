@@ -47,7 +47,7 @@ def add(subcommands: Any) -> None:
 
 
 def _run(args: argparse.Namespace) -> int:
-    from ..remote import check_repo_id, files_to_push, push_folder
+    from ..hub import check_repo_id, files_to_push, push_folder
 
     check_repo_id(args.repo)
     files = files_to_push(args.folder, args.repo, license=args.license)

@@ -15,8 +15,8 @@ try:
 except ImportError as error:
     raise ImportError("the page needs gradio: pip install 'timm_coda[demo]'") from error
 
+from ..hub import class_names
 from ..images import read_image
-from ..labels import class_names
 from .shelf import Shelf, layer_names
 from .views import Shown, arrays_file, examples_html, figure_file, result_html
 

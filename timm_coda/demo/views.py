@@ -14,8 +14,7 @@ import jinja2
 import numpy as np
 from PIL import Image
 
-from ..explanation import Explanation
-from ..visualize import EVIDENCE_COLORS, color_limit, heatmap
+from ..explanation import EVIDENCE_COLORS, Explanation, color_limit, heatmap
 
 _BARS = 5
 _SMALL = 128  # pixels a side: pictures up to here are shown as crisp squares

@@ -8,10 +8,21 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .. import visualize as v
-from ..explain import explain, output_of
-from ..explanation import Explanation
-from ..page import GAP, GREY, INK, PANEL, PITCH, Page
+from ..explanation import (
+    GAP,
+    GREY,
+    INK,
+    PANEL,
+    PITCH,
+    Explanation,
+    Page,
+    as_pictures,
+    color_limit,
+    draw_scale,
+    explain,
+    heatmap,
+    output_of,
+)
 from .base import EvaluationError, Subject, progress_bar
 
 if TYPE_CHECKING:
@@ -150,25 +161,25 @@ def figure(result: Aggregate, *, max_rows: int = 10, max_channels: int = 8) -> "
         captions += [f"positions of {result.layer}", f"channels of {result.layer}"]
     for x, caption in zip(left, captions, strict=False):
         page.text(x, 0.2, caption, color=GREY)
-    limit = v.color_limit(result.contributions[:rows])
-    inner_limit = 1.0 if result.positions is None else v.color_limit(result.positions[:rows])
+    limit = color_limit(result.contributions[:rows])
+    inner_limit = 1.0 if result.positions is None else color_limit(result.positions[:rows])
     for k in range(rows):
         top = 0.5 + k * (tall + 0.55)
         number = int(result.classes[k])
         name = result.label_names[number] if number < len(result.label_names) else f"class {number}"
         page.text(left[0], top - 0.07, name, size=9, weight="bold")
-        page.picture(v.as_pictures(result.images[k]), left[0], top, width, height)
+        page.picture(as_pictures(result.images[k]), left[0], top, width, height)
         page.text(left[0], top + height + 0.15, f"{result.counts[k]} images")
-        page.picture(v.heatmap(result.contributions[k], limit=limit), left[1], top, width, height)
+        page.picture(heatmap(result.contributions[k], limit=limit), left[1], top, width, height)
         total = result.contributions[k].sum()
         shown = f"logit {result.values[k]:.2f} = bias {result.bias:.2f} {'-' if total < 0 else '+'} {abs(total):.2f}"
         page.text(left[1], top + height + 0.15, shown, shrink=True)
-        v.draw_scale(page, left[1] + width + 0.14, top, tall, limit, "contribution (logit)")
-        colors = v.as_pictures(result.colors[k])
+        draw_scale(page, left[1] + width + 0.14, top, tall, limit, "contribution (logit)")
+        colors = as_pictures(result.colors[k])
         page.picture(_on_grey(colors, result.evidence[k] / limit), left[2], top, width, height)
         if result.positions is not None:
-            page.picture(v.heatmap(result.positions[k], limit=inner_limit), left[3], top, width, height)
-            v.draw_scale(page, left[3] + width + 0.14, top, tall, inner_limit, "contribution (logit)")
+            page.picture(heatmap(result.positions[k], limit=inner_limit), left[3], top, width, height)
+            draw_scale(page, left[3] + width + 0.14, top, tall, inner_limit, "contribution (logit)")
             _draw_channels(page, left[4], top, tall, result, k, max_channels)
     if rows < len(result.classes):
         page.text(GAP, page.height - 0.1, f"first {rows} of {len(result.classes)} classes", color=GREY)

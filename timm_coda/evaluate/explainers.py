@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..explain import explain
+from ..explanation import explain
 from .base import EvaluationError, Explainer, ExplainerError
 
 __all__ = ["EXPLAINERS", "encode", "make_explainer"]

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ..visualize import color_limit, heatmap, save_figure
+from ..explanation import color_limit, heatmap, save_figure
 from .findings import Findings, Ranking, number, read_findings
 
 if TYPE_CHECKING:

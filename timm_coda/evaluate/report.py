@@ -14,8 +14,8 @@ import jinja2
 import numpy as np
 import PIL.Image
 
-from ..runs import write_text
-from ..visualize import color_limit, heatmap
+from ..explanation import color_limit, heatmap
+from ..hub import write_text
 from . import plots
 from .findings import Findings, Ranking, headline, in_words, interval, number, read_findings
 

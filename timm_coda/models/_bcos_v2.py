@@ -6,11 +6,10 @@ from typing import Any
 from timm.layers import get_device_dtype
 from torch import Tensor, nn
 
-from ..bcosify import bcos_classifier, bcos_logits
-from ..convert import check_fit, from_bcos_v2, unwrap
-from ..explain import ExplainMixin
-from ..hub import HubMixin
+from ..explanation import ExplainMixin
+from ..hub import HubMixin, check_fit, from_bcos_v2, unwrap
 from ..layers import GlobalPool
+from ._bcosify import bcos_classifier, bcos_logits
 
 __all__ = ["LONG", "BcosHead", "v2_cfg", "v2_weights"]
 

@@ -6,7 +6,7 @@ from typing import Any
 from timm.models import build_model_with_cfg
 from torch import nn
 
-from ..convert import resolve_weights
+from ..hub import resolve_weights
 
 __all__ = ["build_model"]
 

@@ -21,9 +21,8 @@ from typing import Any
 from timm.models import generate_default_cfgs, register_model
 from torch import Tensor
 
-from ..bcos import BcosConv2d
-from ..convert import ConvertError, check_fit, unwrap
-from ..layers import adapt_colours
+from ..hub import ConvertError, check_fit, unwrap
+from ..layers import BcosConv2d, adapt_colours
 from ._builder import build_model
 from .conv_stack import STAGE_FEATURES, ConvStack
 

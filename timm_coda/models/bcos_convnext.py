@@ -17,11 +17,10 @@ from timm.models import build_model_with_cfg, generate_default_cfgs, register_mo
 from timm.models.convnext import ConvNeXt
 from torch import Tensor, nn
 
-from ..bcos import BatchNormUncentered2d, PositionNorm2d
-from ..bcosify import bcos_classifier, bcos_logits, replace_modules
-from ..convert import unwrap
-from ..layers import GlobalPool
+from ..hub import unwrap
+from ..layers import BatchNormUncentered2d, GlobalPool, PositionNorm2d
 from ._bcos_v2 import LONG, BcosHead, v2_cfg, v2_weights
+from ._bcosify import bcos_classifier, bcos_logits, replace_modules
 
 __all__ = ["BcosConvNeXt"]
 

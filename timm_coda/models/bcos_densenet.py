@@ -15,9 +15,9 @@ from timm.models import build_model_with_cfg, generate_default_cfgs, register_mo
 from timm.models.densenet import DenseNet
 from torch import Tensor
 
-from ..bcosify import bcos_classifier, bcos_logits, replace_modules
 from ..layers import GlobalPool
 from ._bcos_v2 import LONG, BcosHead, v2_cfg, v2_weights
+from ._bcosify import bcos_classifier, bcos_logits, replace_modules
 
 __all__ = ["BcosDenseNet"]
 

@@ -21,9 +21,9 @@ from timm.models import generate_default_cfgs, register_model
 from timm.models.resnet import BasicBlock, Bottleneck, ResNet
 from torch import Tensor, nn
 
-from ..bcosify import bcos_classifier, bcos_logits, replace_modules
 from ..layers import GlobalPool
 from ._bcos_v2 import LONG, BcosHead, v2_cfg, v2_weights
+from ._bcosify import bcos_classifier, bcos_logits, replace_modules
 from ._builder import build_model
 
 __all__ = ["BcosResNet"]

@@ -28,11 +28,9 @@ from timm.models.resnet import BasicBlock, Bottleneck, ResNet
 from timm.models.vgg import VGG, cfgs
 from torch import Tensor, nn
 
-from ..bcos import BcosConv2d, EncodedBcosConv2d
-from ..convert import check_fit, unwrap
-from ..explain import ExplainMixin
-from ..hub import HubMixin
-from ..layers import GlobalPool, Logits, adapt_colours
+from ..explanation import ExplainMixin
+from ..hub import HubMixin, check_fit, unwrap
+from ..layers import BcosConv2d, EncodedBcosConv2d, GlobalPool, Logits, adapt_colours
 from ._builder import build_model
 
 __all__ = ["BcosV1DenseNet", "BcosV1InceptionV3", "BcosV1ResNet", "BcosV1VGG"]

@@ -18,9 +18,9 @@ from timm.models._features import feature_take_indices
 from timm.models.vgg import VGG, cfgs
 from torch import Tensor, nn
 
-from ..bcosify import bcos_classifier, bcos_logits, replace_modules
 from ..layers import GlobalPool
 from ._bcos_v2 import BcosHead, v2_cfg, v2_weights
+from ._bcosify import bcos_classifier, bcos_logits, replace_modules
 
 __all__ = ["BcosVGG"]
 

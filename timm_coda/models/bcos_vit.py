@@ -27,11 +27,18 @@ from timm.models import build_model_with_cfg, generate_default_cfgs, register_mo
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from ..bcos import BcosConv2d, BcosLinear, EncodedBcosConv2d
-from ..bcos_attention import DynamicGroupNorm2d, DynamicLayerNorm, SinCosPositions, freezable
-from ..bcosify import bcos_logits
-from ..convert import from_bcos_v2
-from ..explain import ExplainMixin
+from ..explanation import ExplainMixin
+from ..hub import from_bcos_v2
+from ..layers import (
+    BcosConv2d,
+    BcosLinear,
+    DynamicGroupNorm2d,
+    DynamicLayerNorm,
+    EncodedBcosConv2d,
+    SinCosPositions,
+    freezable,
+)
+from ._bcosify import bcos_logits
 
 __all__ = ["BcosVisionTransformer"]
 

@@ -25,11 +25,10 @@ from timm.models._input import get_model_args, get_model_input_config
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from ..bcos import BatchNormUncentered2d
-from ..bcosify import bcos_classifier, bcos_logits, replace_modules
-from ..explain import ExplainMixin, explanation_mode
+from ..explanation import ExplainMixin, explanation_mode
 from ..hub import HubMixin
-from ..layers import DynamicLinear, GlobalPool, InverseEncoding
+from ..layers import BatchNormUncentered2d, DynamicLinear, GlobalPool, InverseEncoding
+from ._bcosify import bcos_classifier, bcos_logits, replace_modules
 
 __all__ = ["Bcosified", "bcosify"]
 

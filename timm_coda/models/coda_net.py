@@ -23,8 +23,8 @@ from timm.data import ImageNetInfo
 from timm.models import generate_default_cfgs, register_model
 from torch import Tensor
 
-from ..convert import ConvertError, check_fit, unwrap
-from ..hub import blame
+from ..errors import wrap_errors
+from ..hub import ConvertError, check_fit, unwrap
 from ..layers import DAUConv2d, adapt_colours
 from ._builder import build_model
 from .conv_stack import STAGE_FEATURES, ConvStack
@@ -129,7 +129,7 @@ def _from_authors(state_dict: Mapping[str, Tensor], model: CodaNet) -> dict[str,
         if not match or int(match[1]) >= len(names):
             raise ConvertError(f"{key} is not one of the {len(names)} layers of this network, in the authors' format")
         name, part = names[int(match[1])], match[2]
-        with blame(f"{key}, {list(value.shape)}, does not go with the rest of its layer", ConvertError):
+        with wrap_errors(f"{key}, {list(value.shape)}, does not go with the rest of its layer", ConvertError):
             down = state_dict[f"{match[1]}.weight_mod.weighting_f.0.weight"]
             seen = down.shape[1:]
             if part == "0.weight":
@@ -161,7 +161,7 @@ def _cfg(**kwargs: Any) -> dict[str, Any]:
     }
 
 
-_WEIGHTS = Path(__file__).parents[1] / "weights"
+_WEIGHTS = Path(__file__).parent / "weights"
 _IMAGENET = ImageNetInfo("imagenet-1k")
 _DIGITS = {"input_size": (3, 16, 16), "pool_size": (4, 4), "label_names": tuple("0123456789")}
 _CIFAR = {"label_names": ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")}

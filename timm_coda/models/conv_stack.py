@@ -14,7 +14,7 @@ from timm.models import checkpoint_seq
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
-from ..explain import ExplainMixin
+from ..explanation import ExplainMixin
 from ..hub import HubMixin
 from ..layers import DynamicLinear, GlobalPool, InverseEncoding, Logits
 

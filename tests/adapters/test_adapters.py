@@ -1,0 +1,335 @@
+"""The adapters against the real Captum, Quantus and pytorch-grad-cam."""
+
+import copy
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import quantus
+import timm
+import torch
+from captum.attr import IntegratedGradients, NoiseTunnel
+from captum.metrics import infidelity, infidelity_perturb_func_decorator, sensitivity_max
+from pytorch_grad_cam import GradCAM
+from pytorch_grad_cam.metrics.road import ROADMostRelevantFirst
+from pytorch_grad_cam.utils.image import show_cam_on_image
+from pytorch_grad_cam.utils.model_targets import ClassifierOutputSoftmaxTarget, ClassifierOutputTarget
+
+from helpers import relative_error
+from timm_coda import data
+from timm_coda.adapters import ValidColors
+from timm_coda.adapters.captum import InherentAttribution
+from timm_coda.adapters.grad_cam import InherentCAM
+from timm_coda.adapters.quantus import explain_func
+
+
+@pytest.fixture(scope="module")
+def model():
+    return timm.create_model("coda_net_xs.digits", pretrained=True).eval()
+
+
+@pytest.fixture(scope="module")
+def other_model():
+    """Another architecture: B-cos, with normalisation layers; untrained, so its logits differ little from the bias."""
+    torch.manual_seed(0)
+    return timm.create_model("bcos_resnet18", num_classes=5).double().eval()
+
+
+@pytest.fixture(scope="module")
+def digits(model):
+    """Four test images, (4, 3, 16, 16), and their labels."""
+    test = data.load_data(["digits"]).test
+    _, transform = data.create_transforms(timm.data.resolve_model_data_config(model))
+    return torch.stack([transform(test.image(i)) for i in range(4)]), torch.as_tensor(test.labels[:4])
+
+
+def noise(inputs):
+    return inputs + 0.3 * torch.randn_like(inputs)
+
+
+# ValidColors ---------------------------------------------------------------------------------------------------------
+
+
+def test_valid_colors_change_nothing_inside(model, digits):
+    images = digits[0].clone().requires_grad_()
+    wrapped = ValidColors(model)
+    assert torch.equal(wrapped(images), model(images))
+    gradients = [torch.autograd.grad(m(images)[:, 3].sum(), images)[0] for m in (wrapped, model)]
+    assert torch.equal(*gradients)
+    assert not wrapped.training
+    assert ValidColors(copy.deepcopy(model).train()).training
+
+
+def test_valid_colors_clamp_outside(model, digits):
+    wild = digits[0] * 3 - 1
+    assert torch.equal(ValidColors(model)(wild), model(wild.clamp(0, 1)))
+    assert not torch.equal(model(wild), model(wild.clamp(0, 1)))
+    expected = model.explain(wild.clamp(0, 1), 2).contributions
+    assert relative_error(InherentAttribution(ValidColors(model)).attribute(wild, 2).sum(1), expected) < 1e-5
+    with pytest.warns(UserWarning, match=r"outside \[0, 1\]"):
+        InherentAttribution(model).attribute(wild, 2)
+
+
+# Captum --------------------------------------------------------------------------------------------------------------
+
+
+def test_attributions_sum_to_the_contributions(model, digits):
+    images, labels = digits
+    explanation = model.explain(images, labels)
+    shares = InherentAttribution(model).attribute(images, labels)
+    assert shares.shape == images.shape and not shares.requires_grad
+    assert relative_error(shares.sum(1), explanation.contributions) < 1e-5
+    assert relative_error(shares.sum((1, 2, 3)), explanation.value - explanation.bias) < 1e-5
+    encoded = model.encoding(images)
+    shares = InherentAttribution(model).attribute(encoded, labels)
+    assert relative_error(shares, explanation.weights * encoded) < 1e-6
+
+
+def test_colours_have_the_share_of_both_encodings(model, digits):
+    image = digits[0][:1]
+    weights = model.explain(image, 4).weights[0]
+    shares = InherentAttribution(model).attribute(image, 4)[0]
+    for c, y, x in ((0, 3, 7), (1, 8, 8), (2, 15, 0)):
+        color = image[0, c, y, x]
+        expected = weights[c, y, x] * color + weights[3 + c, y, x] * (1 - color)
+        torch.testing.assert_close(shares[c, y, x], expected)
+
+
+@pytest.mark.parametrize("target", [7, [7, 7, 7, 7], torch.tensor(7), torch.tensor([7]), torch.full((4,), 7)], ids=str)
+def test_targets_as_captum_writes_them(model, digits, target):
+    expected = model.explain(digits[0], 7).contributions
+    assert relative_error(InherentAttribution(model).attribute(digits[0], target).sum(1), expected) < 1e-5
+
+
+def test_no_target_is_the_prediction(model, digits):
+    expected = model.explain(digits[0]).contributions
+    assert relative_error(InherentAttribution(model).attribute(digits[0]).sum(1), expected) < 1e-5
+
+
+@pytest.mark.parametrize("name", ["model", "other_model"])
+def test_convergence_delta_is_rounding(name, request, digits):
+    net = request.getfixturevalue(name)
+    method = InherentAttribution(net)
+    images = digits[0] if name == "model" else torch.rand(2, 3, 64, 64, dtype=torch.float64)
+    shares, delta = method.attribute(images, 1, return_convergence_delta=True)
+    total = shares.sum((1, 2, 3))
+    assert delta.shape == (len(images),) and delta.abs().max() < 1e-5 * total.abs().max()
+    assert torch.equal(method.compute_convergence_delta(shares, None, images, 1), delta)
+    torch.testing.assert_close(method.compute_convergence_delta(2 * shares, None, images, 1), delta + total)
+
+
+def test_noise_tunnel(model, digits):
+    images, labels = digits
+    tunnel = NoiseTunnel(InherentAttribution(ValidColors(model)))
+    still = tunnel.attribute(images, nt_samples=2, stdevs=0.0, target=labels)
+    assert relative_error(still, InherentAttribution(model).attribute(images, labels)) < 1e-5
+    torch.manual_seed(0)
+    smooth, delta = tunnel.attribute(
+        images, nt_samples=3, nt_samples_batch_size=2, stdevs=0.2, target=labels, return_convergence_delta=True
+    )
+    assert smooth.shape == images.shape and delta.shape == (12,)
+    assert delta.abs().max() < 1e-3 < relative_error(smooth, still)
+    torch.manual_seed(0)
+    wild = images.repeat_interleave(5, 0) + torch.normal(0, torch.full((20, 3, 16, 16), 0.2))
+    expected = model.explain(wild.clamp(0, 1), labels.repeat_interleave(5)).contributions.unflatten(0, (4, 5)).mean(1)
+    torch.manual_seed(0)
+    assert relative_error(tunnel.attribute(images, stdevs=0.2, target=labels).sum(1), expected) < 1e-4
+    variance = tunnel.attribute(images, nt_type="vargrad", stdevs=0.2, target=labels)
+    assert variance.min() > -1e-6 and variance.max() > 1e-6
+
+
+def test_infidelity(model, digits):
+    images, labels = digits
+    encoded = model.encoding(images)
+    shares = InherentAttribution(model).attribute(encoded, labels)
+
+    def remove_all(inputs):
+        return torch.ones_like(inputs), torch.zeros_like(inputs)
+
+    score = infidelity(model, remove_all, encoded, shares, target=labels, n_perturb_samples=1)
+    assert score.max() < 1e-6  # contributions say exactly what removing everything takes away
+    score = infidelity(model, remove_all, encoded, 2 * shares, target=labels, n_perturb_samples=1)
+    torch.testing.assert_close(score, shares.sum((1, 2, 3)) ** 2, rtol=1e-3, atol=1e-5)
+
+    torch.manual_seed(0)
+    wrapped = ValidColors(model)
+    shares = InherentAttribution(wrapped).attribute(images, labels)
+    perturb = infidelity_perturb_func_decorator(multiply_by_inputs=True)(noise)
+    score = infidelity(wrapped, perturb, images, shares, target=labels, n_perturb_samples=5)
+    assert score.shape == (4,) and torch.isfinite(score).all() and score.min() > 0
+
+
+def test_sensitivity_max(model, digits):
+    images, labels = digits
+    method = InherentAttribution(ValidColors(model))
+    torch.manual_seed(0)
+    scores = [
+        sensitivity_max(method.attribute, images, perturb_radius=radius, n_perturb_samples=3, target=labels)
+        for radius in (0.0, 0.02, 0.3)
+    ]
+    assert scores[0].max() < 1e-6
+    assert (scores[1] > 0).all() and (scores[1] < scores[2]).all()
+
+
+def test_captums_own_methods_agree_with_the_wrapper(model, digits):
+    """Integrated gradients of the wrapper, from black, converge: the wrapper is a model like any other to Captum."""
+    _, delta = IntegratedGradients(ValidColors(model)).attribute(
+        digits[0], target=digits[1], n_steps=100, return_convergence_delta=True
+    )
+    value = (model(digits[0]) - model(torch.zeros(1, 3, 16, 16))).gather(1, digits[1][:, None]).abs()
+    assert delta.abs().max() < 0.05 * value.max()
+
+
+def test_captum_errors_name_the_mend(model, digits):
+    method = InherentAttribution(model)
+    with pytest.raises(ValueError, match="2 inputs: our models take one"):
+        method.attribute((digits[0], digits[0]), 1)
+    with pytest.raises(ValueError, match=r"additional_forward_args=\(3,\): our models take images alone"):
+        method.attribute(digits[0], 1, (3,))
+    with pytest.raises(ValueError, match="start_point must be None"):
+        method.compute_convergence_delta(digits[0], torch.zeros_like(digits[0]), digits[0], 1)
+    with pytest.raises(ValueError, match="target=10: the model's classes are 0 to 9"):
+        method.attribute(digits[0], 10)
+
+
+# Quantus -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def batch(model, digits):
+    """The arguments that all of Quantus' metrics share."""
+    images, labels = digits[0].numpy(), digits[1].numpy()
+    wrapped = ValidColors(model)
+    a_batch = explain_func(wrapped, images, labels)
+    return {"model": wrapped, "x_batch": images, "y_batch": labels, "a_batch": a_batch, "explain_func": explain_func}
+
+
+def quiet(metric, **options):
+    np.random.seed(0)
+    return metric(disable_warnings=True, **options)
+
+
+def test_explain_func_gives_contributions(model, digits):
+    images, labels = digits
+    maps = explain_func(model=model, inputs=images.numpy(), targets=labels.numpy(), device="cpu")
+    assert isinstance(maps, np.ndarray) and maps.shape == (4, 1, 16, 16) and maps.min() < 0 < maps.max()
+    np.testing.assert_array_equal(maps[:, 0], model.explain(images, labels).contributions)
+    in_float64 = explain_func(ValidColors(model), images.numpy().astype(np.float64) * 2, labels.tolist())
+    np.testing.assert_array_equal(in_float64[:, 0], model.explain((2 * images).clamp(0, 1), labels).contributions)
+    with pytest.raises(ValueError, match="device='cuda', but the model is on cpu: move it there first"):
+        explain_func(model, images.numpy(), labels.numpy(), device="cuda")
+
+
+def test_quantus_faithfulness_correlation(batch):
+    # Digits lie on black, so what is removed takes the mean colour: black for black would be no change.
+    options = {"nr_runs": 50, "subset_size": 64, "perturb_baseline": "mean", "return_aggregate": False}
+    scores, negated = (
+        quiet(quantus.FaithfulnessCorrelation, **options)(**batch | {"a_batch": sign * batch["a_batch"]})
+        for sign in (1, -1)
+    )
+    assert len(scores) == 4
+    assert np.mean(scores) > 0.2 > -0.2 > np.mean(negated)
+
+
+def test_quantus_max_sensitivity(batch):
+    scores = [
+        np.array(quiet(quantus.MaxSensitivity, nr_samples=3, lower_bound=radius)(**batch)) for radius in (0.01, 0.3)
+    ]
+    assert scores[0].shape == (4,) and (scores[0] > 0).all() and (scores[0] < scores[1]).all()
+
+
+def test_quantus_random_logit(batch):
+    same_class = np.array(quiet(quantus.RandomLogit, num_classes=10, seed=42)(**batch))
+    assert same_class.shape == (4,) and (same_class < 0.95).all()  # 1 where maps ignored the class
+
+
+@pytest.mark.parametrize("order", ["top_down", "independent"])
+def test_quantus_mprt(model, batch, order):
+    before = copy.deepcopy(model.state_dict())
+    scores = quiet(quantus.MPRT, layer_order=order, seed=42)(**batch)
+    layers = [name for name, module in batch["model"].named_modules() if hasattr(module, "reset_parameters")]
+    expected = layers[::-1] if order == "top_down" else layers
+    assert list(scores) == ["original", *expected] and len(layers) > 3
+    np.testing.assert_allclose(scores["original"], 1)
+    assert max(np.mean(scores[layer]) for layer in layers) < 0.9
+    assert all(torch.equal(a, b) for a, b in zip(before.values(), model.state_dict().values(), strict=True))
+
+
+def test_quantus_sparseness(batch):
+    scores = quiet(quantus.Sparseness)(**batch)
+    # The Gini index, by its textbook formula.
+    values = np.sort(np.abs(batch["a_batch"].reshape(4, -1)).astype(np.float64))
+    rank = np.arange(1, 257)
+    expected = ((2 * rank - 257) * values).sum(1) / (256 * values.sum(1))
+    np.testing.assert_allclose(scores, expected, atol=2e-3)
+
+
+# pytorch-grad-cam ----------------------------------------------------------------------------------------------------
+
+
+def test_cam_is_the_positive_part_of_the_contributions(model, digits):
+    images, labels = digits
+    targets = [ClassifierOutputTarget(c) for c in labels.tolist()]
+    with InherentCAM(model) as cam:
+        maps = cam(input_tensor=images, targets=targets)
+    assert maps.shape == (4, 16, 16) and maps.dtype == np.float32
+    expected = model.explain(images, labels).contributions.clamp_min(0)
+    for one, map_ in zip(expected, maps, strict=True):
+        np.testing.assert_allclose(map_, one / one.max(), rtol=1e-5, atol=1e-7)
+    np.testing.assert_array_equal(
+        cam(images), cam(images, [ClassifierOutputTarget(c) for c in model(images).argmax(1)])
+    )
+
+
+@pytest.mark.filterwarnings("ignore:__array_wrap__ must accept:DeprecationWarning")  # SciPy's sparse matrices in ROAD
+def test_cam_in_place_of_the_librarys(model, digits):
+    """The same two lines with theirs and ours, then the library's own picture and its own metric."""
+    images = digits[0][:2]
+    targets = [ClassifierOutputTarget(c) for c in digits[1][:2].tolist()]
+    other = copy.deepcopy(model)  # theirs leaves gradients on the parameters
+    with GradCAM(model=other, target_layers=[other.stages[-1]]) as cam:
+        theirs = cam(input_tensor=images, targets=targets)
+    ours = InherentCAM(model)(input_tensor=images, targets=targets)
+    assert (ours.shape, ours.dtype) == (theirs.shape, theirs.dtype)
+    picture = show_cam_on_image(images[0].permute(1, 2, 0).numpy(), ours[0], use_rgb=True)
+    assert picture.shape == (16, 16, 3) and picture.dtype == np.uint8
+    scores = [ROADMostRelevantFirst(percentile=75)(images, maps, targets, model) for maps in (ours, 1 - ours)]
+    assert scores[0].shape == (2,) and (scores[0] < scores[1]).all()  # removing what counts lowers the logit more
+
+
+def test_cam_where_nothing_speaks_for_the_class():
+    net = timm.create_model("coda_net_xs", num_classes=2, rank=2).eval()
+    torch.nn.init.zeros_(net.get_classifier().up.weight)
+    torch.nn.init.zeros_(net.get_classifier().up.bias)
+    assert (InherentCAM(net)(torch.rand(1, 3, 16, 16)) == 0).all()
+
+
+def test_cam_refuses_what_has_no_exact_explanation(model, digits):
+    targets = [ClassifierOutputSoftmaxTarget(1)] * 4
+    with pytest.raises(TypeError, match=r"only a logit has an exact explanation, give ClassifierOutputTarget"):
+        InherentCAM(model)(digits[0], targets)
+    with pytest.raises(ValueError, match="4 images"):
+        InherentCAM(model)(digits[0], [ClassifierOutputTarget(1)])
+
+
+# All -----------------------------------------------------------------------------------------------------------------
+
+
+def test_the_model_is_left_as_it_was(model, digits):
+    images = digits[0].clone().requires_grad_()
+    before = copy.deepcopy(model.state_dict())
+    InherentAttribution(model).attribute(images, 1)
+    explain_func(model, images.detach().numpy(), np.arange(4))
+    InherentCAM(model)(images)
+    assert images.grad is None and all(p.grad is None and p.requires_grad for p in model.parameters())
+    assert all(torch.equal(a, b) for a, b in zip(before.values(), model.state_dict().values(), strict=True))
+
+
+def test_without_captum_the_error_names_the_extra():
+    code = "import sys; sys.modules['captum'] = None; import timm_coda.adapters.quantus, timm_coda.adapters.grad_cam; "
+    run = subprocess.run(
+        [sys.executable, "-c", code + "import timm_coda.adapters.captum"], capture_output=True, text=True, check=False
+    )
+    assert run.returncode == 1
+    assert run.stderr.strip().endswith("ImportError: this adapter needs Captum: pip install 'timm_coda[evaluate]'")

@@ -1,0 +1,527 @@
+"""The page of `timm-coda demo`, in a real browser, and what it must not give away.
+
+Needs the extra `demo`, Playwright's Python package and a chromium on the path (Debian: apt-get install chromium).
+"""
+
+import base64
+import importlib.metadata
+import io
+import json
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import urllib.error
+import urllib.request
+import uuid
+import zlib
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import pytest
+import timm
+import yaml
+from PIL import Image
+
+from helpers.browser import CHROMIUM
+from timm_coda import cli
+from timm_coda.data.datasets import load_data
+from timm_coda.explanation import figures
+from timm_coda.hub.factory import save_model
+from timm_coda.images import read_image
+
+pytest.importorskip("gradio", reason="the page needs the extra: pip install 'timm_coda[demo]'")
+playwright = pytest.importorskip("playwright.sync_api", reason="drives the browser: pip install playwright")
+if not CHROMIUM:
+    pytest.skip("there is no chromium: apt-get install chromium", allow_module_level=True)
+
+from timm_coda.demo import Shelf  # noqa: E402
+
+STRANGE = ["<script>document.title='0wned'</script>", "${1+1}", "{{value}}", "a\"b'c&amp;", *"456789"]
+MINUS = "\N{MINUS SIGN}"
+
+
+@contextmanager
+def process(command, **environment):
+    """A server in a process of its own: its address. It prints one line when it is ready, and nothing else."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    variables = os.environ | {"GRADIO_SERVER_PORT": str(port), "OMP_NUM_THREADS": "1"} | environment
+    server = subprocess.Popen(
+        [sys.executable, *command], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=variables
+    )
+    try:
+        said = server.stdout.readline()
+        assert said == f"The page is at http://127.0.0.1:{port}/ (Ctrl-C ends it)\n", said + server.communicate()[0]
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        server.send_signal(signal.SIGINT)
+        said = server.communicate(timeout=60)[0]
+    refused = re.findall(
+        "InvalidPathError: |ValueError: Hostname 127|gradio.exceptions.Error: .Value: .* in the list", said
+    )
+    assert said.count("Traceback") == len(refused), said  # of what was refused, and none of Ctrl-C
+    assert "Warning" not in said, said
+
+
+@pytest.fixture(scope="module")
+def model():
+    return timm.create_model("coda_net_xs.digits", pretrained=True).eval()
+
+
+@pytest.fixture(scope="module")
+def digits(tmp_path_factory):
+    """Files of three digits, the second one in colour."""
+    split, folder = load_data("digits").test, tmp_path_factory.mktemp("digits")
+    paths = [folder / name for name in ("first.png", "second.png", "third.png")]
+    for path, index in zip(paths, (3, 40, 77), strict=True):
+        split.image(index).save(path)
+    colours = np.asarray(Image.open(paths[1]).resize((40, 24))) // [1, 2, 4]
+    Image.fromarray(colours.astype(np.uint8)).save(paths[1])
+    return paths
+
+
+@pytest.fixture(scope="module")
+def site(model, tmp_path_factory):
+    """The page's address; it shows the digits' model, and the same one with class names that are code."""
+    folder = tmp_path_factory.mktemp("models") / "strange"
+    model.save_pretrained(folder, label_names=STRANGE)
+    with process(["-m", "timm_coda", "demo", "--model", "coda_net_xs.digits", str(folder)]) as address:
+        yield address
+
+
+@pytest.fixture(scope="module")
+def browser():
+    with playwright.sync_playwright() as driver:
+        chromium = driver.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        yield chromium
+        chromium.close()
+
+
+@pytest.fixture
+def visit(browser, site):
+    """A function that opens the page as a new visitor. In the end nothing was fetched from anywhere else."""
+    visits, faults = [], []
+
+    def open_page(width=1280, height=900, color_scheme="light"):
+        context = browser.new_context(viewport={"width": width, "height": height}, color_scheme=color_scheme)
+        page = context.new_page()
+        page.set_default_timeout(20_000)
+        page.on("request", lambda r: r.url.startswith((site, "data:", "blob:")) or faults.append(r.url))
+        page.on("pageerror", lambda error: faults.append(str(error)))
+        page.on("console", lambda message: message.type == "error" and faults.append(message.text))
+        page.goto(site)
+        words(page, "Why 0?")
+        visits.append(context)
+        return page
+
+    yield open_page
+    for context in visits:
+        context.close()
+    assert not faults
+
+
+def words(page, start):
+    """Wait until the explanation is the one that starts so."""
+    playwright.expect(page.locator(".coda-words")).to_have_text(re.compile(re.escape(start)), timeout=20_000)
+
+
+def upload(page, path, name):
+    page.locator("input[type=file]").set_input_files(path)
+    words(page, f"Why {name}?")
+
+
+def choose(page, field, option):
+    page.get_by_label(field, exact=True).click()
+    page.get_by_role("option", name=option, exact=True).click()
+    playwright.expect(page.get_by_role("option")).to_have_count(0)  # the list is gone before the next one opens
+
+
+def point(page, row, column, rows, columns):
+    """Move the mouse to the middle of a position of the signed map."""
+    place = page.get_by_role("figure", name="For and against").locator(".coda-picture")
+    box = place.bounding_box()
+    place.hover(position={"x": box["width"] * (column + 0.5) / columns, "y": box["height"] * (row + 0.5) / rows})
+
+
+def reading(page):
+    """The number behind the region's text, and the text."""
+    output = page.locator(".coda-region output")
+    return float(output.get_attribute("data-value")), " ".join(output.inner_text().split())
+
+
+def picture(page, name):
+    source = page.get_by_role("figure", name=name, exact=True).get_by_role("img").get_attribute("src")
+    return np.asarray(Image.open(io.BytesIO(base64.b64decode(source.partition(",")[2]))))
+
+
+def expected_text(maps, row, column, name):
+    """What the page says of one position of a map (h, w)."""
+    value = maps[row, column]
+    share = 100 * value / maps[maps > 0].sum() if value > 0 else 100 * value / maps[maps < 0].sum()
+    number = f"{'+' if value >= 0 else MINUS}{digits3(abs(value))} logits"
+    shares = (digits3(share), "0.00") if value > 0 else ("0.00", digits3(share))
+    said = f"{shares[0]} % of all evidence for it, {shares[1]} % of all against it."
+    return f"Row {row}, column {column}: {number} for {name}: {said}"
+
+
+def digits3(number):
+    """Three digits, as JavaScript's toPrecision(3)."""
+    exponent = int(np.floor(np.log10(number)))
+    return f"{number:.{max(0, 2 - exponent)}f}" if exponent >= -7 else f"{number:.2e}"
+
+
+def test_upload_prediction_and_reading(visit, digits, model):
+    page = visit()
+    for path in digits[:2]:
+        explanation = model.explain(read_image(path))
+        maps, name = explanation.contributions[0].numpy(), str(int(explanation.prediction))
+        upload(page, path, name)
+        best = page.locator(".coda-bars li").first
+        logit, percent = explanation.logits.max().item(), 100 * explanation.logits.sigmoid().max().item()
+        playwright.expect(best.get_by_role("button")).to_have_accessible_name(
+            f"Explain {name}, probability {percent:.1f} %, logit {logit:.2f}".replace("-", MINUS)
+        )
+        assert page.locator(".coda-bars li").count() == 5
+        assert (picture(page, "For and against") == explanation.heatmap()[0]).all()
+        assert (picture(page, "On the image") == explanation.overlay()[0]).all()
+        assert (picture(page, "Colours for it") == np.rint(255 * explanation.rgba()[0])).all()
+        assert np.abs(picture(page, "Image") / 255 - explanation.images[0].permute(1, 2, 0).numpy()).max() < 1 / 255
+        strongest = np.unravel_index(np.argmax(maps), maps.shape)
+        weakest = np.unravel_index(np.argmin(maps), maps.shape)
+        for row, column in (strongest, weakest, (0, 0), (15, 15)):
+            point(page, row, column, *maps.shape)
+            value, text = reading(page)
+            assert value == pytest.approx(maps[row, column], rel=1e-6)
+            assert text == expected_text(maps, row, column, name)
+
+
+def test_region_by_keyboard(visit, model, digits):
+    page = visit()
+    explanation = model.explain(read_image(digits[0]))
+    maps, name = explanation.contributions[0].numpy().astype(np.float64), str(int(explanation.prediction))
+    upload(page, digits[0], name)
+    page.get_by_label("Row").focus()
+    for key in ("9", "Tab", "1", "Tab", "Delete", "4"):
+        page.keyboard.press(key)
+    value, text = reading(page)
+    region = maps[8:12, 0:4]  # one position before the middle and two after it, and what lies in the map
+    assert value == pytest.approx(region.sum(), rel=1e-6)
+    assert text.startswith("Rows 8–11, columns 0–3: ")  # noqa: RUF001
+    share = 100 * region[region > 0].sum() / maps[maps > 0].sum()
+    assert f" {digits3(share)} % of all evidence for it" in text
+    point(page, 2, 2, 16, 16)
+    assert reading(page) == (value, text), "what was typed is kept"
+
+
+def test_why_this_class_and_not_that_one(visit, model, digits):
+    page = visit()
+    image = read_image(digits[0])
+    logits = model.explain(image).logits[0]
+    first, second, third = (str(i) for i in logits.argsort(descending=True)[:3].tolist())
+    upload(page, digits[0], first)
+    page.get_by_role("button", name=f"Explain {second},").click()  # one click
+    words(page, f"Why {second}? Its logit")
+    asked = page.get_by_role("button", name=f"Why {second} and not {third}?")
+    asked.focus()
+    page.keyboard.press("Enter")  # two clicks, one of them by the keyboard
+    words(page, f"Why {second} and not {third}?")
+    assert asked.get_attribute("aria-pressed") == "true"
+    playwright.expect(asked).to_be_focused()
+    contrast = model.explain(image, int(second), versus=int(third))
+    maps = contrast.contributions[0].numpy()
+    assert (picture(page, "For and against") == contrast.heatmap()[0]).all()
+    point(page, 7, 7, 16, 16)
+    assert reading(page)[1] == expected_text(maps, 7, 7, f"{second}, not {third}")
+    assert f"{abs(contrast.value.item()):.2f} above that of {third}" in page.locator(".coda-words").inner_text()
+
+    choose(page, "Why this class", third)
+    words(page, f"Why {third}? Its logit")  # and not itself
+    choose(page, "and not this one", first)
+    words(page, f"Why {third} and not {first}? Its logit is")
+    point(page, 5, 9, 16, 16)
+    maps = model.explain(image, int(third), versus=int(first)).contributions[0].numpy()
+    assert reading(page)[0] == pytest.approx(maps[5, 9], rel=1e-6)
+
+
+def test_layers_scale_and_smoothing(visit, model, digits):
+    page = visit()
+    image = read_image(digits[1])
+    explanation = model.explain(image)
+    name = str(int(explanation.prediction))
+    upload(page, digits[1], name)
+    colours = page.get_by_role("figure", name="Colours for it").get_by_role("img")
+    before = colours.get_attribute("src")
+    page.get_by_label("number input for Smoothing").fill("3")
+    page.keyboard.press("Enter")
+    playwright.expect(colours).not_to_have_attribute("src", before)
+    assert (picture(page, "Colours for it") == np.rint(255 * explanation.rgba(smooth=3)[0])).all()
+    page.get_by_label("number input for Colour scale").fill("90")
+    page.keyboard.press("Enter")
+    limit = figures.color_limit(explanation.contributions, percentile=90)
+    playwright.expect(page.locator(".coda-scale")).to_contain_text(f"+{limit:.2g}")
+    assert (picture(page, "For and against") == explanation.heatmap(percentile=90)[0]).all()
+
+    choose(page, "As a sum over", "layer stages.2")
+    words(page, f"Why {name}? Its logit {explanation.value.item():.2f} = ".replace("-", MINUS))
+    playwright.expect(page.locator(".coda-words")).to_contain_text("(sum over layer stages.2)")
+    maps = model.explain(image, layer="stages.2").contributions[0].numpy()
+    assert maps.shape == (4, 4)
+    point(page, 2, 1, 4, 4)
+    assert reading(page)[1] == expected_text(maps, 2, 1, name)
+    assert page.get_by_role("figure").count() == 3, "a layer has no colours"
+    assert page.get_by_label("range slider for Smoothing").is_disabled()
+
+
+def test_files_to_take_along(visit, model, digits, tmp_path):
+    page = visit()
+    explanation = model.explain(read_image(digits[2]), versus=8)
+    name = str(int(explanation.prediction))
+    upload(page, digits[2], name)
+    choose(page, "and not this one", "8")
+    words(page, f"Why {name} and not 8?")
+    files = {}
+    for button, file in (("Save figure (PNG)", "explanation.png"), ("Save arrays (NPZ)", "explanation.npz")):
+        with page.expect_download() as download:
+            page.get_by_role("button", name=button).click()
+        assert download.value.suggested_filename == file
+        files[file] = tmp_path / file
+        download.value.save_as(files[file])
+    with page.expect_download() as download:
+        page.get_by_role("link", name="Save the picture: For and against").click()
+    assert download.value.suggested_filename == "for-and-against.png"
+    assert (np.asarray(Image.open(download.value.path())) == explanation.heatmap()[0]).all()
+    with Image.open(files["explanation.png"]) as figure:
+        assert figure.width > 500
+    with np.load(files["explanation.npz"]) as arrays:
+        for field in ("images", "logits", "contributions", "weights", "value", "target", "versus"):
+            assert arrays[field].ravel() == pytest.approx(getattr(explanation, field).numpy().ravel()), field
+
+
+def test_two_visitors_see_their_own(visit, model, digits):
+    pages = [visit(), visit()]
+    images = [read_image(path) for path in digits[:2]]
+    names = [str(int(model.explain(image).prediction)) for image in images]
+    for page, path, name in zip(pages, digits, names, strict=False):
+        upload(page, path, name)
+    for target in ("7", "2"):  # both at once
+        for page in pages:
+            choose(page, "Why this class", target)
+        for page, image in zip(pages, images, strict=True):
+            words(page, f"Why {target}?")
+            maps = model.explain(image, int(target)).contributions[0].numpy()
+            point(page, 6, 6, 16, 16)
+            assert reading(page)[0] == pytest.approx(maps[6, 6], rel=1e-6)
+    for page in pages:  # redrawn from what the server keeps for each of them
+        page.get_by_label("number input for Colour scale").fill("80")
+        page.keyboard.press("Enter")
+    for page, image in zip(pages, images, strict=True):
+        expected = model.explain(image, 2).heatmap(percentile=80)[0]
+        limit = figures.color_limit(model.explain(image, 2).contributions, percentile=80)
+        playwright.expect(page.locator(".coda-scale")).to_contain_text(f"+{limit:.2g}")
+        assert (picture(page, "For and against") == expected).all()
+
+
+def test_another_model_and_names_that_are_code(visit, site):
+    page = visit()
+    page.get_by_label("Model", exact=True).click()
+    page.get_by_role("option", name=re.compile("strange$")).click()
+    words(page, f"Why {STRANGE[0]}?")
+    for name in STRANGE[1:4]:
+        choose(page, "Why this class", name)
+        words(page, f"Why {name}?")
+    point(page, 3, 3, 16, 16)
+    assert f"logits for {STRANGE[3]}:" in reading(page)[1]
+    assert page.title() != "0wned"
+    field = page.get_by_label("Model", exact=True)
+    field.fill("coda_net_xxs")
+    field.press("Enter")
+    alert = page.get_by_role("alert")
+    playwright.expect(alert).to_have_text(re.compile("timm has no model 'coda_net_xxs'.*there is coda_net_xs"))
+    field.fill("coda_net_xs.digits")
+    field.press("Enter")
+    words(page, "Why 0?")
+    assert page.get_by_role("alert").count() == 0
+
+
+def test_bad_files_are_refused_in_words(visit, tmp_path):
+    page = visit()
+    text, large, bomb = tmp_path / "text.png", tmp_path / "large.png", tmp_path / "bomb.png"
+    text.write_text("no picture")
+    bomb.write_bytes(png_that_claims(50_000, 50_000))
+    large.write_bytes(png_that_claims(8, 8) + bytes(11_000_000))
+    upload_field = page.locator("input[type=file]")
+    for path, said in ((text, "The image: not an image of a known kind"), (bomb, "more than 25,000,000 pixels")):
+        upload_field.set_input_files(path)
+        playwright.expect(page.get_by_role("alert").first).to_contain_text(said)
+        page.get_by_role("button", name="Remove Image").click()
+        playwright.expect(page.locator(".coda-empty")).to_be_visible()
+    upload_field.set_input_files(large)
+    playwright.expect(page.get_by_text("exceed the maximum allowed size of 10.0 Mb")).to_be_visible()
+    page.get_by_role("button", name="Save arrays").click()
+    playwright.expect(page.get_by_text("There is nothing to save yet: choose an image first.")).to_be_visible()
+    page.get_by_role("button", name="Example: digit 4").click()
+    words(page, "Why 4?")
+
+
+def png_that_claims(width, height):
+    def chunk(name, data):
+        return len(data).to_bytes(4) + name + data + zlib.crc32(name + data).to_bytes(4)
+
+    header = width.to_bytes(4) + height.to_bytes(4) + bytes([8, 2, 0, 0, 0])
+    body = zlib.compress(bytes(100_000), 9)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", body) + chunk(b"IEND", b"")
+
+
+@pytest.mark.parametrize("color_scheme", ["light", "dark"])
+@pytest.mark.parametrize("width", [390, 1280])
+def test_fits_the_screen(visit, width, color_scheme):
+    page = visit(width, 844, color_scheme)
+    assert page.evaluate("document.documentElement.scrollWidth") <= width
+    dark = page.evaluate("getComputedStyle(document.body).backgroundColor.match(/\\d+/g).every((c) => +c < 60)")
+    assert dark == (color_scheme == "dark")
+    nameless = [node for node in page.get_by_role("button").all() if not accessible_name(node)]
+    assert not nameless
+    assert all(image.get_attribute("alt") for image in page.locator(".coda-picture img").all())
+
+
+def accessible_name(node):
+    return node.get_attribute("aria-label") or node.get_attribute("title") or node.inner_text().strip()
+
+
+def by_hand(site, event, *fields):
+    """The page's answer to a request that no visitor's browser sends."""
+    config = json.loads(fetch(f"{site}/config"))
+    number = next(f["id"] for f in config["dependencies"] if [event] == [target[1] for target in f["targets"]])
+    session = uuid.uuid4().hex
+    body = json.dumps({"data": fields, "fn_index": number, "session_hash": session, "event_data": None}).encode()
+    request = urllib.request.Request(f"{site}/gradio_api/queue/join", body, {"Content-Type": "application/json"})
+    fetch(request)
+    return fetch(f"{site}/gradio_api/queue/data?session_hash={session}")
+
+
+def fetch(request):
+    with urllib.request.urlopen(request, timeout=20) as answer:
+        return answer.read().decode()
+
+
+def test_only_uploads_can_be_read(site, tmp_path, digits):
+    secret = tmp_path / "secret.png"
+    shutil.copy(digits[0], secret)
+    for path in ("/etc/passwd", "../../../etc/passwd", "%2Fetc%2Fpasswd", __file__, secret):
+        with pytest.raises(urllib.error.HTTPError) as refused:
+            fetch(f"{site}/gradio_api/file={path}")
+        with refused.value as answer:
+            assert answer.code in (403, 404)
+    for place in (str(secret), f"{site}/theme.css"):
+        file = {"path": place, "meta": {"_type": "gradio.FileData"}, "orig_name": "x.png"}
+        answer = by_hand(site, "change", file, "coda_net_xs.digits", None, -1, "", 1, 99.5, None)
+        assert '"success":false' in answer, place
+        assert "coda-result" not in answer
+
+
+@pytest.fixture(scope="module")
+def space(digits, model, tmp_path_factory):
+    """An exported folder, with a model and examples of its own."""
+    base = tmp_path_factory.mktemp("space")
+    model.save_pretrained(base / "mine", label_names=[f"digit {i}" for i in range(10)])
+    (base / "photos").mkdir()
+    shutil.copy(digits[1], base / "photos" / "colours.png")
+    (base / "photos" / "notes.txt").write_text("no image")
+    words = ["--model", str(base / "mine"), "--examples", str(base / "photos"), "--export", str(base / "exported")]
+    assert cli.main(["demo", *words]) == 0
+    return base / "exported"
+
+
+def test_exported_space_runs(space, browser, model, digits):
+    app = space / "timm_coda" / "demo" / "app.py"
+    app.write_text(app.read_text().replace("Why did the model decide that?", "A copy of the page"))
+    name = f"digit {int(model.explain(read_image(digits[1])).prediction)}"
+    with process([str(space / "app.py")], PYTHONPATH="") as address:
+        page = browser.new_page()
+        page.goto(address)
+        words(page, f"Why {name}?")
+        assert page.get_by_role("heading", level=1).inner_text() == "A copy of the page", "its own package"
+        assert page.locator(".coda-examples button").count() == 1
+        page.close()
+        answer = by_hand(address, "change", None, "coda_net_xs.digits", None, -1, "", 1, 99.5, None)
+        assert '"success":false' in answer and "not in the list of choices" in answer, (
+            "visitors choose among its models"
+        )
+
+
+def test_exported_space_says_what_it_needs(space):
+    _, front, text = (space / "README.md").read_text().split("---\n")
+    card = yaml.safe_load(front)
+    assert card["sdk"] == "gradio" and card["app_file"] == "app.py" and len(card["short_description"]) <= 60
+    assert card["sdk_version"] == importlib.metadata.version("gradio")
+    assert "timm_coda" in text
+    pinned = dict(line.split("==") for line in (space / "requirements.txt").read_text().split())
+    assert {"torch", "timm", "gradio", "matplotlib"} <= set(pinned) and "timm_coda" not in pinned
+    assert all(importlib.metadata.version(name).split("+")[0] == version for name, version in pinned.items())
+    assert not list(space.rglob("__pycache__"))
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--export", "."], "not an empty folder: give a new one"),
+        (["--export", "new", "--port", "80"], "a Space has its own"),
+        (["--examples", "none"], "there is no such folder of example images"),
+        (["--examples", "."], "no image in it that can be read"),
+        (["--model", "coda_net_xxs"], "timm has no model 'coda_net_xxs'"),
+    ],
+)
+def test_wrong_commands(tmp_path, monkeypatch, capsys, words, said):
+    monkeypatch.chdir(tmp_path)
+    Path("mine.txt").write_text("kept")
+    assert cli.main(["demo", *words]) == 2
+    assert said in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
+
+
+def test_help_and_what_is_missing(monkeypatch, capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["demo", "--help"])
+    assert max(map(len, capsys.readouterr().out.splitlines())) <= 80
+    for name in [name for name in sys.modules if name.startswith("timm_coda.demo")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "gradio", None)
+    assert cli.main(["demo"]) == 2
+    assert "pip install 'timm_coda[demo]'" in capsys.readouterr().err
+
+
+def test_port_in_use():
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = str(taken.getsockname()[1])
+        command = [sys.executable, "-m", "timm_coda", "demo", "--port", port]
+        done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 2, done.stderr
+    assert done.stderr == (
+        f"timm-coda: error: cannot listen at 127.0.0.1 port {port}: is it in use? Name another with --port\n"
+    )
+
+
+def test_models_on_the_shelf(tmp_path, model):
+    folders = [str(tmp_path / name) for name in "abcd"]
+    for folder in folders:
+        model.save_pretrained(folder)
+    save_model(timm.create_model("test_efficientnet"), tmp_path / "plain")
+    shelf = Shelf(folders)
+    with pytest.raises(ValueError, match="plain is a EfficientNet, which cannot explain itself"):
+        Shelf([str(tmp_path / "plain")])[str(tmp_path / "plain")]
+    with pytest.raises(ValueError, match=r"'coda_net_xs.digits' is not shown here; there is .*a, .*b"):
+        shelf["coda_net_xs.digits"]
+    first = shelf[folders[0]]
+    assert shelf[folders[0]] is first
+    for folder in folders[1:]:
+        shelf[folder]
+    assert shelf[folders[0]] is not first, "only the last few stay in memory"
+    assert Shelf(folders, any_model=True)["coda_net_xs.digits"].num_classes == 10

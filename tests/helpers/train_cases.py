@@ -1,0 +1,110 @@
+"""train.py as a process of its own, on a small data set, and whether two runs were the same."""
+
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import psutil
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+from helpers import ROOT
+from timm_coda.training import states
+
+SMALL = ["--model", "coda_net_xs", "--model-args", "rank=2", "logit_temperature=20", "--img-size", "8"]
+SMALL += ["--batch-size", "8", "--workers", "0", "--lr", "0.003", "--crop-padding", "1"]
+QUIET = ["--explain-every", "0", "--explain-images", "2"]
+
+
+def image_file(rng: np.random.Generator, label: int) -> bytes:
+    pixels = rng.integers(0, 80, (8, 8, 3), dtype=np.uint8)
+    pixels[:, :, label] += 150
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, "PNG")
+    return file.getvalue()
+
+
+def start(
+    *options, cwd: Path, script: str = "train.py", processes: int = 1, environment: dict[str, str] | None = None, **more
+) -> subprocess.Popen:
+    """train.py as one process, or several that Accelerate launches, in a group of their own."""
+    environment = os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"} | (environment or {})
+    command = [str(ROOT / script), *map(str, options)]
+    if processes > 1:
+        launch = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", str(processes)]
+        launch += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
+        command = [*launch, "--main_process_port", "0", *command]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "start_new_session": True}
+    return subprocess.Popen([sys.executable, *command], cwd=cwd, env=environment, **pipes, **more)
+
+
+def finish(run: subprocess.Popen, code: int = 0) -> str:
+    """What it printed when it ended, with that exit code."""
+    out, err = run.communicate(timeout=180)
+    assert run.returncode == code, (run.returncode, out, err)
+    return out + err
+
+
+def signal_group(run: subprocess.Popen, number: signal.Signals) -> None:
+    """As a terminal or a scheduler does: to the run and to all processes that it has started."""
+    os.killpg(run.pid, number)
+
+
+def kill(run: subprocess.Popen) -> None:
+    """SIGKILL to a run and all processes it has started, those in groups of their own, too."""
+    for process in (*psutil.Process(run.pid).children(recursive=True), run):
+        process.kill()
+    run.communicate()
+
+
+def wait_for_state(run: subprocess.Popen, folder: Path, update: int) -> None:
+    """Wait until a training state of that update, or a later one, is there."""
+    limit = time.monotonic() + 60
+    while time.monotonic() < limit and run.poll() is None:
+        for state in states.find_states(folder / "checkpoints"):
+            try:
+                if json.loads((state / "record.json").read_text())["progress"]["update"] >= update:
+                    return
+            except FileNotFoundError:  # just deleted
+                pass
+        time.sleep(0.005)
+    raise AssertionError(f"no state of update {update}: {run.communicate()}")
+
+
+def assert_same_run(one: Path, other: Path) -> None:
+    """The same curve, the same weights, optimiser and average, bit for bit, and the same model to publish."""
+    summaries = [json.loads((folder / "summary.json").read_text()) for folder in (one, other)]
+    assert summaries[0]["curve"] == summaries[1]["curve"]
+    for epochs in zip(*(summary["history"] for summary in summaries), strict=True):
+        first, second = ({k: v for k, v in epoch.items() if k != "images_per_second"} for epoch in epochs)
+        assert first == second
+    saved = [states.find_states(folder / "checkpoints") for folder in (one, other)]
+    assert [state.name for state in saved[0]] == [state.name for state in saved[1]]
+    for file in ("model.safetensors", "optimizer.bin", "custom_checkpoint_0.pkl"):
+        paths = [state[-1] / file for state in saved]
+        assert paths[0].exists() == paths[1].exists()
+        if paths[0].exists():
+            assert_equal(*(load_file(path) if path.suffix == ".safetensors" else torch.load(path) for path in paths))
+    assert_equal(*(load_file(folder / "model.safetensors") for folder in (one, other)))
+
+
+def assert_equal(one, other) -> None:
+    assert type(one) is type(other)
+    if isinstance(one, torch.Tensor):
+        assert torch.equal(one, other)
+    elif isinstance(one, dict):
+        assert one.keys() == other.keys()
+        for key in one:
+            assert_equal(one[key], other[key])
+    elif isinstance(one, list):
+        for pair in zip(one, other, strict=True):
+            assert_equal(*pair)
+    else:
+        assert one == other

@@ -1,0 +1,233 @@
+"""Models in and out of folders: what timm and transformers make of them, bad ones, and a full disk."""
+
+import json
+import os
+
+import pytest
+import timm
+import torch
+from safetensors.torch import load_file, save_file
+
+import timm_coda
+from timm_coda import BcosResNet, CodaNet, hub
+from timm_coda.hub import folder
+
+
+def tiny(**kwargs) -> torch.nn.Module:
+    return timm.create_model("coda_net_xs.digits", **{"num_classes": 3, "rank": 2, **kwargs}).eval()
+
+
+@pytest.fixture
+def saved(tmp_path):
+    """A folder with a model of three classes that have names."""
+    tiny().save_pretrained(tmp_path / "saved", label_names=["cat", "dog", "eel"])
+    return tmp_path / "saved"
+
+
+def change_config(path, **changes) -> None:
+    config = json.loads((path / "config.json").read_text())
+    (path / "config.json").write_text(json.dumps(config | changes))
+
+
+def test_a_saved_folder_is_the_same_model_bit_for_bit(tmp_path):
+    model = tiny(logit_temperature=70.0, in_chans=1)
+    names = ["cat", "dog", "eel"]
+    made = hub.save_model(model, tmp_path / "a" / "b", label_names=names, data_config={"input_size": (1, 12, 20)})
+    assert sorted(os.listdir(made)) == ["config.json", "model.safetensors"]
+    images = torch.rand(2, 1, 12, 20)
+    for again in (timm.create_model(f"local-dir:{made}", pretrained=True).eval(), CodaNet.from_pretrained(made)):
+        assert torch.equal(again(images), model(images))
+        assert torch.equal(again.explain(images).contributions, model.explain(images).contributions)
+        assert again.pretrained_cfg["label_names"] == names
+        assert timm.data.resolve_model_data_config(again)["input_size"] == (1, 12, 20)
+    config = json.loads((made / "config.json").read_text())
+    assert config["num_classes"] == 3 and "num_classes" not in config["model_args"]
+    assert config["model_args"]["rank"] == 2 and config["model_args"]["logit_temperature"] == 70.0
+    assert (made / "model.safetensors").stat().st_mode == (made / "config.json").stat().st_mode
+
+
+def test_saving_what_was_loaded_keeps_the_names(saved, tmp_path):
+    model = CodaNet.from_pretrained(saved)
+    model.save_pretrained(tmp_path / "again")
+    for name in ("config.json", "model.safetensors"):
+        assert (tmp_path / "again" / name).read_bytes() == (saved / name).read_bytes()
+    model.reset_classifier(2)
+    model.save_pretrained(tmp_path / "other")
+    assert "label_names" not in json.loads((tmp_path / "other/config.json").read_text())
+
+
+def test_any_memory_format_and_dtype(tmp_path):
+    for model in (tiny().to(memory_format=torch.channels_last), tiny().bfloat16()):
+        model.save_pretrained(tmp_path)
+        assert torch.equal(
+            load_file(tmp_path / "model.safetensors")["head.up.weight"], model.state_dict()["head.up.weight"]
+        )
+
+
+def test_transformers_reads_the_folder(saved):
+    transformers = pytest.importorskip("transformers")
+    model = CodaNet.from_pretrained(saved)
+    wrapped = transformers.AutoModelForImageClassification.from_pretrained(saved).eval()
+    images = torch.rand(2, 3, 16, 16)
+    assert torch.equal(wrapped(images).logits, model(images))
+    assert wrapped.config.id2label == {0: "cat", 1: "dog", 2: "eel"}
+
+
+def test_changes_while_loading(saved):
+    with torch.no_grad():
+        images = torch.rand(1, 3, 16, 16)
+        model = CodaNet.from_pretrained(saved, num_classes=5, logit_temperature=3.0)
+        assert model(images).shape == (1, 5) and model.logits.temperature == 3
+        assert torch.equal(model.forward_features(images), CodaNet.from_pretrained(saved).forward_features(images))
+    assert not model.training
+
+
+def test_a_model_that_cannot_be_saved_leaves_the_old_one(tmp_path, monkeypatch):
+    model, images = tiny(), torch.rand(1, 3, 16, 16)
+    model.save_pretrained(tmp_path)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+
+    def full_disk(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(folder.shutil, "copymode", full_disk)  # after the weights are written
+        with pytest.raises(hub.SaveError, match=r"could not be saved.*No space left"):
+            tiny().save_pretrained(tmp_path)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+    assert torch.equal(timm.create_model(f"local-dir:{tmp_path}", pretrained=True).eval()(images), model(images))
+
+
+def test_models_that_cannot_be_saved(tmp_path):
+    with pytest.raises(hub.HubError, match="2 label names for the 3 classes of this CodaNet"):
+        tiny().save_pretrained(tmp_path, label_names=["cat", "dog"])
+    by_hand = CodaNet((1, 1, 1), (4, 4, 4), (1, 1, 1), rank=2)
+    with pytest.raises(hub.HubError, match=r"this CodaNet cannot be saved: make it with timm\.create_model"):
+        by_hand.save_pretrained(tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_models_from_what_a_person_types(tmp_path):
+    model = hub.create_model(
+        "coda_net_xs", num_classes=4, model_args=["rank=2", "activation=l2", "logit_temperature=5"]
+    )
+    assert model.num_classes == 4 and model.logits.temperature == 5
+    hub.save_model(model, tmp_path)
+    again = hub.create_model(f"local-dir:{tmp_path}", num_classes=4, pretrained=True).eval()
+    assert torch.equal(again(torch.ones(1, 3, 8, 8)), model.eval()(torch.ones(1, 3, 8, 8)))
+
+
+@pytest.mark.parametrize(
+    ("name", "model_args", "message"),
+    [
+        ("coda_net_xxs", [], r"no model 'coda_net_xxs'; there is .*coda_net_xs"),
+        ("zzzzzzzz", [], r"there is coda_net_l"),
+        ("coda_net_xs.mars", [], r"cannot make the model coda_net_xs.mars"),
+        ("coda_net_xs", ["rnak=2"], r"rnak=2.*unexpected keyword argument 'rnak'"),
+        ("coda_net_xs", ["rank"], r"model argument 'rank': expected NAME=VALUE"),
+        ("coda_net_xs", ["num_classes=2"], r"num_classes=2: the data set says it, 4"),
+        ("local-dir:/nowhere", [], r"cannot make the model local-dir:/nowhere.*config.json"),
+    ],
+)
+def test_models_that_cannot_be_made(name, model_args, message):
+    with pytest.raises(hub.HubError, match=message):
+        hub.create_model(name, num_classes=4, model_args=model_args)
+
+
+def test_weights_of_another_architecture(saved):
+    change_config(saved, model_args={"rank": 3})
+    with pytest.raises(hub.HubError, match=r"size mismatch"):
+        hub.create_model(f"local-dir:{saved}", num_classes=3, pretrained=True)
+    shapes = r"18 of another shape \(stages\.0\.0\.down\.weight \[2, 6, 3, 3\] and not \[3, 6, 3, 3\], stages\.0\.0\.up"
+    with pytest.raises(hub.HubError, match=shapes):
+        CodaNet.from_pretrained(saved)
+
+
+def test_weights_that_are_not_all_there(saved):
+    weights = load_file(saved / "model.safetensors")
+    del weights["head.up.weight"], weights["stages.1.0.down.weight"]
+    save_file(weights | {"head.extra": torch.zeros(1)}, saved / "model.safetensors")
+    faults = r"2 missing \(stages\.1\.0\.down\.weight, head\.up\.weight\); 1 not of this model \(head\.extra\)"
+    with pytest.raises(hub.HubError, match=faults):
+        CodaNet.from_pretrained(saved)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"architecture": "coda_net_q"}, r"'coda_net_q', which is not registered in timm.*there is .*coda_net_"),
+        ({"architecture": None}, r"names no architecture"),
+        ({"num_classes": "three"}, r"num_classes 'three': expected a whole number"),
+        ({"label_names": ["cat", "dog"]}, r"2 label names for 3 classes"),
+        ({"label_names": 3}, r"has 3 as label names for 3 classes"),
+        ({"model_args": [1]}, r"has model_args \[1\]: expected names and values"),
+        ({"pretrained_cfg": None}, r"has pretrained_cfg None: expected names and values"),
+        ({"model_args": {"rank": 2, "shape": 1}}, r"makes no coda_net_xs.*unexpected keyword argument 'shape'"),
+        ({"num_classes": 4, "label_names": None}, r"head\.up\.weight \[6, .*and not \[8, "),
+    ],
+)
+def test_configs_that_are_wrong(saved, changes, message):
+    change_config(saved, **changes)
+    with pytest.raises(hub.HubError, match=message):
+        CodaNet.from_pretrained(saved)
+
+
+def test_files_that_are_broken(saved):
+    whole = (saved / "model.safetensors").read_bytes()
+    for part in (whole[:-100], whole[:5], b""):
+        (saved / "model.safetensors").write_bytes(part)
+        with pytest.raises(hub.HubError, match=r"model\.safetensors is no safetensors file, or a part of one"):
+            CodaNet.from_pretrained(saved)
+    (saved / "config.json").write_text("{")
+    with pytest.raises(hub.HubError, match=r"config\.json is not JSON"):
+        CodaNet.from_pretrained(saved)
+    (saved / "config.json").unlink()
+    with pytest.raises(hub.HubError, match=r"saved is no model: it has no config\.json"):
+        CodaNet.from_pretrained(saved)
+
+
+def test_names_of_no_model(tmp_path):
+    for name in (tmp_path / "nowhere", "a/b/c", "./x", "~/x"):
+        with pytest.raises(hub.HubError, match="there is no such folder, and it is no id on the Hub"):
+            CodaNet.from_pretrained(name)
+    with pytest.raises(hub.HubError, match=r"'me/a b' is no repository's id"):
+        CodaNet.from_pretrained("me/a b")
+
+
+class Payload:
+    """Its pickle makes a file when it is read."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return open, (str(self.path), "w")
+
+
+def test_pickles_are_not_executed(saved, tmp_path):
+    (saved / "model.safetensors").unlink()
+    torch.save({"head.up.weight": Payload(tmp_path / "executed")}, saved / "pytorch_model.bin")
+    with pytest.raises(hub.HubError, match=r"no model\.safetensors, and pytorch_model\.bin is a pickle, which can run"):
+        CodaNet.from_pretrained(saved)
+    with pytest.raises(RuntimeError, match="weights_only=True blocked loading"):
+        timm.create_model(f"local-dir:{saved}", pretrained=True)
+    assert not (tmp_path / "executed").exists()
+    torch.load(saved / "pytorch_model.bin", weights_only=False)["head.up.weight"].close()
+    assert (tmp_path / "executed").exists(), "it would have worked"
+
+
+def test_bcos_models_too(tmp_path):
+    model = timm.create_model("bcos_resnet18", num_classes=3).eval()
+    model.save_pretrained(tmp_path, label_names=["cat", "dog", "eel"])
+    images = torch.rand(1, 3, 64, 64)
+    assert torch.equal(BcosResNet.from_pretrained(tmp_path)(images), model(images))
+    with pytest.raises(hub.HubError, match="makes a BcosResNet, no CodaNet: load it with BcosResNet"):
+        CodaNet.from_pretrained(tmp_path)
+
+
+def test_models_of_another_class(tmp_path):
+    hub.save_model(timm.create_model("resnet10t", num_classes=2), tmp_path)
+    with pytest.raises(hub.HubError, match="makes a ResNet, no CodaNet"):
+        CodaNet.from_pretrained(tmp_path)
+    tiny().save_pretrained(tmp_path)
+    assert isinstance(timm_coda.HubMixin.from_pretrained(tmp_path), CodaNet)

@@ -1,0 +1,7 @@
+"""`python -m timm_coda`: the `timm-coda` command."""
+
+import sys
+
+from .cli import main
+
+sys.exit(main())

@@ -1,0 +1,349 @@
+"""Labelled images in: data sets from the Hub, parquet files, image folders or the package itself, as torch batches.
+
+`load_data` finds the splits, the columns and the class names, and checks every label. `ImageDataset` and `collate` turn
+a split into batches that depend on nothing but a seed: not on the number of worker processes, not on the global random
+state, not on whether the run was interrupted. An image that cannot be read is reported, not fatal.
+"""
+
+import contextlib
+import io
+import os
+import random
+import signal
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import datasets
+import numpy as np
+import PIL.Image
+import PIL.ImageOps
+import torch
+from timm.data.transforms_factory import create_transform
+from torch.utils.data import DataLoader, Dataset
+from torchvision import transforms
+
+from ..images import to_rgb
+from .sources import (
+    EVAL_NAMES,
+    TRAIN_NAMES,
+    DataError,
+    choose_split,
+    columns_of,
+    encode_labels,
+    encoded_images,
+    find_columns,
+    find_splits,
+    listed,
+)
+
+
+@dataclass(frozen=True)
+class Split:
+    """The images of one part of a data set, still encoded, with a checked class number for each."""
+
+    name: str
+    rows: datasets.Dataset  # one column, encoded images
+    column: str
+    indices: np.ndarray  # (n,) the split's rows
+    labels: np.ndarray  # (n,) class numbers
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def describe(self, index: int) -> str:
+        """Name an image so that a person finds it again: its split, row and, where known, file."""
+        row = int(self.indices[index])
+        path = (self.rows[row][self.column] or {}).get("path")
+        return f"{self.name} row {row}" + (f" ({path})" if path else "")
+
+    def image(self, index: int) -> PIL.Image.Image:
+        """Decode an image to RGB. Raises whatever the decoder raises where it cannot."""
+        return decode(self.rows[int(self.indices[index])][self.column])
+
+
+@dataclass(frozen=True)
+class ImageData:
+    """A labelled image data set: what to train on, what to evaluate on, and what the classes are called."""
+
+    train: Any  # a Split, or a StreamedSplit of streaming.py
+    test: Split
+    image_column: str
+    label_column: str
+    label_names: tuple[str, ...]
+    notes: tuple[str, ...]  # decisions a person should know of
+
+
+def load_data(
+    source: str | os.PathLike | Sequence[str | os.PathLike],
+    *,
+    subset: str | None = None,
+    image_column: str | None = None,
+    label_column: str | None = None,
+    train_split: str | None = None,
+    test_split: str | None = None,
+    val_fraction: float = 0.1,
+    seed: int = 0,
+    num_classes: int | None = None,
+) -> ImageData:
+    """Load a labelled image data set.
+
+    Args:
+        source: `"digits"` (ships with the package), a data set's id on the Hugging Face Hub, or on this machine:
+            parquet files, a pattern for them, a folder of them with `train` and `test` (or `validation`) in their
+            names, or a folder of images with a folder for each class, inside `train/` and `test/` where there are two
+            parts.
+        subset: Which configuration of a Hub data set.
+        image_column: The column of images; by default the only one there is.
+        label_column: The column of labels; by default the only one there is, or the one named `label`.
+        train_split: The split to train on; by default the one called `train`.
+        test_split: The split to evaluate on; by default one called `validation` or `test`.
+        val_fraction: Without a split to evaluate on, this share of every class is taken from the training split, the
+            same images each time.
+        seed: Seed of that division.
+        num_classes: The number of classes wanted; by default the data set's.
+
+    Raises:
+        DataError: The data set is empty, cannot be found or read, its columns are ambiguous, or a label is not a class.
+    """
+    sources = [source] if isinstance(source, (str, os.PathLike)) else list(source)
+    splits, notes = find_splits([os.fspath(item) for item in sources], subset)
+    train_name = choose_split(splits, train_split, TRAIN_NAMES, "--train-split")
+    if train_name is None:
+        if len(splits) > 1:
+            raise DataError(f"no split is called train; there are {listed(splits)}: name one with --train-split")
+        train_name = next(iter(splits))
+    test_name = choose_split(splits, test_split, [name for name in EVAL_NAMES if name != train_name], "--test-split")
+    train_rows = splits[train_name]
+    test_rows = None if test_name is None else splits[test_name]
+    for name, rows in ((train_name, train_rows), (test_name, test_rows)):
+        if rows is not None and len(rows) == 0:
+            raise DataError(f"the {name} split of {listed(sources)} is empty: there is nothing to learn from")
+    image_column, label_column = find_columns(train_rows.features, image_column, label_column)
+    if test_rows is not None and not {image_column, label_column} <= set(test_rows.features):
+        raise DataError(
+            f"the {test_name} split lacks {image_column} or {label_column}; {columns_of(test_rows.features)}"
+        )
+
+    labels, names = encode_labels(train_rows, label_column, train_name, None, num_classes)
+    images = encoded_images(train_rows, image_column)
+    train = Split(train_name, images, image_column, np.arange(len(labels)), labels)
+    if test_rows is not None:
+        test_labels, _ = encode_labels(test_rows, label_column, str(test_name), names, num_classes)
+        test_images = encoded_images(test_rows, image_column)
+        test = Split(str(test_name), test_images, image_column, np.arange(len(test_labels)), test_labels)
+    else:
+        train, test = _divide(train, val_fraction, seed)
+        notes.append(
+            f"no validation or test split: {len(test)} of {len(train) + len(test)} training images are held out "
+            f"(--val-fraction {val_fraction}, the same images each time)"
+        )
+    if num_classes is not None:
+        names = (names + tuple(str(number) for number in range(len(names), num_classes)))[:num_classes]
+    return ImageData(train, test, image_column, label_column, names, tuple(notes))
+
+
+def decode(encoded: dict[str, Any] | None) -> PIL.Image.Image:
+    """Decode the `bytes`, or the file at `path`, to RGB. Raises whatever the decoder raises where it cannot."""
+    if encoded is None or (encoded["bytes"] is None and encoded["path"] is None):
+        raise DataError("there is no image in this row")
+    with PIL.Image.open(encoded["path"] if encoded["bytes"] is None else io.BytesIO(encoded["bytes"])) as image:
+        image.load()
+        return to_rgb(PIL.ImageOps.exif_transpose(image))
+
+
+class Skipped(NamedTuple):
+    """An image that could not be read."""
+
+    name: str
+    reason: str
+
+
+class Batch(NamedTuple):
+    """A batch, smaller by the images that could not be read: `images` (B, C, H, W) and `labels` (B,); B may be 0."""
+
+    images: torch.Tensor
+    labels: torch.Tensor
+    skipped: list[Skipped]
+
+
+class ImageDataset(Dataset):
+    """A split as a torch data set of `(image, label)`, or `Skipped` where the image cannot be read.
+
+    A random transform draws from (seed, epoch, index) alone, and leaves Python's, NumPy's and torch's global random
+    state as it found it. The index is an int, or the pair (epoch, index) that an order gives (`loading.py`).
+
+    Args:
+        split: The images.
+        transform: From a PIL image to a tensor (C, H, W).
+        seed: Seed of the transform; None where it draws no random numbers.
+    """
+
+    def __init__(self, split: Any, transform: Callable[[PIL.Image.Image], torch.Tensor], *, seed: int | None = None):
+        self.split, self.transform, self.seed = split, transform, seed
+
+    def __len__(self) -> int:
+        return len(self.split)
+
+    def __getitem__(self, key: int | tuple[int, int]) -> tuple[torch.Tensor, int] | Skipped:
+        epoch, index = key if isinstance(key, tuple) else (0, key)
+        try:
+            image = self.split.image(index)
+        except Exception as error:  # a decoder meets broken bytes with nearly any exception
+            return Skipped(self.split.describe(index), f"{type(error).__name__}: {error}")
+        return self.change(image, epoch, index), int(self.split.labels[index])
+
+    def change(self, image: PIL.Image.Image, epoch: int, index: int) -> torch.Tensor:
+        """The transformed image."""
+        with contextlib.nullcontext() if self.seed is None else fixed_randomness(self.seed, epoch, index):
+            return self.transform(image)
+
+    def examples(self, count: int) -> Batch:
+        """The first images that can be read, at most `count`, from as many classes as possible, always the same."""
+        seen: dict[int, int] = {}
+        ranks = []  # how many images of its class stand before an image
+        for label in self.split.labels.tolist():
+            ranks.append(seen.get(label, 0))
+            seen[label] = ranks[-1] + 1
+        samples: list[Any] = []
+        for index in np.lexsort((self.split.labels, ranks)).tolist():
+            if count == 0:
+                break
+            samples.append(self[index])
+            count -= not isinstance(samples[-1], Skipped)
+        return collate(samples)
+
+
+def collate(samples: Sequence[tuple[torch.Tensor, int] | Skipped]) -> Batch:
+    """Make a batch of the images that could be read, and a list of the others."""
+    skipped = [sample for sample in samples if isinstance(sample, Skipped)]
+    read = [sample for sample in samples if not isinstance(sample, Skipped)]
+    images = torch.stack([image for image, _ in read]) if read else torch.empty(0)
+    return Batch(images, torch.tensor([label for _, label in read], dtype=torch.long), skipped)
+
+
+def create_loader(dataset: Dataset, *, batch_size: int = 1, workers: int, order: Any = None) -> DataLoader:
+    """Make a loader of `Batch`es: of that size, one after the other, or as an order (`loading.py`) says."""
+    return DataLoader(
+        dataset,
+        batch_size=batch_size,
+        batch_sampler=order,
+        num_workers=workers,
+        persistent_workers=workers > 0,
+        collate_fn=collate,
+        worker_init_fn=_ignore_signals,
+        pin_memory=torch.cuda.is_available(),
+    )
+
+
+def _ignore_signals(worker: int) -> None:
+    for number in (signal.SIGINT, signal.SIGTERM):  # they reach every process; they are the main one's to see to
+        signal.signal(number, signal.SIG_IGN)
+
+
+def check_images(model: torch.nn.Module, images: torch.Tensor) -> None:
+    """See that a model takes images (B, C, H, W) as they come out of a data set; it is in eval mode afterwards.
+
+    Raises:
+        DataError: There are none, a model that explains gets values outside [0, 1], or the model rejects them.
+    """
+    if len(images) == 0:
+        raise DataError("none of the images to test with can be read")
+    low, high = images.min().item(), images.max().item()
+    if hasattr(model, "explain") and (low < -0.001 or high > 1.001):
+        raise DataError(
+            f"images reach from {low:.2f} to {high:.2f}, but {type(model).__name__} wants [0, 1]: mean/std "
+            "normalisation is the likely cause; the model's config must have mean 0 and std 1"
+        )
+    try:
+        with torch.no_grad():
+            model.eval()(images)
+    except (ValueError, TypeError, RuntimeError, AssertionError) as error:
+        shape = "x".join(map(str, images.shape[1:]))
+        raise DataError(f"the model does not take images of shape {shape}: {error}") from error
+
+
+def derive_seed(*key: int) -> int:
+    """Mix non-negative ints into one seed below 2**32."""
+    return int(np.random.SeedSequence(key).generate_state(1)[0])
+
+
+@contextlib.contextmanager
+def fixed_randomness(*key: int) -> Iterator[None]:
+    """Seed Python, NumPy and torch (on the CPU) from non-negative ints, and put back their states at the end."""
+    states = random.getstate(), np.random.get_state(), torch.default_generator.get_state()
+    seed = derive_seed(*key)
+    try:
+        random.seed(seed)
+        np.random.seed(seed)
+        torch.default_generator.manual_seed(seed)
+        yield
+    finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])
+        torch.default_generator.set_state(states[2])
+
+
+def create_transforms(
+    config: dict[str, Any],
+    *,
+    crop_padding: int = 0,
+    scale: tuple[float, float] = (1.0, 1.0),
+    ratio: tuple[float, float] = (1.0, 1.0),
+    hflip: float = 0.0,
+    vflip: float = 0.0,
+    color_jitter: float = 0.0,
+    auto_augment: str | None = None,
+    erase: float = 0.0,
+) -> tuple[Callable, Callable]:
+    """Make the training and the evaluation transform: timm's, from a PIL image to a tensor (C, H, W).
+
+    Args:
+        config: timm's data configuration (`timm.data.resolve_model_data_config`). With mean 0 and std 1 the images
+            stay in [0, 1], which is what the models of this package want.
+        crop_padding: Shift images by up to this many pixels (pad with black, crop).
+        scale: Area of a random crop, as a share of the image.
+        ratio: Aspect ratio of a random crop.
+        hflip: Probability of a horizontal flip.
+        vflip: Probability of a vertical flip.
+        color_jitter: Strength of changes in brightness, contrast and saturation.
+        auto_augment: timm's policy string, such as `rand-m9-mstd0.5`.
+        erase: Probability of erasing a rectangle, to black: noise would leave [0, 1].
+    """
+    train = create_transform(
+        **config,
+        is_training=True,
+        scale=scale,
+        ratio=ratio,
+        hflip=hflip,
+        vflip=vflip,
+        color_jitter=color_jitter or None,  # type: ignore[arg-type]  # timm: None switches it off
+        auto_augment=auto_augment,
+        re_prob=erase,
+        re_mode="const",
+    )
+    assert isinstance(train, transforms.Compose)
+    if crop_padding:
+        train.transforms.insert(1, transforms.RandomCrop(config["input_size"][-2:], padding=crop_padding))
+    evaluate = create_transform(**config, is_training=False)
+    if config["input_size"][0] == 1:
+        grey = transforms.Grayscale(num_output_channels=1)
+        return transforms.Compose([grey, train]), transforms.Compose([grey, evaluate])
+    return train, evaluate  # type: ignore[return-value]
+
+
+def _divide(split: Split, fraction: float, seed: int) -> tuple[Split, Split]:
+    """Hold out the same share of every class, always the same images for the same seed."""
+    order = np.random.default_rng(seed).permutation(len(split))
+    order = order[np.argsort(split.labels[order], kind="stable")]
+    count = np.arange(len(split) + 1) * fraction
+    held = np.floor(count[1:]) > np.floor(count[:-1])  # every 1/fraction-th of the images, in order of class
+    if held.all() or not held.any():
+        raise DataError(
+            f"--val-fraction {fraction} divides {len(split)} images into {(~held).sum()} to train on and {held.sum()} "
+            "to evaluate on: both must have some"
+        )
+    parts = []
+    for name, rows in ((split.name, np.sort(order[~held])), ("validation", np.sort(order[held]))):
+        parts.append(Split(name, split.rows, split.column, split.indices[rows], split.labels[rows]))
+    return parts[0], parts[1]

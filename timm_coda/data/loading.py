@@ -1,0 +1,215 @@
+"""The order of training images, and their batches on the device.
+
+An epoch's order is a function of the seed and the epoch alone. Its batches are dealt out to the processes in turn, so
+that n processes, or one that accumulates n steps, learn from the same images in an update; and an epoch can begin in
+its middle.
+"""
+
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, Protocol
+
+import numpy as np
+import PIL.Image
+import torch
+from accelerate.data_loader import DataLoaderStateMixin
+from accelerate.state import GradientState
+from torch import Tensor
+
+from .datasets import Batch, DataError, ImageDataset, Split, create_loader, create_transforms
+from .streaming import StreamedDataset, StreamedSplit, StreamOrder
+
+__all__ = ["DeviceImages", "EpochOrder", "Order", "TrainLoader", "make_train_loader"]
+
+
+class Order(Protocol):
+    """The batches of one process in an epoch, each a list of what its data set takes for an index."""
+
+    def __len__(self) -> int:
+        """Batches of a whole epoch."""
+        ...
+
+    def seek(self, epoch: int, batch: int) -> None:
+        """Let the next iteration be that epoch, without its first batches."""
+        ...
+
+    def __iter__(self) -> Iterator[list[Any]]: ...
+
+
+class EpochOrder:
+    """Shuffled (epoch, index) pairs, without a last, smaller batch.
+
+    Args:
+        length: images of the data set
+        batch_size: images of a batch
+        seed: of the shuffling
+        process, processes: which of how many this is; it gets every `processes`-th batch
+    """
+
+    def __init__(self, length: int, *, batch_size: int, seed: int, process: int = 0, processes: int = 1) -> None:
+        self.length, self.batch_size, self.seed = length, batch_size, seed
+        self.process, self.processes = process, processes
+        self.epoch, self.batch = 0, 0
+
+    def __len__(self) -> int:
+        return self.length // (self.batch_size * self.processes)
+
+    def seek(self, epoch: int, batch: int) -> None:
+        """As `Order`."""
+        self.epoch, self.batch = epoch, batch
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        order = np.random.default_rng((self.seed, self.epoch)).permutation(self.length)
+        for batch in range(self.batch, len(self)):
+            start = (batch * self.processes + self.process) * self.batch_size
+            yield [(self.epoch, int(index)) for index in order[start : start + self.batch_size]]
+
+
+class TrainLoader(DataLoaderStateMixin):
+    """The batches of an order, on the device; tells Accelerate which one is the last, for gradient accumulation.
+
+    Args:
+        order: which images
+        batches: what makes batches of them, such as `create_loader(dataset, order=order, ...)`
+        device: where they go
+    """
+
+    def __init__(self, order: Order, batches: Iterable[Batch], device: torch.device) -> None:
+        self.order, self.batches, self.device = order, batches, device
+        self.gradient_state = GradientState()
+
+    def __len__(self) -> int:
+        return len(self.order)
+
+    def from_batch(self, epoch: int, batch: int) -> Iterator[Batch]:
+        """That epoch, without its first batches."""
+        self.order.seek(epoch, batch)
+        self.begin()
+        try:
+            for images, labels, skipped in self.batches:
+                batch += 1
+                self.end_of_dataloader = batch == len(self)
+                images, labels = (t.to(self.device, non_blocking=True) for t in (images, labels))
+                yield Batch(images, labels, skipped)
+        finally:
+            self.end()
+
+
+class DeviceImages:
+    """A small data set, decoded once and kept on the device, where batches are shifted and flipped all at once.
+
+    A shift and a flip are a function of seed, epoch and index. Iterating gives the batches of the order.
+
+    Args:
+        dataset: with a transform that is the same each time, to colours in [0, 1]
+        order: of (epoch, index) pairs; its `length` becomes the number of images that can be read
+        workers: processes that decode
+        device: where the images go, as 8-bit colours
+        crop_padding: shift by up to so many pixels; what comes in is black
+        hflip: probability of a left-right flip
+        mean, std: of the colours, for a model that wants them normalised
+
+    Raises:
+        DataError: No image can be read.
+    """
+
+    def __init__(
+        self,
+        dataset: ImageDataset,
+        order: EpochOrder,
+        *,
+        workers: int,
+        device: torch.device,
+        crop_padding: int,
+        hflip: float,
+        mean: tuple[float, ...],
+        std: tuple[float, ...],
+    ) -> None:
+        parts, labels, self.skipped = [], [], []
+        for batch in create_loader(dataset, batch_size=256, workers=workers):
+            if len(batch.labels):
+                parts.append((batch.images * 255).round().byte())
+            labels.append(batch.labels)
+            self.skipped += batch.skipped
+        if not parts:
+            raise DataError("none of the images to train on can be read")
+        images = torch.cat(parts)
+        self.size = images.shape[-2:]
+        self.images = torch.nn.functional.pad(images, [crop_padding] * 4).to(device)
+        self.labels = torch.cat(labels).to(device)
+        self.order, self.crop_padding, self.hflip = order, crop_padding, hflip
+        order.length = len(self.labels)
+        self.mean, self.std = (torch.tensor(value, device=device).view(-1, 1, 1) for value in (mean, std))
+
+    def __iter__(self) -> Iterator[Batch]:
+        skipped, draws, drawn = self.skipped, np.empty(0), -1
+        for batch in self.order:
+            epoch = batch[0][0]
+            if epoch != drawn:
+                draws, drawn = np.random.default_rng((self.order.seed, epoch, 1)).random((len(self.labels), 3)), epoch
+            index = torch.tensor([index for _, index in batch])
+            yield Batch(self._change(index, torch.from_numpy(draws)[index]), self.labels[index], skipped)
+            skipped = []
+
+    def _change(self, index: Tensor, draws: Tensor) -> Tensor:
+        """Images of these indices (B,), changed as numbers (B, 3) in [0, 1) say."""
+        rows, columns = (draws[:, :2] * (2 * self.crop_padding + 1)).long().to(self.images.device).unbind(1)
+        flip = (draws[:, 2] < self.hflip).to(self.images.device)
+        height, width = self.size
+        windows = self.images.unfold(2, height, 1).unfold(3, width, 1)  # (N, C, 2p+1, 2p+1, H, W), a view
+        images = windows[index.to(rows.device), :, rows, columns]
+        images = torch.where(flip[:, None, None, None], images.flip(3), images)
+        return (images.float() / 255 - self.mean) / self.std
+
+
+def make_train_loader(
+    split: Split | StreamedSplit,
+    transform: Callable[[PIL.Image.Image], Tensor],
+    *,
+    config: dict[str, Any],
+    changes: dict[str, Any],
+    batch_size: int,
+    seed: int,
+    workers: int,
+    streaming: int | None,
+    data_on_device: bool,
+    process: int,
+    processes: int,
+    device: torch.device,
+) -> TrainLoader:
+    """Make the loader that a training run wants.
+
+    Args:
+        split: what to train on; a `StreamedSplit` with `streaming`
+        transform: of training, which `data.create_transforms(config, **changes)` made
+        config, changes: what it was made of
+        batch_size, seed, process, processes: of the order
+        workers: processes that decode
+        streaming: images in the shuffled buffers
+        data_on_device: keep all images there, as `DeviceImages`
+        device: where batches go
+
+    Raises:
+        DataError: What `DeviceImages` cannot do is asked for.
+    """
+    dealt = {"batch_size": batch_size, "seed": seed, "process": process, "processes": processes}
+    if isinstance(split, StreamedSplit):
+        if data_on_device:
+            raise DataError("--streaming never holds all images, and --data-on-device does: give one of them")
+        stream = StreamOrder(split, buffer=streaming or 1, **dealt)
+        dataset = StreamedDataset(split, transform, seed=seed)
+        return TrainLoader(stream, create_loader(dataset, order=stream, workers=workers), device)
+    order = EpochOrder(len(split), **dealt)
+    if not data_on_device:
+        dataset = ImageDataset(split, transform, seed=seed)
+        return TrainLoader(order, create_loader(dataset, order=order, workers=workers), device)
+    moves = {name: changes[name] for name in ("crop_padding", "hflip")}
+    still = {"scale": [1, 1], "ratio": [1, 1], "color_jitter": 0, "auto_augment": None, "erase": 0}
+    other = [name for name, value in still.items() if changes[name] != value]
+    if other:
+        wanted = ", ".join(f"--{name.replace('_', '-')} {changes[name]}" for name in other)
+        raise DataError(f"--data-on-device shifts and flips images, and nothing else: leave out it or {wanted}")
+    channels = config["input_size"][0]
+    plain, _ = create_transforms({**config, "mean": (0.0,) * channels, "std": (1.0,) * channels})
+    colours = {"mean": config["mean"], "std": config["std"]}
+    images = DeviceImages(ImageDataset(split, plain), order, workers=workers, device=device, **moves, **colours)
+    return TrainLoader(order, images, device)

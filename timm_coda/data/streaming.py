@@ -1,0 +1,222 @@
+"""Training from parquet files that are read as the run goes: nothing is copied or kept, and training starts at once.
+
+Row groups are shuffled, and their rows dealt out to lanes, each with a shuffled buffer. Batches come from the lanes in
+turn, and each process has its own lanes, so that no two processes read the same rows. There are as many lanes for 1, 2,
+4 and 8 processes: these learn from the same batches.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import datasets
+import fsspec
+import numpy as np
+import PIL.Image
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+
+from . import sources
+from .datasets import ImageData, ImageDataset, Skipped, Split, decode
+from .sources import DataError
+
+__all__ = ["StreamOrder", "StreamedDataset", "StreamedSplit", "load_stream"]
+
+LANES = 8
+
+
+@dataclass(frozen=True)
+class StreamedSplit:
+    """The row groups of a split's files, and a checked class number for each row."""
+
+    name: str
+    files: tuple[str, ...]
+    column: str
+    groups: np.ndarray  # (g, 3): number of the file, of the row group in it, of its rows
+    labels: np.ndarray  # (n,) class numbers
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def read_group(self, group: int) -> pa.ChunkedArray:
+        """The encoded images of a row group."""
+        file, number, _ = self.groups[group].tolist()
+        with _open(self.files[file]) as parquet:
+            return parquet.read_row_group(number, columns=[self.column]).column(0)
+
+
+def load_stream(
+    source: Sequence[str],
+    *,
+    subset: str | None = None,
+    image_column: str | None = None,
+    label_column: str | None = None,
+    train_split: str | None = None,
+    test_split: str | None = None,
+    val_fraction: float = 0.1,
+    num_classes: int | None = None,
+) -> ImageData:
+    """As `load_data`, of parquet files here or in a data set on the Hub; only the labels are read now.
+
+    The images to evaluate on are loaded. There must be a split of them: `val_fraction` is not looked at.
+
+    Raises:
+        DataError: As `load_data`; there are no parquet files, or no split to evaluate on.
+    """
+    if list(source) == ["digits"]:
+        raise DataError("--streaming: the digits are in the package; give parquet files or a Hub id")
+    files = sources.find_files(list(source)) or _hub_files(source[0], subset)
+    train_name = sources.choose_split(files, train_split, sources.TRAIN_NAMES, "--train-split")
+    usual = [name for name in sources.EVAL_NAMES if name != train_name]
+    test_name = sources.choose_split(files, test_split, usual, "--test-split")
+    if train_name is None or test_name is None:
+        raise DataError(
+            f"--streaming wants a train and a test split, here is {sources.listed(files)}: name them with "
+            "--train-split and --test-split, or leave --streaming out"
+        )
+    paths = tuple(files[train_name])
+    groups, tables = [], []
+    for number, path in enumerate(paths):
+        try:
+            with _open(path) as parquet:
+                if number == 0:
+                    features = datasets.Features.from_arrow_schema(parquet.schema_arrow)
+                    image_column, label_column = sources.find_columns(features, image_column, label_column)
+                tables.append(parquet.read(columns=[label_column]))
+                rows = [parquet.metadata.row_group(group).num_rows for group in range(parquet.num_row_groups)]
+        except (pa.ArrowException, OSError) as error:
+            raise DataError(f"{path!r} cannot be read as parquet: {error}") from error
+        groups += [(number, group, count) for group, count in enumerate(rows) if count]
+    assert image_column is not None and label_column is not None
+    labels, names = sources.encode_labels(
+        datasets.Dataset(pa.concat_tables(tables)), label_column, train_name, None, num_classes
+    )
+    if not len(labels):
+        raise DataError(f"the {train_name} split of {sources.listed(source)} is empty: there is nothing to learn from")
+    test_rows, notes = sources.read_parquet({test_name: files[test_name]})
+    test_labels, _ = sources.encode_labels(test_rows[test_name], label_column, test_name, names, num_classes)
+    images = sources.encoded_images(test_rows[test_name], image_column)
+    test = Split(test_name, images, image_column, np.arange(len(test_labels)), test_labels)
+    train = StreamedSplit(train_name, paths, image_column, np.array(groups), labels)
+    return ImageData(train, test, image_column, label_column, names, tuple(notes))
+
+
+class StreamedDataset(ImageDataset):
+    """A `StreamedSplit` as a data set whose indices, of `StreamOrder`, carry their encoded image."""
+
+    def __getitem__(self, key: Any) -> tuple[torch.Tensor, int] | Skipped:
+        epoch, index, encoded = key
+        if isinstance(encoded, Skipped):
+            return encoded
+        if isinstance(encoded, bytes):
+            encoded = {"bytes": encoded, "path": None}
+        try:
+            image: PIL.Image.Image = decode(encoded)
+        except Exception as error:  # a decoder meets broken bytes with nearly any exception
+            path = (encoded or {}).get("path")
+            name = f"{self.split.name} row {index}" + (f" ({path})" if path else "")
+            return Skipped(name, f"{type(error).__name__}: {error}")
+        return self.change(image, epoch, index), int(self.split.labels[index])
+
+
+class StreamOrder:
+    """An order of (epoch, index, encoded image) that reads row groups one after the other.
+
+    It stays in the main process: workers get what it has read. A row group that cannot be read is reported as skipped.
+
+    Args:
+        split: what to read
+        buffer: images in the shuffled buffers of all lanes, the memory this takes
+        batch_size, seed, process, processes: as `loading.EpochOrder`
+    """
+
+    def __init__(
+        self, split: StreamedSplit, *, buffer: int, batch_size: int, seed: int, process: int = 0, processes: int = 1
+    ) -> None:
+        self.split, self.batch_size, self.seed = split, batch_size, seed
+        self.process, self.processes = process, processes
+        self.lanes = -(-LANES // processes) * processes  # a multiple: then a lane is of one process alone
+        if len(split) // self.lanes < batch_size:
+            self.lanes = processes
+        self.buffer = max(buffer // self.lanes // batch_size, 1) * batch_size  # of a lane, in whole batches
+        self.per_lane = len(split) // self.lanes // batch_size  # batches
+        self.starts = np.concatenate([[0], np.cumsum(split.groups[:, 2])])  # first row of each group
+        self.epoch, self.batch = 0, 0
+
+    def __len__(self) -> int:
+        return self.per_lane * self.lanes // self.processes
+
+    def seek(self, epoch: int, batch: int) -> None:
+        """As `loading.Order`."""
+        self.epoch, self.batch = epoch, batch
+
+    def __iter__(self) -> Iterator[list[tuple[int, int, Any]]]:
+        first, last = self.batch * self.processes + self.process, self.per_lane * self.lanes
+        lanes: dict[int, Iterator[list[tuple[int, int, Any]]]] = {}
+        for number in range(first, last, self.processes):
+            lane = number % self.lanes
+            if lane not in lanes:
+                lanes[lane] = self._lane(self.epoch, lane, number // self.lanes)
+            yield next(lanes[lane])
+
+    def _lane(self, epoch: int, lane: int, batch: int) -> Iterator[list[tuple[int, int, Any]]]:
+        """Batches of a lane, which is a part of the epoch's sequence of rows, buffer by buffer."""
+        groups = np.random.default_rng((self.seed, epoch)).permutation(len(self.split.groups))
+        ends = np.cumsum(self.split.groups[groups, 2])  # in the sequence
+        size = self.per_lane * self.batch_size
+        holds: int = -1
+        held: Any = None
+        offset = lane * (len(self.split) // self.lanes)
+        start = batch * self.batch_size // self.buffer * self.buffer
+        skip = batch * self.batch_size - start
+        for begin in range(start, size, self.buffer):
+            rows: list[tuple[int, int, Any]] = []
+            position, end = offset + begin, offset + min(begin + self.buffer, size)
+            while position < end:
+                place = int(np.searchsorted(ends, position, side="right"))
+                group, upto = int(groups[place]), min(int(ends[place]), end)
+                if holds != group:
+                    holds, held = group, self._read(group)
+                low = position - int(ends[place] - self.split.groups[group, 2])  # in the group
+                first, count = int(self.starts[group]) + low, upto - position
+                unread = isinstance(held, Skipped)
+                values = [held] * count if unread else held.slice(low, count).to_pylist()
+                rows += [(epoch, first + row, value) for row, value in enumerate(values)]
+                position = upto
+            shuffled = np.random.default_rng((self.seed, epoch, lane, begin)).permutation(len(rows))
+            for at in range(skip, len(rows), self.batch_size):
+                yield [rows[row] for row in shuffled[at : at + self.batch_size]]
+            skip = 0
+
+    def _read(self, group: int) -> Any:
+        """The encoded images of a row group, or `Skipped`."""
+        try:
+            return self.split.read_group(group)
+        except (pa.ArrowException, OSError) as error:
+            file, number, count = self.split.groups[group].tolist()
+            name = f"{self.split.files[file]} row group {number} ({count} images)"
+            return Skipped(name, f"{type(error).__name__}: {error}")
+
+
+def _open(file: str) -> pq.ParquetFile:
+    """A parquet file here, or at a URL that fsspec knows."""
+    if "://" not in file:
+        return pq.ParquetFile(file)
+    system, path = fsspec.url_to_fs(file)
+    return pq.ParquetFile(path, filesystem=system)
+
+
+def _hub_files(name: str, subset: str | None) -> dict[str, list[str]]:
+    """The URLs of a data set's parquet files, by split."""
+    try:
+        found: Any = datasets.load_dataset_builder(name, subset).config.data_files
+    except Exception as error:  # what can go wrong on the way to the Hub has no common base
+        raise DataError(
+            f"--streaming: {name!r} is neither a file or folder here nor a data set on the Hugging Face "
+            f"Hub ({type(error).__name__}: {error})"
+        ) from error
+    files = {str(split): [str(file) for file in paths] for split, paths in (found or {}).items()}
+    if not files or not all(path.endswith(".parquet") for paths in files.values() for path in paths):
+        raise DataError(f"--streaming wants parquet files, and {name!r} has others: leave --streaming out")
+    return files

@@ -1,0 +1,302 @@
+"""An evaluation from end to end, in small units of work that are kept when done: killed, it goes on where it was."""
+
+import json
+import os
+import shutil
+import time
+import zlib
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from timm.data import create_transform, resolve_model_data_config
+from tqdm import tqdm
+
+from ..data import ImageDataset, load_data
+from ..hub import __version__, environment, load_model, write_text
+from .base import Curve, EvaluationError, Explainer, ExplainerError, Metric, Scores, Subject
+from .localisation import GridLocalisation
+from .statistics import summarise
+from .subject import make_subject, predict
+
+__all__ = ["Setup", "evaluate", "open_folder", "run"]
+
+RESULTS, PARTS, ARRAYS, REPORT = "results.json", "parts", "arrays", "report.html"
+_FREE = {"batch_size", "device"}  # may differ when an evaluation goes on: but for rounding they change no number
+_EXAMPLES = 8  # images, of as many classes, whose maps a report shows side by side
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setup:
+    """What is evaluated, and on what; `timm-coda evaluate --help` says what each means."""
+
+    model: str
+    data: tuple[str, ...]
+    subset: str | None = None
+    test_split: str | None = None
+    image_column: str | None = None
+    label_column: str | None = None
+    grids: int = 500
+    grid_size: int = 3
+    images: int = 1024
+    seed: int = 42
+    batch_size: int = 64
+    device: str = "cpu"
+
+
+def run(
+    setup: Setup,
+    explainers: Sequence[Explainer],
+    metrics: Sequence[Metric],
+    folder: Path,
+    *,
+    command: str,
+    overwrite: bool = False,
+    say: Callable[[str], None] = print,
+) -> dict[str, Any]:
+    """Load model and data, and `evaluate`; arguments and results as there.
+
+    Args:
+        setup: what is evaluated
+        explainers, metrics: made with the setup's numbers
+        folder: for the results; or of an evaluation with the same setup, which goes on
+        command: that a reader would type
+        overwrite: begin anew
+        say: told what a person should know on the way
+
+    Raises:
+        EvaluationError: the model cannot explain itself, does not fit the data, or the folder has something else.
+        DataError: the data cannot be used.
+        HubError: the model cannot be loaded.
+    """
+    model = load_model(setup.model)
+    if not hasattr(model, "explain"):
+        raise EvaluationError(f"{type(model).__name__} cannot explain itself: name one of timm_coda's models")
+    data = load_data(
+        setup.data,
+        subset=setup.subset,
+        test_split=setup.test_split,
+        image_column=setup.image_column,
+        label_column=setup.label_column,
+        num_classes=model.num_classes,
+    )
+    settings = {key: value for key, value in asdict(setup).items() if key not in _FREE}
+    settings |= {"data": list(setup.data), "weights": _fingerprint(model)}
+    open_folder(folder, settings, overwrite=overwrite)
+    for note in data.notes:
+        say(note)
+    transform: Any = create_transform(**resolve_model_data_config(model), is_training=False)
+    images = ImageDataset(data.test, transform)
+    model = model.to(setup.device)
+    found = kept(folder / PARTS / "predictions.npz")
+    if found is None:
+        readable, logits, unread = predict(model, images, setup.batch_size)
+        found = {"readable": readable, "logits": logits, "unread": np.array([": ".join(one) for one in unread], str)}
+        keep(folder / PARTS / "predictions.npz", found)
+    for reason in found["unread"].tolist():
+        say(f"skipped {reason}")
+    subject = make_subject(
+        model,
+        images,
+        found["readable"],
+        found["logits"],
+        count=setup.images,
+        label_names=data.label_names,
+        batch_size=setup.batch_size,
+        seed=setup.seed,
+    )
+    facts = {"command": command, "model": setup.model, "data": list(setup.data), "settings": asdict(setup)}
+    return evaluate(subject, explainers, metrics, folder, facts=facts)
+
+
+def open_folder(folder: Path, settings: dict[str, Any], *, overwrite: bool = False) -> None:
+    """Make the folder of an evaluation, or find that what is in it belongs to the same one.
+
+    Raises:
+        EvaluationError: it has an evaluation with other settings, or something else.
+    """
+    record = folder / PARTS / "settings.json"
+    if overwrite and record.exists():
+        for path in (folder / name for name in (RESULTS, PARTS, ARRAYS, REPORT)):
+            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+    if record.exists():
+        before = json.loads(record.read_text(encoding="utf-8"))
+        changed = [
+            f"{key} was {before.get(key)!r}, is {now!r}" for key, now in settings.items() if before.get(key) != now
+        ]
+        if changed:
+            raise EvaluationError(
+                f"{folder} has an evaluation with other settings ({'; '.join(changed)}): take another --output, or "
+                "--overwrite"
+            )
+    elif folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise EvaluationError(f"{folder} is there and no evaluation: name a new or empty --output")
+    else:
+        record.parent.mkdir(parents=True, exist_ok=True)
+        write_text(record, json.dumps(settings, indent=1) + "\n")
+
+
+def evaluate(
+    subject: Subject,
+    explainers: Sequence[Explainer],
+    metrics: Sequence[Metric],
+    folder: Path,
+    *,
+    facts: dict[str, Any],
+) -> dict[str, Any]:
+    """Score every explainer by every metric, and write `results.json` and `arrays/`.
+
+    An explainer that fails is reported with its error, and the others go on; the next run tries it again.
+
+    Args:
+        subject: the model, and images
+        explainers, metrics: in the order of tables and figures
+        folder: of `open_folder`; finished units of work are in its `parts`
+        facts: further entries of `results.json`
+
+    Returns:
+        what `results.json` has
+    """
+    parts = folder / PARTS
+    subject = replace(subject, folder=parts)
+    found: dict[str, Any] = {metric.name: _describe(metric, subject) for metric in metrics}
+    seconds = 0.0
+    units = [(metric, explainer) for metric in metrics for explainer in explainers]
+    with tqdm(units, desc="evaluation", disable=None, ncols=80, leave=False) as bar:
+        for metric, explainer in bar:
+            entries = found[metric.name]["explainers"]
+            path = parts / f"{metric.name}.{explainer.name}.npz"
+            part = kept(path)
+            if part is None:
+                part = _score(subject, metric, explainer, found[metric.name].get("error"))
+                if "error" in part:
+                    entries[explainer.name] = {"error": part["error"]}
+                    if part.get("hopeless"):
+                        found[metric.name]["error"] = part["error"]
+                    continue
+                keep(path, part)
+            entries[explainer.name] = summarise(_as_scores(part), metric.statistic, seed=subject.seed)
+            entries[explainer.name]["seconds"] = float(part["seconds"])
+            seconds += float(part["seconds"])
+    _write_examples(subject, explainers, metrics, folder)
+    results = {
+        **facts,
+        "seed": subject.seed,
+        "label_names": list(subject.label_names),
+        "environment": environment(),
+        "accuracy": float((subject.logits.argmax(1) == subject.labels).mean()),
+        "seconds": seconds,
+        "metrics": found,
+        "explainers": {
+            explainer.name: {"label": explainer.label, "about": explainer.about} for explainer in explainers
+        },
+    }
+    write_text(folder / RESULTS, json.dumps(results, indent=1, allow_nan=False) + "\n")
+    return results
+
+
+def _describe(metric: Metric, subject: Subject) -> dict[str, Any]:
+    keys = ("label", "about", "unit", "higher_is_better", "statistic")
+    entry = {key: getattr(metric, key) for key in keys}
+    baseline = metric.baseline(subject)
+    entry["baseline"] = None if baseline is None else {"value": baseline.value, "label": baseline.label}
+    return {**entry, "explainers": {}}
+
+
+def _score(subject: Subject, metric: Metric, explainer: Explainer, error: str | None) -> dict[str, Any]:
+    """What `keep` writes of a unit of work; or its error."""
+    if error is not None:
+        return {"error": error}
+    start = time.perf_counter()
+    try:
+        scores = metric(subject, explainer)
+        if not np.isfinite(scores.values).all():
+            raise ValueError(f"{metric.name} gives NaN or infinite scores")
+    except OSError:  # a full disk is nobody's fault here
+        raise
+    except EvaluationError as failure:
+        return {"error": str(failure), "hopeless": True}
+    except ExplainerError as failure:
+        return {"error": str(failure)}
+    except Exception as failure:  # anything may be wrong between a library's method and a model
+        return {"error": f"{type(failure).__name__}: {failure}"[:400]}
+    part: dict[str, Any] = {"values": scores.values, "seconds": time.perf_counter() - start}
+    if scores.curve is not None:
+        curve = scores.curve
+        part |= {"x": curve.x, "y": curve.y, "x_label": curve.x_label, "y_label": curve.y_label}
+    return part
+
+
+def _as_scores(part: dict[str, Any]) -> Scores:
+    if "x" not in part:
+        return Scores(part["values"])
+    return Scores(part["values"], Curve(part["x"], part["y"], str(part["x_label"]), str(part["y_label"])))
+
+
+def _write_examples(subject: Subject, explainers: Sequence[Explainer], metrics: Sequence[Metric], folder: Path) -> None:
+    """Write `arrays/examples.npz`, the first image of some classes, and `arrays/grid.npz`, the first grid, and maps."""
+    first = np.unique(subject.labels, return_index=True)[1][:_EXAMPLES]
+    images, labels = subject.load(first.tolist()), subject.labels[first]
+    logits = subject.logits[first]
+    examples = {"images": images.numpy(), "labels": labels, "predictions": logits.argmax(1)}
+    examples["probabilities"] = torch.from_numpy(logits.max(1)).sigmoid().numpy()
+    grids = {}
+    for metric in metrics:
+        if isinstance(metric, GridLocalisation) and not grids:
+            try:
+                image, classes = metric.make(subject, metric.choose(subject)[:1])
+            except EvaluationError:  # which the table says already
+                continue
+            grids = {"image": image[0].numpy(), "labels": classes[0].numpy()}
+    for explainer in explainers:
+        path = folder / PARTS / f"examples.{explainer.name}.npz"
+        part = kept(path) or {}
+        try:
+            if "maps" not in part:
+                part["maps"] = explainer(subject.model, images, torch.from_numpy(labels)).numpy()
+                keep(path, part)
+            if grids and "grid" not in part:
+                image, classes = torch.from_numpy(grids["image"]), torch.from_numpy(grids["labels"])
+                part["grid"] = explainer(subject.model, image[None], classes[None])[0].numpy()
+                keep(path, part)
+        except OSError:
+            raise
+        except Exception:  # as the table says, where a metric asked for the same
+            continue
+        examples[f"maps_{explainer.name}"] = part["maps"]
+        if grids:
+            grids[f"maps_{explainer.name}"] = part["grid"]
+    (folder / ARRAYS).mkdir(exist_ok=True)
+    keep(folder / ARRAYS / "examples.npz", examples)
+    if grids:
+        keep(folder / ARRAYS / "grid.npz", grids)
+
+
+def keep(path: Path, arrays: dict[str, Any]) -> None:
+    """Write an .npz file, whole or not at all."""
+    temporary = path.with_name(f".saving-{path.name}")
+    try:
+        np.savez(temporary, **arrays)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def kept(path: Path) -> dict[str, np.ndarray] | None:
+    """What `keep` wrote there; None if it did not."""
+    if not path.exists():
+        return None
+    with np.load(path) as arrays:
+        return dict(arrays)
+
+
+def _fingerprint(model: torch.nn.Module) -> str:
+    """A number of a model's weights, which tells that they have changed."""
+    number = zlib.crc32(__version__.encode())
+    for name, value in model.state_dict().items():
+        number = zlib.crc32(name.encode(), number)
+        number = zlib.crc32(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes(), number)
+    return f"{number:08x}"

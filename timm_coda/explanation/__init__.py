@@ -1,0 +1,46 @@
+"""Exact explanations: how they are computed, the result with its arrays, and the pictures made of it."""
+
+from .compute import ExplainMixin, explain, explanation_mode, output_of
+from .figures import (
+    EVIDENCE_COLORS,
+    as_pictures,
+    color_limit,
+    draw_scale,
+    figure,
+    heatmap,
+    overlay,
+    replacing,
+    rgba,
+    save_arrays,
+    save_figure,
+    save_image,
+)
+from .result import Explanation
+from .sheet import GAP, GREY, INK, PANEL, PITCH, Page, letters
+
+__all__ = [
+    "EVIDENCE_COLORS",
+    "GAP",
+    "GREY",
+    "INK",
+    "PANEL",
+    "PITCH",
+    "ExplainMixin",
+    "Explanation",
+    "Page",
+    "as_pictures",
+    "color_limit",
+    "draw_scale",
+    "explain",
+    "explanation_mode",
+    "figure",
+    "heatmap",
+    "letters",
+    "output_of",
+    "overlay",
+    "replacing",
+    "rgba",
+    "save_arrays",
+    "save_figure",
+    "save_image",
+]

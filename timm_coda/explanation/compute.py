@@ -1,0 +1,308 @@
+"""Exact explanations of dynamic-linear models: logits = W(x) x + bias, read off with one backward pass a target.
+
+Knows torch and what a model of ours has: layers with a `frozen_dynamics` switch, `encoding`, `logits.bias`.
+"""
+
+import threading
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from .result import Explanation, concatenate
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+__all__ = ["ExplainMixin", "explain", "explanation_mode", "output_of"]
+
+
+@contextmanager
+def explanation_mode(model: nn.Module) -> Iterator[nn.Module]:
+    """Inside, backward through `model` is multiplication by its dynamic linear map W(x); forward values are the same.
+
+    Layers are found on entry, in whatever wraps the model (DDP, Accelerate, torch.compile). Re-entrant; only the
+    thread that entered sees it; left clean after an error.
+
+    Raises:
+        ValueError: the model has no dynamic-linear layer.
+    """
+    switches = [m.frozen_dynamics for m in model.modules() if hasattr(m, "frozen_dynamics")]
+    if not switches:
+        raise ValueError(
+            f"{type(model).__name__} has no dynamic-linear layer, so no exact explanation: create one of "
+            "timm_coda's models"
+        )
+    with ExitStack() as stack:
+        for switch in switches:
+            stack.enter_context(switch)  # pyright: ignore[reportArgumentType]
+        yield model
+
+
+def explain(model: nn.Module, images: "Tensor | Image | Sequence[Image]", *args: Any, **kwargs: Any) -> Explanation:
+    """`model.explain(...)` of a model that DDP, torch.compile or transformers' wrapper hides. Arguments as there.
+
+    Raises:
+        TypeError: no model with `explain` inside.
+    """
+    inner = model
+    while not isinstance(inner, ExplainMixin):
+        for name in ("module", "_orig_mod", "timm_model"):
+            if isinstance(getattr(inner, name, None), nn.Module):
+                inner = getattr(inner, name)
+                break
+        else:
+            raise TypeError(f"{type(inner).__name__} cannot explain itself: create one of timm_coda's models")
+    return inner.explain(images, *args, **kwargs)
+
+
+class ExplainMixin:
+    """Adds `explain` to a model with dynamic-linear layers, an `encoding` and a final `logits` layer."""
+
+    def explain(
+        self,
+        images: "Tensor | Image | Sequence[Image]",
+        target: int | Sequence[int] | Tensor | None = None,
+        *,
+        top: int | None = None,
+        versus: int | Sequence[int] | Tensor | None = None,
+        layer: str | None = None,
+        unit: int | tuple[int, int, int] | None = None,
+        batch_size: int | None = None,
+    ) -> Explanation:
+        """Which pixels speak for and against a class, exactly: contributions sum to its logit - bias.
+
+        One forward pass and one backward pass a target. The model and the caller's tensors are left as they are.
+
+        Args:
+            images: colours in [0, 1], (B, C, H, W) or (C, H, W); the same encoded, with 2C channels; or PIL images,
+                which go through the model's own eval transform, transparent parts over white
+            target: class to explain: None for the prediction, an int, B ints, or (B, T) for T classes an image
+            top: in place of `target`, the `top` classes with the largest logits, in that order
+            versus: class to contrast with, shaped as `target` or one an image: explains the difference of the logits
+            layer: name of an inner layer: explains the class by this layer's output in place of the pixels
+            unit: with `layer`: explains by the pixels, in place of a class, this channel of the layer summed over its
+                positions, or (channel, row, column)
+            batch_size: images at a time, to bound memory
+
+        Raises:
+            ValueError: a wrong shape, NaN, a class out of range, options that exclude each other.
+            TypeError: not float images, not integer classes.
+        """
+        model: Any = self
+        pooling = getattr(model.global_pool, "pool_type", model.global_pool)  # timm's ViTs have the name alone
+        if not model.num_classes or not pooling:
+            raise ValueError("this model has no pooled classifier to explain: give it one with reset_classifier()")
+        if target is not None and top is not None:
+            raise ValueError(f"target={target} and top={top}: give one of them")
+        if top is not None and not 1 <= top <= model.num_classes:
+            raise ValueError(f"top={top}: the model has {model.num_classes} classes")
+        if unit is not None and (layer is None or target is not None or versus is not None or top is not None):
+            raise ValueError("unit= goes with layer=, and without target=, top= and versus=")
+        if batch_size is not None and batch_size < 1:
+            raise ValueError(f"batch_size={batch_size}: must be at least 1")
+        batch = _as_batch(images)
+        count = len(batch)
+        step = count if batch_size is None else batch_size
+        place = (unit,) if isinstance(unit, int) else None if unit is None else tuple(unit)
+        with torch.inference_mode(False), torch.enable_grad(), explanation_mode(model):
+            targets = _as_classes("target", target, count, model.num_classes)
+            others = _as_classes("versus", versus, count, model.num_classes)
+            parts = []
+            for start in range(0, count, step):
+                now = slice(start, start + step)
+                encoded = _encode(model, batch[now])
+                goal = None if targets is None else targets[now]
+                other = None if others is None else others[now]
+                parts.append(_explain_batch(model, encoded, goal, top, other, layer, place))
+        return concatenate(parts)
+
+
+def _explain_batch(
+    model: Any,
+    encoded: Tensor,
+    target: Tensor | None,
+    top: int | None,
+    versus: Tensor | None,
+    layer: str | None,
+    unit: tuple[int, ...] | None,
+) -> Explanation:
+    encoded.requires_grad_()
+    with nullcontext() if layer is None else output_of(model, layer) as outputs:
+        logits = model(encoded)
+    inner = None if layer is None else _only_output(outputs or [], layer)
+    grid = None if inner is None or inner.dim() == 4 else _token_grid(model, encoded, inner, layer)
+
+    prediction = logits.argmax(1)
+    chosen: Tensor = prediction if top is None else logits.topk(top, 1).indices
+    if target is not None:
+        chosen = target.to(logits.device)
+    exact = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    several = chosen.reshape(len(encoded), -1)  # (B, T)
+    bias = model.logits.bias
+    source = encoded
+    if unit is not None and inner is not None:
+        value, bias = _unit_output(_as_map(inner, grid), unit, layer), 0.0
+    else:
+        value = exact.gather(1, several)
+        source = encoded if inner is None else inner
+        if versus is not None:
+            versus = versus.to(logits.device).reshape(len(encoded), -1).expand_as(several)
+            value, bias = value - exact.gather(1, versus), 0.0
+            versus = versus.reshape(chosen.shape)
+
+    weights = []
+    for t in range(value.shape[1]):
+        grad = torch.autograd.grad(value[:, t].sum(), source, retain_graph=t + 1 < value.shape[1])[0]
+        weights.append(_as_map(grad.to(exact.dtype), grid))
+    weights = torch.stack(weights, 1)  # (B, T, C, H, W)
+    seen = _as_map(source.detach().to(exact.dtype), grid)
+    contributions = (weights * seen.unsqueeze(1)).sum(2)
+    colours = encoded.detach()[:, : encoded.shape[1] // 2].to(exact.dtype)
+    names = model.pretrained_cfg.get("label_names") if hasattr(model, "pretrained_cfg") else None
+    shape = chosen.shape
+    return Explanation(
+        images=colours,
+        logits=logits.detach(),
+        prediction=prediction,
+        target=chosen,
+        value=value.detach().reshape(shape),
+        contributions=contributions.reshape(shape + contributions.shape[2:]),
+        weights=weights.reshape(shape + weights.shape[2:]),
+        bias=bias,
+        versus=versus,
+        layer=layer,
+        unit=unit,
+        label_names=tuple(names) if names else None,
+    )
+
+
+def _as_batch(images: "Tensor | Image | Sequence[Image]") -> "Tensor | list[Image]":
+    """A (B, C, H, W) tensor or a list of PIL images."""
+    if isinstance(images, Tensor):
+        if not images.is_floating_point():
+            raise TypeError(f"images are {images.dtype}: give floats in [0, 1], such as images / 255")
+        batch = images[None] if images.dim() == 3 else images
+    elif isinstance(images, Sequence):
+        batch = list(images)
+    else:
+        batch = [images]
+    if len(batch) == 0:
+        raise ValueError("no images: the batch is empty")
+    if not isinstance(batch, Tensor) and not all(hasattr(image, "convert") for image in batch):
+        kind = next(type(image).__name__ for image in batch if not hasattr(image, "convert"))
+        raise TypeError(f"images are {kind}: give a tensor (B, C, H, W), a PIL image or a list of PIL images")
+    return batch
+
+
+def _encode(model: Any, images: "Tensor | list[Image]") -> Tensor:
+    """A fresh encoded tensor with the model's device and dtype."""
+    parameter = next(model.parameters())
+    if isinstance(images, Tensor):
+        x = images
+    else:
+        from timm.data import create_transform, resolve_model_data_config
+
+        from ..images import to_rgb
+
+        transform: Any = create_transform(**resolve_model_data_config(model), is_training=False)
+        stack = []
+        for image in images:
+            image = to_rgb(image)
+            image = image if model.in_chans == 3 else image.convert("L").convert("RGB")
+            stack.append(transform(image)[: model.in_chans])
+        x = torch.stack(stack)
+    # clone: an inference tensor cannot take part in autograd, and the caller's tensor must not.
+    x = x.detach().clone().to(parameter.device, parameter.dtype)
+    encoded = model.encoding(x)
+    if not torch.isfinite(x).all():
+        bad = (~torch.isfinite(x)).flatten(1).any(1).nonzero().flatten().tolist()
+        raise ValueError(f"images {bad} have NaN or infinite values: an explanation of them would mean nothing")
+    low, high = x.min().item(), x.max().item()
+    if low < -1e-3 or high > 1 + 1e-3:
+        warnings.warn(
+            f"images have values from {low:.3g} to {high:.3g}, outside [0, 1]: if they are normalised by mean and "
+            "std, leave that out; the model takes plain colours and encodes them itself",
+            stacklevel=4,
+        )
+    return encoded.detach().clone() if encoded is x else encoded
+
+
+def _as_classes(name: str, value: int | Sequence[int] | Tensor | None, count: int, num_classes: int) -> Tensor | None:
+    """(B,) or (B, T) class indices, checked."""
+    if value is None:
+        return None
+    classes = torch.as_tensor(value)
+    if classes.is_floating_point() or classes.is_complex() or classes.dtype == torch.bool:
+        raise TypeError(f"{name} is {classes.dtype}: give class indices as integers")
+    classes = classes.long().clone()  # an inference tensor cannot take part in autograd
+    if classes.dim() == 0:
+        classes = classes.expand(count)
+    if classes.dim() > 2 or len(classes) != count or classes.numel() == 0:
+        raise ValueError(
+            f"{name} has shape {list(classes.shape)} for {count} images: give one class, one an image ({count},), or "
+            f"several an image ({count}, T)"
+        )
+    outside = classes[(classes < 0) | (classes >= num_classes)]
+    if outside.numel():
+        raise ValueError(f"{name}={outside[0].item()}: the model's classes are 0 to {num_classes - 1}")
+    return classes
+
+
+@contextmanager
+def output_of(model: nn.Module, layer: str) -> Iterator[list[Any]]:
+    """Collects what the layer of that name puts out in this thread."""
+    try:
+        module = model.get_submodule(layer)
+    except AttributeError:
+        names = [name for name, m in model.named_modules() if hasattr(m, "frozen_dynamics")]
+        raise ValueError(f"layer={layer!r}: no such layer; among the model's are {', '.join(names)}") from None
+    thread = threading.get_ident()
+    outputs = []
+
+    def keep(module: nn.Module, args: Any, output: Any) -> None:
+        if threading.get_ident() == thread:
+            outputs.append(output)
+
+    handle = module.register_forward_hook(keep)
+    try:
+        yield outputs
+    finally:
+        handle.remove()
+
+
+def _only_output(outputs: list[Any], layer: str) -> Tensor:
+    if len(outputs) != 1 or not isinstance(outputs[0], Tensor) or outputs[0].dim() not in (3, 4):
+        seen = [list(o.shape) if isinstance(o, Tensor) else type(o).__name__ for o in outputs]
+        raise ValueError(
+            f"layer={layer!r} gives {seen or 'nothing'} in a forward pass, expected one (B, C, H, W), or the tokens "
+            "(B, N, C) of a vision transformer"
+        )
+    return outputs[0]
+
+
+def _token_grid(model: Any, encoded: Tensor, tokens: Tensor, layer: str | None) -> tuple[int, int]:
+    """Rows and columns of the tokens (B, N, C)."""
+    rows, columns = model.patch_embed.dynamic_feat_size(encoded.shape[2:]) if hasattr(model, "patch_embed") else (0, 0)
+    if rows * columns != tokens.shape[1]:
+        raise ValueError(f"layer={layer!r} gives {list(tokens.shape)}, but the model has {rows} x {columns} tokens")
+    return rows, columns
+
+
+def _as_map(x: Tensor, grid: tuple[int, int] | None) -> Tensor:
+    """(B, C, H, W), also of tokens (B, H * W, C), whose grid is given."""
+    return x.transpose(1, 2).unflatten(2, grid) if grid is not None and x.dim() == 3 else x
+
+
+def _unit_output(inner: Tensor, unit: tuple[int, ...], layer: str | None) -> Tensor:
+    """(B, 1): the unit's output."""
+    size = inner.shape[1:] if len(unit) == 3 else inner.shape[1:2]
+    if len(unit) != len(size) or not all(0 <= index < limit for index, limit in zip(unit, size, strict=True)):
+        raise ValueError(
+            f"unit={unit}: layer {layer!r} has (channel, row, column) of {list(inner.shape[1:])}; give a channel or all"
+        )
+    inner = inner.to(torch.promote_types(inner.dtype, torch.float32))
+    return inner[:, unit[0]].sum((1, 2))[:, None] if len(unit) == 1 else inner[:, unit[0], unit[1], unit[2], None]

@@ -1,0 +1,396 @@
+"""Arrays to pictures: signed heat maps, overlays, coloured explanations (RGBA) and figures.
+
+Takes NumPy arrays or tensors of any float type on any device. Only `figure` needs matplotlib; nothing touches its
+global state, so all of this works without a display and in several threads at once.
+"""
+
+import math
+import os
+import uuid
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, BinaryIO
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from .sheet import GAP, GREY, INK, PANEL, PITCH, Page
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+# From evidence against (blue) to evidence for (red), an odd number of colours so that zero is exactly the middle one.
+# ColorBrewer's RdBu: readers with any kind of colour vision can tell its ends apart.
+EVIDENCE_COLORS = np.frombuffer(
+    bytes.fromhex("053061 2166ac 4393c3 92c5de d1e5f0 f7f7f7 fddbc7 f4a582 d6604d b2182b 67001f"), np.uint8
+).reshape(-1, 3)
+
+
+def color_limit(contributions: ArrayLike, *, percentile: float = 99.5) -> float:
+    """The end of a symmetric colour scale, in logits, that a few extreme pixels cannot stretch.
+
+    It is positive: the maximum where the percentile is 0, and a tiny number where every contribution is 0.
+
+    Args:
+        contributions: any shape, in logits; one limit for everything given.
+        percentile: of the absolute contributions, in (0, 100]; 100 is the maximum.
+
+    Raises:
+        ValueError: a percentile out of range, an empty array, NaN or infinite contributions.
+    """
+    return _limit(np.abs(_finite(contributions, "contributions", 1)), percentile, axis=None).item()
+
+
+def heatmap(contributions: ArrayLike, *, limit: float | None = None, percentile: float = 99.5) -> np.ndarray:
+    """Signed heat map, uint8 (..., H, W, 3): red is evidence for, blue against, the light grey between exactly none.
+
+    Args:
+        contributions: (..., H, W), signed, in logits.
+        limit: the contribution that gets the strongest colour, in logits; None takes `color_limit` of each map
+            alone. Maps that are to be compared need a common one.
+        percentile: see `color_limit`.
+
+    Raises:
+        ValueError: as `color_limit`, and for a limit that is not positive.
+    """
+    strength = _strength(_finite(contributions, "contributions", 2), limit, percentile)
+    return np.rint(_evidence_colors(strength)).astype(np.uint8)
+
+
+def overlay(
+    images: ArrayLike, contributions: ArrayLike, *, limit: float | None = None, percentile: float = 99.5
+) -> np.ndarray:
+    """Heat map over the greyed image, uint8 (..., H, W, 3): the stronger the evidence, the more of the image it hides.
+
+    A map of another resolution (an inner layer's) is brought to the image's by nearest neighbour, so that every
+    position of that layer stays visible as one block.
+
+    Args:
+        images: (..., 3 or 1, H, W) in [0, 1].
+        contributions: (..., h, w), signed, in logits; between the leading dimensions of `images` and (h, w) may
+            stand one more, for several targets an image.
+        limit: see `heatmap`.
+        percentile: see `color_limit`.
+
+    Raises:
+        ValueError: as `heatmap`, and for shapes that do not fit or images outside [0, 1].
+    """
+    pictures = as_pictures(images)  # (..., H, W, 3)
+    maps = _finite(contributions, "contributions", 2)
+    lead = pictures.ndim - 3
+    if maps.ndim < lead + 2 or maps.shape[:lead] != pictures.shape[:lead]:
+        expected = (*pictures.shape[:lead], "(T)", "h", "w")
+        raise ValueError(f"contributions must have the shape {expected} to fit the images, got {maps.shape}")
+    (height, width), (h, w) = pictures.shape[-3:-1], maps.shape[-2:]
+    row, column = np.arange(height)[:, None] * h // height, np.arange(width) * w // width
+    strength = _strength(maps, limit, percentile)[..., row, column, None]  # (..., H, W, 1)
+    grey = pictures @ np.array([[0.299], [0.587], [0.114]])
+    grey = 0.35 + 0.6 * np.expand_dims(grey, tuple(range(lead, maps.ndim - 2)))
+    # Only the vivid middle of each half of the scale: low opacity already says "weak", and dark would hide the image.
+    color = _evidence_colors((0.6 + 0.2 * np.abs(strength[..., 0])) * np.sign(strength[..., 0])) / 255
+    return np.rint(255 * (grey + np.abs(strength) * (color - grey))).astype(np.uint8)
+
+
+def rgba(
+    weights: ArrayLike, *, contributions: ArrayLike, smooth: int | None = None, percentile: float = 99.5
+) -> np.ndarray:
+    """The colours that a class looks for, opaque where it finds them: float32 RGBA (..., H, W, 4) in [0, 1].
+
+    Colour: for each pair of weights for (c, 1 - c), negative ones set to 0, w_c / (w_c + w_{1-c}): it tells the
+    direction of the weights, not their length; 0.5 if neither is positive. Opacity: the length of the weights where
+    the contribution is positive, averaged over a window, divided by its percentile, clipped at 1; 0 everywhere if
+    nothing speaks for the class. After Böhle, Fritz, Schiele, CVPR 2022 (arXiv 2205.10268).
+
+    Args:
+        weights: (..., 6, H, W) for the channels (r, g, b, 1-r, 1-g, 1-b), or (..., 2, H, W) for (grey, 1-grey).
+        contributions: (..., H, W), signed, in logits.
+        smooth: side of the window in pixels, 1 for none; None scales 15 pixels at height 224 to these pictures.
+        percentile: of the opacities of a map, see `color_limit`.
+
+    Raises:
+        ValueError: as `color_limit`, and for shapes that do not fit or a window below 1.
+    """
+    w, maps = _finite(weights, "weights", 3), _finite(contributions, "contributions", 2)
+    if w.shape[-3] not in (2, 6) or (*w.shape[:-3], *w.shape[-2:]) != maps.shape:
+        expected = "weights must be (..., 6 or 2, H, W), and contributions the same without the channels"
+        raise ValueError(f"{expected}, got {w.shape} and {maps.shape}")
+    smooth = max(1, round(15 * maps.shape[-2] / 224)) | 1 if smooth is None else smooth
+    if smooth < 1:
+        raise ValueError(f"smooth must be at least 1 pixel (no smoothing), got {smooth}")
+    alpha = np.where(maps > 0, np.linalg.norm(w, axis=-3), 0)
+    alpha = _box_average(_box_average(alpha, smooth, -1), smooth, -2)
+    alpha = np.minimum(alpha / _limit(alpha, percentile, axis=(-2, -1)), 1)
+    color, inverse = np.split(np.maximum(w, 0), 2, axis=-3)
+    total = color + inverse
+    color = np.divide(color, total, out=np.full_like(total, 0.5), where=total > 0)
+    color = np.broadcast_to(np.moveaxis(color, -3, -1), (*maps.shape, 3))
+    return np.concatenate([color, alpha[..., None]], axis=-1, dtype=np.float32)
+
+
+def figure(
+    images: ArrayLike,
+    *,
+    contributions: ArrayLike,
+    logits: ArrayLike | None = None,
+    targets: ArrayLike | None = None,
+    bias: float = 0.0,
+    label_names: Sequence[str] | None = None,
+    true_labels: ArrayLike | None = None,
+    values: ArrayLike | None = None,
+    titles: Sequence[Sequence[str]] | None = None,
+    max_rows: int = 8,
+) -> "Figure":
+    """A matplotlib figure: a row an image, with its most probable classes and a signed heat map for each target.
+
+    The maps of a row share one colour scale, so they can be compared. Under a map stands its arithmetic, logit =
+    bias + sum of the map, and the residual where that is over 1 % of the logit. Probabilities are sigmoids, as the
+    networks are trained with binary cross-entropy. Units that are no classes have `values` in place of `logits`.
+
+    Args:
+        images: (B, 3 or 1, H, W) in [0, 1].
+        contributions: (B, T, h, w), or (B, h, w) for T = 1; signed, in logits.
+        logits: (B, classes).
+        targets: (B, T), or (B,) for T = 1: the explained classes; needed with `logits`.
+        bias: the part of each logit or value that no pixel contributes.
+        label_names: a name for each class; None writes "class 3".
+        true_labels: (B,), marks the predictions as correct or wrong; unused without `logits`.
+        values: (B, T), or (B,) for T = 1: the explained outputs.
+        titles: (B, T) headings of the maps; None writes the names of the targets.
+        max_rows: at most this many images, the first ones, are shown.
+
+    Raises:
+        ValueError: as `color_limit`, and for arguments that do not fit together.
+        ImportError: matplotlib is missing.
+    """
+    pictures, maps = as_pictures(images), _finite(contributions, "contributions", 3)
+    maps = maps[:, None] if maps.ndim == 3 else maps  # (B, T, h, w)
+    if pictures.ndim != 4 or maps.ndim != 4 or len(pictures) != len(maps):
+        expected = "figure needs images (B, 3 or 1, H, W) and contributions (B, T, h, w) or (B, h, w)"
+        raise ValueError(f"{expected}, got {np.shape(images)} and {np.shape(contributions)}")
+    if max_rows < 1:
+        raise ValueError(f"max_rows must be at least 1, got {max_rows}")
+    batch, per_image = maps.shape[:2]
+    outputs, explained, truth, names = None, [], None, []
+    if logits is not None and targets is not None and values is None:
+        word, outputs = "logit", _finite(logits, "logits", 2)
+        classes = outputs.shape[-1]
+        outputs = _shaped(outputs, "logits", (batch, classes))
+        explained = _labels(targets, "targets", (batch, per_image), classes)
+        truth = None if true_labels is None else _labels(true_labels, "true_labels", (batch,), classes)
+        scores = np.take_along_axis(outputs, np.array(explained), 1)
+        names = [f"class {i}" for i in range(classes)] if label_names is None else list(label_names)
+        if len(names) < classes:
+            raise ValueError(f"label_names has {len(names)} names for {classes} classes: give one for each class")
+        headings = [[names[i] for i in row] for row in explained] if titles is None else titles
+    elif values is not None and logits is None:
+        word, scores = "value", _shaped(_finite(values, "values", 1), "values", (batch, per_image))
+        headings = [[""] * per_image] * batch if titles is None else titles
+    else:
+        raise ValueError("figure needs logits and targets, or values alone for units that are no classes")
+    if np.shape(headings) != (batch, per_image):
+        raise ValueError(f"titles must have shape {(batch, per_image)}, one for each map, got {np.shape(headings)}")
+
+    rows = min(batch, max_rows)
+    height, width = (PANEL * side / max(pictures.shape[1:3]) for side in pictures.shape[1:3])  # on the page
+    row_height = max(height, 0.75 * PANEL)
+    captions = ["input", *["probability (sigmoid)"] * (outputs is not None), "evidence for and against"]
+    width_inches = (len(captions) - 1 + per_image) * PITCH + 0.85
+    page = Page(width_inches, 0.25 + rows * (row_height + 0.62) + 0.2 * (rows < batch))
+    for i, caption in enumerate(captions):
+        page.text(GAP + i * PITCH, 0.2, caption, color=GREY)
+    for row in range(rows):
+        left, top = GAP, 0.54 + row * (row_height + 0.62)
+        head, foot = top - 0.07, top + height + 0.15
+        page.picture(pictures[row], left, top, width, height)
+        if outputs is not None:
+            if truth is not None:
+                right = truth[row] == outputs[row].argmax()
+                page.text(left, head, f"true: {names[truth[row]]}", size=9)
+                page.text(left, foot, "✓ correct" if right else "✗ wrong", color="#1a7a3a" if right else "#b3480a")
+            left += PITCH
+            _draw_probabilities(page, left, top, row_height / 5, outputs[row], explained[row], names)
+        limit = color_limit(maps[row])
+        for title, score, contribution in zip(headings[row], scores[row].tolist(), maps[row], strict=True):
+            left += PITCH
+            page.text(left, head, title, size=9, weight="bold")
+            page.picture(heatmap(contribution, limit=limit), left, top, width, height)
+            total = contribution.sum(dtype=np.float64).item()
+            residual = score - float(bias) - total
+            # Adding 0 turns a negative zero into zero.
+            shown = [f"{round(number, 2) + 0.0:.2f}" for number in (score, float(bias), abs(total), residual)]
+            sign = "-" if round(total, 2) < 0 else "+"
+            page.text(left, foot, f"{word} {shown[0]} = bias {shown[1]} {sign} {shown[2]}", shrink=True)
+            if abs(residual) > 0.01 * max(1, abs(score)):
+                page.text(left, foot + 0.13, f"residual {shown[3]}", shrink=True)
+        draw_scale(page, left + PANEL + 0.14, top, max(height, 0.8), limit, f"contribution ({word})")
+    if rows < batch:
+        page.text(GAP, page.height - 0.1, f"first {rows} of {batch} images", color=GREY)
+    return page.figure
+
+
+def save_image(array: ArrayLike, path: str | os.PathLike[str]) -> None:
+    """Write RGB or RGBA pictures, uint8 or float in [0, 1], to a PNG file, replaced only by a complete one.
+
+    Args:
+        array: (H, W, C), or (B, H, W, C) put side by side, or (B, T, H, W, C) put in B rows and T columns.
+        path: ends in .png; missing folders are created.
+
+    Raises:
+        ValueError: another suffix or shape, NaN.
+    """
+    from PIL import Image
+
+    integers = str(getattr(array, "dtype", None)).endswith("uint8")
+    pixels = _array(array, np.uint8) if integers else 255 * _finite(array, "array", 3)
+    if pixels.ndim not in (3, 4, 5) or pixels.shape[-1] not in (3, 4):
+        raise ValueError(f"save_image needs (H, W, C), (B, H, W, C) or (B, T, H, W, C), C 3 or 4, got {pixels.shape}")
+    if pixels.min() < 0 or pixels.max() > 255:
+        raise ValueError(f"pictures that are not uint8 must lie in [0, 1], got up to {pixels.max() / 255:.3g}")
+    pixels = pixels[(None,) * (5 - pixels.ndim)]
+    b, t, h, w, c = pixels.shape
+    grid = Image.fromarray(np.rint(pixels).astype(np.uint8).swapaxes(1, 2).reshape(b * h, t * w, c))
+    with replacing(path, (".png",)) as stream:
+        grid.save(stream, format="PNG")
+
+
+def save_figure(figure: "Figure", path: str | os.PathLike[str]) -> None:
+    """Write a figure to a PNG, SVG or PDF file, replaced only by a complete one.
+
+    Without dates and versions, so the same PNG or PDF gives the same bytes (matplotlib names an SVG's parts at random).
+
+    Args:
+        figure: from `figure`, or any other of matplotlib's.
+        path: ends in .png, .svg or .pdf; missing folders are created.
+
+    Raises:
+        ValueError: another suffix.
+    """
+    unset = {".png": ["Software"], ".svg": ["Date", "Creator"], ".pdf": ["CreationDate", "Creator", "Producer"]}
+    with replacing(path, tuple(unset)) as stream:
+        suffix = Path(path).suffix.lower()
+        figure.savefig(stream, format=suffix[1:], facecolor="white", metadata=dict.fromkeys(unset[suffix]))
+
+
+def save_arrays(arrays: Mapping[str, np.ndarray], path: str | os.PathLike[str]) -> None:
+    """Write arrays to an .npz file, which `numpy.load` reads; as `save_image`, replaced only by a complete one."""
+    with replacing(path, (".npz",)) as stream:
+        np.savez_compressed(stream, allow_pickle=False, **arrays)
+
+
+@contextmanager
+def replacing(path: str | os.PathLike[str], suffixes: tuple[str, ...]) -> Iterator[BinaryIO]:
+    """A new file that takes the path's place at the end, or vanishes after an error; missing folders are made.
+
+    Raises:
+        ValueError: the path ends in none of these.
+    """
+    target = Path(path)
+    if target.suffix.lower() not in suffixes:
+        raise ValueError(f"cannot write {target.name!r}: the name must end in {' or '.join(suffixes)}")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = target.with_name(f".{uuid.uuid4().hex}.tmp")
+    try:
+        with open(temporary, "xb") as stream:
+            yield stream
+        os.replace(temporary, target)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _draw_probabilities(
+    page: Page, x: float, y: float, step: float, logits: np.ndarray, explained: list[int], names: list[str]
+) -> None:
+    """Bars of the five most probable classes, the explained ones dark."""
+    for i, index in enumerate(np.argsort(-logits, kind="stable")[:5].tolist()):
+        probability = (1 + math.tanh(logits[index] / 2)) / 2  # the sigmoid, without overflow
+        ink, bar = (INK, "#444444") if index in explained else (GREY, "#b4b4b4")
+        line = y + i * step + 0.4 * step
+        page.text(x, line, names[index], width=PANEL - 0.35, color=ink)
+        page.text(x + PANEL, line, f"{probability:.2f}", color=ink, ha="right")
+        page.box(x, line + 0.17 * step, PANEL, 0.25 * step, facecolor="#ececec", linewidth=0)
+        page.box(x, line + 0.17 * step, PANEL * probability, 0.25 * step, facecolor=bar, linewidth=0)
+
+
+def draw_scale(page: Page, x: float, y: float, height: float, limit: float, label: str) -> None:
+    page.picture(heatmap(np.linspace(1, -1, 201)[:, None], limit=1), x, y, 0.1, height)
+    page.text(x, y - 0.07, "for", color="#b2182b")
+    page.text(x, y + height + 0.15, "against", color="#2166ac")
+    end = f"{limit:.2g}" if limit > np.finfo(np.float32).tiny else "0"
+    for position, number in ((0.08, f"+{end}"), (height / 2 + 0.04, "0"), (height, f"-{end}")):
+        page.text(x + 0.14, y + position, number, width=0.34, shrink=True)
+    page.text(x + 0.5, y + height / 2, label, width=height, shrink=True, rotation=90, va="center")
+
+
+def _array(value: ArrayLike, dtype: type = np.float32) -> np.ndarray:
+    """Also of tensors that NumPy cannot read itself: bfloat16, on another device, with a gradient."""
+    if hasattr(value, "detach"):
+        tensor = value.detach().cpu()  # pyright: ignore[reportAttributeAccessIssue]
+        value = (tensor.float() if tensor.is_floating_point() else tensor).numpy()
+    return np.asarray(value, dtype=dtype)
+
+
+def _finite(value: ArrayLike, name: str, dimensions: int) -> np.ndarray:
+    array = _array(value)
+    if array.ndim < dimensions or array.size == 0:
+        raise ValueError(f"{name} must have at least {dimensions} dimensions and one entry, got shape {array.shape}")
+    wrong = array.size - np.count_nonzero(np.isfinite(array))
+    if wrong:
+        raise ValueError(f"{name} has {wrong} NaN or infinite entries of {array.size}: check the model's weights")
+    return array
+
+
+def _shaped(array: np.ndarray, name: str, shape: tuple[int, ...]) -> np.ndarray:
+    if array.shape != shape and (*array.shape, 1) != shape:
+        raise ValueError(f"{name} must have shape {shape} to fit the contributions, got {array.shape}")
+    return array.reshape(shape)
+
+
+def _labels(value: ArrayLike, name: str, shape: tuple[int, ...], classes: int) -> list:
+    labels = _shaped(_array(value, np.int64), name, shape)
+    if labels.min() < 0 or labels.max() >= classes:
+        raise ValueError(f"{name} must lie in 0..{classes - 1}, got {labels.min()}..{labels.max()}")
+    return labels.tolist()
+
+
+def as_pictures(images: ArrayLike) -> np.ndarray:
+    """Images channels last, (..., H, W, 3), in [0, 1]."""
+    pictures = _finite(images, "images", 3)
+    low, high = pictures.min(), pictures.max()
+    if pictures.shape[-3] not in (1, 3):
+        raise ValueError(f"images must be (..., 3 or 1, H, W), RGB or grey and not encoded, got shape {pictures.shape}")
+    if low < -1e-3 or high > 1 + 1e-3:
+        raise ValueError(f"images must lie in [0, 1], got {low:.3g}..{high:.3g}: undo the normalisation first")
+    pictures = np.moveaxis(np.clip(pictures, 0, 1), -3, -1)
+    return np.broadcast_to(pictures, (*pictures.shape[:-1], 3))
+
+
+def _limit(magnitudes: np.ndarray, percentile: float, axis: tuple[int, ...] | None) -> np.ndarray:
+    if not 0 < percentile <= 100:
+        raise ValueError(f"percentile must lie in (0, 100], got {percentile}")
+    limit = np.percentile(magnitudes, percentile, axis=axis, keepdims=True)
+    limit = np.where(limit > 0, limit, magnitudes.max(axis=axis, keepdims=True))
+    return np.maximum(limit, np.finfo(np.float32).tiny)
+
+
+def _strength(maps: np.ndarray, limit: float | None, percentile: float) -> np.ndarray:
+    """Maps over their limit, in [-1, 1]."""
+    if limit is not None and not 0 < limit < math.inf:
+        raise ValueError(f"limit must be a positive number of logits, or None to choose one, got {limit}")
+    end = _limit(np.abs(maps), percentile, axis=(-2, -1)) if limit is None else limit
+    return np.clip(maps, -end, end) / end
+
+
+def _evidence_colors(strength: np.ndarray) -> np.ndarray:
+    """Strengths (...) in [-1, 1] to RGB (..., 3) in [0, 255]."""
+    anchors = np.linspace(-1, 1, len(EVIDENCE_COLORS))
+    return np.stack([np.interp(strength, anchors, channel) for channel in EVIDENCE_COLORS.T], axis=-1)
+
+
+def _box_average(values: np.ndarray, window: int, axis: int) -> np.ndarray:
+    """Mean over a centred window of which only what lies in the picture counts, so that edges are not darkened."""
+    index = np.arange(values.shape[axis])
+    first, end = np.maximum(index - (window - 1) // 2, 0), np.minimum(index + window // 2 + 1, len(index))
+    total = np.insert(np.cumsum(values, axis=axis, dtype=np.float64), 0, 0, axis=axis)
+    total = np.take(total, end, axis=axis) - np.take(total, first, axis=axis)
+    return total / np.expand_dims(end - first, tuple(range(axis + 1, 0)))

@@ -1,0 +1,235 @@
+"""Many images explained into a folder: a figure, an overlay and the arrays of each, contact sheets and one table."""
+
+import csv
+import io
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image
+from timm.data import resolve_model_data_config
+
+from ..explanation import GAP, GREY, Explanation, Page, color_limit, replacing, save_figure, save_image
+from .inputs import Source
+from .placement import eval_transform, overlay_whole, seen_box
+
+__all__ = ["Gallery", "Row", "contact_sheet"]
+
+COLUMNS = (
+    *("image", "prediction", "probability", "target", "target_probability", "versus", "value", "bias"),
+    *("evidence_for", "evidence_against", "residual", "note", "skipped"),
+)
+_SMALLEST, _LARGEST = 256, 1024  # pixels of the longer side of an overlay
+_TILE = 256  # pixels of the longer side of a picture on a contact sheet
+_TILES = 48  # on one contact sheet
+_SIDE = 1.1  # inches
+
+
+class Row(NamedTuple):
+    """What is said of an image on the screen."""
+
+    name: str
+    top: list[tuple[str, float]]
+    """The most probable classes and their probabilities (sigmoid), five at most."""
+    note: str
+
+
+class Tile(NamedTuple):
+    """An image on a contact sheet, with the evidence drawn over it: uint8 (H, W, 3)."""
+
+    name: str
+    caption: str
+    picture: np.ndarray
+    drawn: np.ndarray
+
+
+@dataclass(frozen=True)
+class _Waiting:
+    source: Source
+    place: int  # in the order of the inputs
+    seen: torch.Tensor  # (C, H, W)
+    shown: Image.Image
+    note: str
+
+
+class Gallery:
+    """Explains images, `batch_size` at a time, and writes files named after them into a folder.
+
+    NAME.figure.png (or .svg, .pdf), NAME.overlay.png (with several classes an image NAME.overlay-1.png and so on) and
+    NAME.npz, see `Explanation.arrays`; at the end table.csv, a row for each image and class, and of more than one image
+    contact_sheet.png, contact_sheet-2.png, ..., 48 images on each.
+
+    Args:
+        model: one of ours, in eval mode.
+        output: the folder.
+        names: a name for each class.
+        targets: classes to explain; None for the `top` most probable ones.
+        versus: classes to contrast with, one or as many as `targets`.
+        top: how many classes.
+        batch_size: images at a time.
+        suffix: of the figures: .png, .svg or .pdf.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        output: Path,
+        *,
+        names: Sequence[str],
+        targets: Sequence[int] | None = None,
+        versus: Sequence[int] | None = None,
+        top: int = 1,
+        batch_size: int = 16,
+        suffix: str = ".png",
+    ) -> None:
+        self.model, self.output, self.names = model, output, tuple(names)
+        self.targets, self.versus, self.top = targets, versus, top
+        self.batch_size, self.suffix = batch_size, suffix
+        self.explained = 0
+        self._count = 0
+        self._config = resolve_model_data_config(model)
+        self._transform = eval_transform(model)
+        self._waiting: list[_Waiting] = []
+        self._table: dict[int, list[dict[str, str]]] = {}
+        self._tiles: list[Tile] = []
+        self._sheets = 0
+
+    def add(self, source: Source, image: Image.Image) -> list[Row]:
+        """Take an image (RGB), and explain those that wait if they are a batch; returns what is then done."""
+        self._count += 1
+        note = image.info.get("note", "")
+        self._waiting.append(_Waiting(source, self._count, self._transform(image), _resized(image), note))
+        return self._explain() if len(self._waiting) == self.batch_size else []
+
+    def skip(self, source: Source, reason: str) -> None:
+        """Note in the table that there is no explanation, and why."""
+        self._count += 1
+        self._table[self._count] = [{"image": source.name, "skipped": reason}]
+
+    def finish(self) -> list[Row]:
+        """Explain what waits, write the last contact sheet and the table; returns what is then done."""
+        rows = self._explain() if self._waiting else []
+        if self._tiles and self.explained > 1:
+            self._write_sheet()
+        if not self._table:  # there were videos alone
+            return rows
+        text = io.StringIO()
+        writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
+        writer.writeheader()
+        for place in sorted(self._table):
+            writer.writerows(self._table[place])
+        with replacing(self.output / "table.csv", (".csv",)) as stream:
+            stream.write(text.getvalue().encode())
+        return rows
+
+    def _explain(self) -> list[Row]:
+        waiting, self._waiting = self._waiting, []
+        images = torch.stack([one.seen for one in waiting])
+        targets = None if self.targets is None else torch.tensor(self.targets).expand(len(images), -1)
+        versus = None
+        if self.versus is not None:
+            versus = torch.tensor(self.versus).expand(len(images), self.top if targets is None else targets.shape[1])
+        top = self.top if targets is None else None
+        found = self.model.explain(images, targets, top=top, versus=versus)
+        found = replace(found, label_names=self.names)
+        return [self._write(one, explanation) for one, explanation in zip(waiting, found, strict=True)]
+
+    def _write(self, one: _Waiting, found: Explanation) -> Row:
+        stem = self.output / one.source.stem
+        found.save(_with_ending(stem, ".npz"))
+        save_figure(found.plot(), _with_ending(stem, f".figure{self.suffix}"))
+        maps = found.contributions[0].cpu().numpy()  # (T, H, W)
+        box, limit = seen_box(self._config, *one.shown.size), color_limit(maps)
+        picture = np.asarray(one.shown)
+        drawn = [overlay_whole(picture, part, box=box, limit=limit) for part in maps]
+        for number, overlaid in enumerate(drawn, 1):
+            ending = f".overlay-{number}.png" if len(drawn) > 1 else ".overlay.png"
+            save_image(overlaid, _with_ending(stem, ending))
+        probabilities = torch.sigmoid(found.logits[0].float())
+        best = probabilities.topk(min(5, len(self.names))).indices.tolist()
+        row = Row(one.source.name, [(self.names[i], probabilities[i].item()) for i in best], one.note)
+        self._table[one.place] = self._table_rows(row, found, probabilities)
+        explained = self.names[int(found.target[0, 0])]
+        caption = f"{row.top[0][0]} {row.top[0][1]:.2f}"
+        if explained != row.top[0][0] or found.versus is not None:
+            other = "" if found.versus is None else f", not {self.names[int(found.versus[0, 0])]}"
+            caption += f"; shown: {explained}{other}"
+        tile = [np.asarray(_shrunk(Image.fromarray(pixels))) for pixels in (picture, drawn[0])]
+        self._tiles.append(Tile("/".join(Path(row.name).parts[-2:]), caption, *tile))
+        if len(self._tiles) == _TILES:
+            self._write_sheet()
+        self.explained += 1
+        return row
+
+    def _table_rows(self, row: Row, found: Explanation, probabilities: torch.Tensor) -> list[dict[str, str]]:
+        (prediction, probability), numbers = row.top[0], found.arrays()
+        table = []
+        for t, target in enumerate(numbers["target"][0]):
+            maps = numbers["contributions"][0, t].astype(np.float64)
+            values = {
+                "probability": probability,
+                "target_probability": probabilities[int(target)].item(),
+                "value": numbers["value"][0, t],
+                "bias": found.bias,
+                "evidence_for": maps.clip(min=0).sum(),
+                "evidence_against": maps.clip(max=0).sum(),
+                "residual": numbers["residual"][0, t],
+            }
+            words = {"image": row.name, "prediction": prediction, "target": self.names[target], "note": row.note}
+            if found.versus is not None:
+                words["versus"] = self.names[numbers["versus"][0, t]]
+            table.append(words | {name: f"{value:.6g}" for name, value in values.items()})
+        return table
+
+    def _write_sheet(self) -> None:
+        self._sheets += 1
+        ending = f"-{self._sheets}" if self._sheets > 1 else ""
+        save_figure(contact_sheet(self._tiles), self.output / f"contact_sheet{ending}.png")
+        self._tiles = []
+
+
+def contact_sheet(tiles: Sequence[Tile]) -> Any:
+    """A matplotlib figure of images, each beside its evidence, with their names above and what is said of them below.
+
+    Raises:
+        ImportError: matplotlib is missing.
+    """
+    columns = min(4, len(tiles))
+    rows = math.ceil(len(tiles) / columns)
+    width, height = 2 * _SIDE + 0.05, _SIDE + 0.42
+    page = Page(columns * (width + GAP) + GAP, rows * height + 0.4)
+    heading = "red: evidence for the class, blue: against it; each image has a colour scale of its own"
+    page.text(GAP, 0.2, heading, width=columns * (width + GAP) - GAP, color=GREY)
+    for index, tile in enumerate(tiles):
+        left, top = GAP + index % columns * (width + GAP), 0.5 + index // columns * height
+        page.text(left, top - 0.06, tile.name, width=width, color=GREY)
+        h, w = (_SIDE * side / max(tile.picture.shape) for side in tile.picture.shape[:2])
+        page.picture(tile.picture, left, top, w, h)
+        page.picture(tile.drawn, left + w + 0.05, top, w, h)
+        page.text(left, top + h + 0.12, tile.caption, width=width)
+    return page.figure
+
+
+def _with_ending(stem: Path, ending: str) -> Path:
+    return stem.with_name(stem.name + ending)  # with_suffix would take the end of "photo.2021"
+
+
+def _resized(image: Image.Image) -> Image.Image:
+    """Large enough that one sees something, small enough to keep many."""
+    side = max(image.size)
+    if side < _SMALLEST:
+        times = math.ceil(_SMALLEST / side)
+        return image.resize((image.width * times, image.height * times), Image.Resampling.NEAREST)
+    return _shrunk(image, _LARGEST)
+
+
+def _shrunk(image: Image.Image, side: int = _TILE) -> Image.Image:
+    scale = side / max(image.size)
+    if scale >= 1:
+        return image
+    size = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
+    return image.resize(size, Image.Resampling.LANCZOS)

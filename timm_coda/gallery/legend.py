@@ -1,0 +1,59 @@
+"""A legend drawn into the pixels of a picture: which class, how probable, and what the colours mean in logits."""
+
+from typing import Any
+
+import numpy as np
+from PIL import Image, ImageDraw
+
+from ..explanation import INK, letters, overlay
+
+__all__ = ["draw_legend"]
+
+_SMALLEST, _LARGEST = 11, 40  # pixels of the letters: below they cannot be read
+
+
+def draw_legend(picture: np.ndarray, caption: str, probability: float, limit: float) -> np.ndarray:
+    """The picture with a legend in its lower left corner, or as it is if it is too small for one.
+
+    The legend of pictures of one size, caption and limit has the same place and size in all of them.
+
+    Args:
+        picture: uint8 (H, W, 3).
+        caption: what is explained, cut to fit.
+        probability: of it.
+        limit: the end of the colour scale, in logits.
+
+    Raises:
+        ImportError: matplotlib, whose letters are used, is missing.
+    """
+    height, width = picture.shape[:2]
+    size = min(max(round(height / 26), _SMALLEST), _LARGEST)
+    pad, scale = size // 2, 14 * size
+    if scale + 4 * pad > width or 8 * size > height:
+        return picture
+    font = letters(size)
+    shown = f"p = {probability:.2f}"
+    room = width - 4 * pad - round(font.getlength(shown)) - size  # all digits are of one width
+    if font.getlength(caption) > room:
+        while caption and font.getlength(caption + "…") > room:
+            caption = caption[:-1].rstrip()
+        caption += "…"
+    inner = max(scale, round(font.getlength(caption) + size + font.getlength(shown)))
+    panel_width, panel_height = inner + 2 * pad, int(3.6 * size) + 2 * pad
+    left, top = pad, height - pad - panel_height
+    page = Image.fromarray(picture)
+    draw: Any = ImageDraw.Draw(page)
+    draw.rectangle((left, top, left + panel_width, top + panel_height), fill="#ffffff")
+    draw.text((left + pad, top + pad), caption, fill=INK, font=font)
+    draw.text((left + pad + inner, top + pad), shown, fill=INK, font=font, anchor="ra")
+    # As the evidence looks over a middle grey.
+    colors = overlay(np.full((3, size // 2, inner), 0.5), np.linspace(-1, 1, inner)[None], limit=1)
+    page.paste(Image.fromarray(colors), (left + pad, top + pad + round(1.6 * size)))
+    line = top + pad + round(2.5 * size)
+    for x, anchor, text in (
+        (0, "la", f"\N{MINUS SIGN}{limit:.2g}"),
+        (inner / 2, "ma", "0"),
+        (inner, "ra", f"+{limit:.2g} logit"),
+    ):
+        draw.text((left + pad + x, line), text, fill=INK, font=font, anchor=anchor)
+    return np.asarray(page)

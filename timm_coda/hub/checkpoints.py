@@ -1,0 +1,315 @@
+"""Published checkpoints to ours: fetched, read without running code in them, checked, and saved in timm's format.
+
+What published keys mean, `checkpoint_filter_fn` in each family's model file says; timm calls it on every load.
+"""
+
+import functools
+import http.client
+import logging
+import os
+import pickle
+import re
+import shutil
+import sys
+import tempfile
+import urllib.error
+import urllib.request
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import timm
+import torch
+from timm.models import PretrainedCfg, clean_state_dict, load_state_dict, resolve_pretrained_cfg
+from torch import Tensor, nn
+
+from ..errors import wrap_errors
+from ..layers import adapt_colours
+from .factory import create_model
+from .folder import HubError, SaveError, save_model
+
+_logger = logging.getLogger(__name__)
+TIMEOUT = 30.0  # seconds without an answer after which a server counts as dead
+
+
+class ConvertError(HubError):
+    """A checkpoint that cannot be had, or is not this model's; the message says which and how to mend it."""
+
+
+def resolve_weights(
+    variant: str,
+    pretrained: bool,
+    *,
+    pretrained_cfg: PretrainedCfg | dict[str, Any] | str | None = None,
+    pretrained_cfg_overlay: dict[str, Any] | None = None,
+    cache_dir: str | os.PathLike | None = None,
+) -> PretrainedCfg:
+    """The configuration of a model to be built; with `pretrained`, of weights that timm can load.
+
+    A `url` that is a pair (link, file name) is downloaded here, because timm names its copy after the end of a link,
+    and the authors' links all end alike. Their licence is logged once.
+
+    Args:
+        variant: The model's name without tag.
+        pretrained: Whether weights are wanted.
+        pretrained_cfg: The tag, or all of the configuration, as timm hands it to an entrypoint.
+        pretrained_cfg_overlay: What replaces it in parts; a `url` or `hf_hub_id` replaces a file that is shipped, too.
+        cache_dir: Where downloads are kept; by default where torch and timm keep theirs.
+
+    Raises:
+        HubError: There are no such weights yet.
+        ConvertError: They cannot be downloaded.
+    """
+    overlay = pretrained_cfg_overlay or {}
+    if overlay.keys() & {"url", "hf_hub_id"}:
+        overlay = {"file": None, **overlay}  # timm would take the file
+    config = resolve_pretrained_cfg(variant, pretrained_cfg, overlay)  # type: ignore[arg-type]  # timm: str or dict
+    name = f"{config.architecture}.{config.tag}" if config.tag else str(config.architecture)
+    if not pretrained or config.source or config.state_dict or config.file or config.hf_hub_id:
+        return config
+    if not config.url:
+        known = ", ".join(timm.list_pretrained(f"{variant}.*")) or "none of this model"
+        raise HubError(
+            f"{name} has no weights yet (there are: {known}): make them, python train.py --config "
+            f"hub_configs/{name}/recipe.yaml, or create the model with pretrained=False"
+        )
+    if isinstance(config.url, str):
+        return config
+    url, filename = config.url
+    try:
+        file = fetch(url, filename, cache_dir)
+    except ConvertError as error:
+        hint = f"if you have the file: timm-coda convert FILE --model {name} --output FOLDER"
+        raise ConvertError(f"{name}: {error}; {hint}") from error
+    if config.license:
+        _note_licence(name, config.license, config.description or "")
+    return replace(config, file=str(file))
+
+
+@functools.cache
+def _note_licence(name: str, licence: str, description: str) -> None:
+    _logger.warning("%s: %s. Licence: %s", name, description.rstrip("."), licence)
+
+
+def fetch(url: str, filename: str, cache_dir: str | os.PathLike | None = None) -> Path:
+    """The checkpoint behind a link, downloaded the first time; what is in the cache is always complete and readable.
+
+    Raises:
+        ConvertError: It cannot be downloaded, or what comes is not a checkpoint.
+    """
+    folder = Path(cache_dir or Path(torch.hub.get_dir()) / "checkpoints")
+    file = folder / filename
+    if file.exists():
+        try:
+            read_checkpoint(file)
+            return file
+        except ConvertError as error:
+            _logger.warning("%s; downloading it again", error)
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{filename}-", dir=folder) as temporary:
+        new = Path(temporary) / filename
+        download(url, new)
+        os.replace(new, file)
+    return file
+
+
+def download(url: str, file: Path) -> None:
+    """Download a checkpoint, and see that it is one.
+
+    Raises:
+        ConvertError: No connection, another answer than a checkpoint, or not all of it.
+    """
+    if not url.startswith(("https://", "http://")):
+        raise ConvertError(f"cannot download {url}: only https:// and http://")
+    _logger.info("downloading %s", url)
+    request = urllib.request.Request(url, headers={"User-Agent": "timm_coda"})
+    try:
+        with urllib.request.urlopen(request, timeout=TIMEOUT) as answer, file.open("wb") as target:
+            shutil.copyfileobj(answer, target)
+            length = answer.headers.get("Content-Length")
+    except (OSError, http.client.HTTPException) as error:
+        if isinstance(error, urllib.error.HTTPError):
+            error.close()  # the connection
+        raise ConvertError(f"cannot download {url}: {error}") from error
+    size = file.stat().st_size
+    if length is not None and size != int(length):
+        raise ConvertError(f"cannot download {url}: the connection broke after {size:,} of {int(length):,} bytes")
+    try:
+        read_checkpoint(file)
+    except ConvertError as error:
+        raise ConvertError(f"what {url} sends is no checkpoint: {error}".replace(str(file), "it")) from error
+
+
+def read_checkpoint(file: str | os.PathLike) -> dict[str, Tensor]:
+    """Read the weights in a safetensors or PyTorch file, without wrapping and prefixes of training scripts.
+
+    Code in a file, which a pickle can hold, is never run: such a file is refused.
+
+    Raises:
+        ConvertError: It is missing, damaged, something else, or holds more than weights.
+    """
+    file = Path(file)
+    try:
+        with file.open("rb") as opened:
+            start = opened.read(64).lstrip()
+        if not start:
+            raise ConvertError(f"{file} is empty")
+        if start.startswith(b"<"):
+            raise ConvertError(f"{file} is a web page, not a checkpoint: a browser shows what it says")
+        state_dict: Any = load_state_dict(str(file), weights_only=True)
+    except ConvertError:
+        raise
+    except Exception as error:  # damaged files make the readers raise nearly anything
+        if isinstance(error.__cause__, pickle.UnpicklingError):
+            found = re.search(r"GLOBAL ([\w.]+)", str(error.__cause__))
+            raise ConvertError(
+                f"{file} holds more than weights ({found[1] if found else 'or is damaged'}), and to load these would "
+                "run code in it: it was not loaded. Ask whoever made it for the weights alone, as safetensors"
+            ) from error
+        said = str(error.__cause__ or error).split("\n")[0] or type(error).__name__
+        raise ConvertError(f"{file} cannot be read as a checkpoint: {said}") from error
+    if not isinstance(state_dict, dict) or not state_dict:
+        raise ConvertError(f"{file} holds no weights, but {type(state_dict).__name__}: {state_dict!r:.60}")
+    for name, value in state_dict.items():
+        if not isinstance(value, Tensor):
+            raise ConvertError(f"{file} holds more than weights: {name} is {value!r:.60}; save the state_dict alone")
+    return state_dict
+
+
+def unwrap(state_dict: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Weights without the wrapping ({'state_dict': ...}) and the prefixes ('module.') of training scripts."""
+    for key in ("state_dict", "model"):
+        if isinstance(state_dict.get(key), Mapping):
+            state_dict = state_dict[key]
+    return clean_state_dict(dict(state_dict))
+
+
+def check_fit(state_dict: Mapping[str, Tensor], model: nn.Module) -> None:
+    """Check that a checkpoint has a model's weights, all of them and no others.
+
+    Its classifier may differ where the model's number of classes differs from that of the weights: timm drops it.
+
+    Raises:
+        ConvertError: It does not; the message names the first differences.
+    """
+    config: dict[str, Any] = getattr(model, "pretrained_cfg", None) or {}
+    there = {name: list(value.shape) for name, value in state_dict.items()}
+    wanted = {name: list(value.shape) for name, value in model.state_dict().items()}
+    if config.get("num_classes", model.num_classes) != model.num_classes:
+        classifier = config.get("classifier") or ()
+        skip = tuple(f"{name}." for name in ([classifier] if isinstance(classifier, str) else classifier))
+        for shapes in (there, wanted):
+            for name in [name for name in shapes if name.startswith(skip)]:
+                del shapes[name]
+    shared = [name for name in wanted if name in there]
+    differences = {
+        "missing": [name for name in wanted if name not in there],
+        "only in the checkpoint": [name for name in there if name not in wanted],
+        "size mismatch": [
+            f"{name} {there[name]} in the checkpoint, {wanted[name]} in the model"
+            for name in shared
+            if there[name] != wanted[name]
+        ],
+    }
+    said = [
+        f"{what}: {', '.join(names[:2])}" + (f" and {len(names) - 2} more" if len(names) > 2 else "")
+        for what, names in differences.items()
+        if names
+    ]
+    if said:
+        raise ConvertError(
+            f"the checkpoint is not of this {type(model).__name__}: {'; '.join(said)}. Was it trained with other "
+            "arguments (rank, ...) or another number of classes?"
+        )
+
+
+def from_bcos_v2(state_dict: dict[str, Tensor], in_chans: int = 3, first_conv: str = "conv1") -> dict[str, Tensor]:
+    """Weights of B-cos v2 (torchvision's names, `.linear.` inside each B-cos layer) under torchvision's names alone.
+
+    Left out is what the networks never read: the running mean of normalisations that subtract none, and the count of
+    batches. A state dict in our own names comes back as it is.
+
+    Args:
+        state_dict: as published, or ours
+        in_chans: colours of the target's images; weights of both halves of the encoding are adapted by timm's rule
+        first_conv: name of the first layer, which sees (rgb, 1 - rgb)
+    """
+    unread = ("running_mean", "num_batches_tracked")
+    converted = {k.replace(".linear.", "."): v for k, v in state_dict.items() if not k.endswith(unread)}
+    name = f"{first_conv}.weight"
+    weight = converted.get(name)
+    if weight is not None and weight.dim() > 1:  # else it is another network's, which `check_fit` says
+        converted[name] = adapt_colours(weight, in_chans)
+    return converted
+
+
+def convert_checkpoint(
+    source: str | os.PathLike,
+    name: str,
+    output: str | os.PathLike,
+    *,
+    num_classes: int | None = None,
+    label_names: Sequence[str] | None = None,
+    model_args: Sequence[str] = (),
+    half: bool = False,
+    overwrite: bool = False,
+) -> nn.Module:
+    """Convert a checkpoint, in the authors' format or ours, to a folder in timm's format; returns the model.
+
+    Args:
+        source: A file, or an http(s) link to one.
+        name: The model in timm's registry, best with tag, as coda_net_s.mpi_t1000_cifar10.
+        output: The folder; or FILE.safetensors, for the weights alone.
+        num_classes: Number of classes of the checkpoint, if not the tag's.
+        label_names: What the classes are called; by default the tag's names.
+        model_args: Further arguments of the model, as for `hub.create_model`.
+        half: Save in half precision.
+        overwrite: Replace what is there: config.json and model.safetensors of a folder, nothing else in it.
+
+    Raises:
+        ConvertError: The source cannot be had or read, or is not this model's; or the output is in use.
+        HubError: There is no such model.
+        SaveError: The output could not be written.
+    """
+    output = Path(output)
+    weights_only = output.suffix == ".safetensors"
+    used = output.exists() if weights_only or not output.is_dir() else any(output.iterdir())
+    if used and not (overwrite and output.is_file() == weights_only):
+        raise ConvertError(f"{output} is in use: name another folder (or FILE.safetensors), or give --overwrite")
+    with wrap_errors(f"cannot make the model {name}", HubError):
+        known = timm.get_pretrained_cfg(name)
+    if num_classes is None:
+        num_classes = known.num_classes if known else 0  # then there is no such model
+    model: Any = create_model(name, num_classes=num_classes, model_args=model_args)
+    config = model.pretrained_cfg
+    if model.num_classes != config["num_classes"]:  # those of the checkpoint, here
+        config.update(num_classes=model.num_classes, label_names=None, label_descriptions=None)
+    names = config.get("label_names") if label_names is None else list(label_names)
+    if names is not None and len(names) != model.num_classes:
+        raise ConvertError(f"{len(names)} label names ({', '.join(names[:3])}, ...) for {model.num_classes} classes")
+
+    convert = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
+    if convert is None:
+        raise ConvertError(f"{name} is no model of timm_coda: there is no conversion for a {type(model).__name__}")
+    with tempfile.TemporaryDirectory() as temporary:
+        file = Path(source)
+        if "://" in str(source):
+            safe = str(source).split("?")[0].endswith(".safetensors")
+            file = Path(temporary) / ("checkpoint.safetensors" if safe else "checkpoint.pt")
+            download(str(source), file)
+        model.load_state_dict(convert(read_checkpoint(file), model))
+    model = model.half() if half else model
+    if weights_only:
+        with wrap_errors(f"{output} could not be written", SaveError):
+            output.parent.mkdir(parents=True, exist_ok=True)
+            new = output.with_name(f".saving-{output.name}")
+            try:
+                new.write_bytes(safetensors.torch.save(model.state_dict()))
+                os.replace(new, output)
+            finally:
+                new.unlink(missing_ok=True)
+    else:
+        save_model(model, output, label_names=names)
+    return model

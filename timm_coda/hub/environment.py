@@ -1,0 +1,34 @@
+"""The versions and the hardware that a result was made with."""
+
+import contextlib
+import importlib.metadata
+import platform
+import subprocess
+from pathlib import Path
+
+import torch
+
+__all__ = ["__version__", "environment"]
+
+__version__ = "0.2.0"
+
+
+def environment() -> dict[str, str]:
+    """Versions and hardware, for the record of a run."""
+    versions = {"python": platform.python_version(), "torch": torch.__version__, "timm_coda": __version__}
+    for name in ("torchvision", "timm", "accelerate", "datasets", "safetensors"):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            versions[name] = importlib.metadata.version(name)
+    root = Path(__file__).parents[2]
+    if (root / ".git").exists():  # a clone, and not what pip installed
+        with contextlib.suppress(OSError, subprocess.CalledProcessError):
+            ask = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+            versions["commit"] = subprocess.run(ask, capture_output=True, text=True, check=True).stdout.strip()
+    cpu = platform.processor() or platform.machine()
+    with contextlib.suppress(OSError, StopIteration):
+        info = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        cpu = next(line.split(":")[1].strip() for line in info if line.startswith("model name"))
+    gpus = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
+    threads = torch.get_num_threads()
+    hardware = {"cpu": f"{cpu}, {threads} thread{'s' if threads > 1 else ''}", "gpus": ", ".join(gpus) or "none"}
+    return {**versions, "platform": platform.platform(), **hardware}

@@ -1,0 +1,160 @@
+"""What every dynamic-linear network is made of: the frozen mode of a layer, the encoding, pooling, and logits."""
+
+import threading
+
+import torch
+from timm.models import register_notrace_module
+from torch import Tensor, nn
+
+__all__ = ["DynamicLinear", "FrozenDynamics", "GlobalPool", "InverseEncoding", "Logits", "adapt_colours"]
+
+_ForeignThread = threading._DummyThread  # type: ignore[attr-defined]  # one that Python has not started
+
+
+class FrozenDynamics:
+    """A switch of one layer, `with layer.frozen_dynamics:`, true inside. Re-entrant; each thread has its own.
+
+    A copied or unpickled layer gets a fresh, open one.
+    """
+
+    def __init__(self) -> None:
+        self._thread = threading.local()
+        self._lock = threading.Lock()
+        self._holders = 0
+
+    def __enter__(self) -> None:
+        self._thread.depth = getattr(self._thread, "depth", 0) + 1
+        with self._lock:
+            self._holders += 1
+
+    def __exit__(self, *exc_info: object) -> None:
+        self._thread.depth -= 1
+        with self._lock:
+            self._holders -= 1
+
+    def held(self) -> bool:
+        if torch.compiler.is_compiling():  # dynamo guards a plain number, not a thread's own
+            return self._holders > 0
+        if getattr(self._thread, "depth", 0) > 0:
+            return True
+        # On a GPU, what checkpointing left out is computed again by a thread of autograd's, which entered nothing.
+        autograds = torch._C._current_graph_task_id() != -1 and isinstance(threading.current_thread(), _ForeignThread)
+        return autograds and self._holders > 0
+
+    __bool__ = held  # dynamo before torch 2.15 cannot trace bool() of it
+
+    def __reduce__(self) -> tuple[type, tuple]:
+        return FrozenDynamics, ()
+
+
+class DynamicLinear(nn.Module):
+    """Base of all dynamic-linear layers.
+
+    While `frozen_dynamics` is held, backward treats every input-dependent factor of the layer as a constant: it is
+    exactly multiplication by W^T. The forward value never depends on it.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.frozen_dynamics = FrozenDynamics()
+
+
+@register_notrace_module
+class InverseEncoding(nn.Module):
+    """`x` and its inverse, (B, C, H, W) in [0, 1] to (B, 2C, H, W): dark pixels can contribute like bright ones.
+
+    An already encoded input passes through.
+
+    Args:
+        in_chans: C, colours of an image
+        min_size: pixels a side an image needs, the stride of the network behind
+
+    Raises:
+        ValueError: another channel count, or a smaller image.
+    """
+
+    def __init__(self, in_chans: int = 3, min_size: int = 1) -> None:
+        super().__init__()
+        self.in_chans = in_chans
+        self.min_size = min_size
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.dim() != 4 or (x.shape[1] != self.in_chans and x.shape[1] != 2 * self.in_chans):
+            raise ValueError(
+                f"expected images (B, {self.in_chans}, H, W), or encoded ones with {2 * self.in_chans} channels, "
+                f"got {list(x.shape)}: for another channel count create the model with in_chans="
+            )
+        if min(x.shape[2], x.shape[3]) < self.min_size:
+            raise ValueError(
+                f"an image of {x.shape[2]}x{x.shape[3]} pixels is smaller than the network's stride: "
+                f"resize it to at least {self.min_size}x{self.min_size}"
+            )
+        return x if x.shape[1] == 2 * self.in_chans else torch.cat([x, 1 - x], 1)
+
+    def extra_repr(self) -> str:
+        return f"{self.in_chans}, min_size={self.min_size}"
+
+
+def adapt_colours(weight: Tensor, in_chans: int) -> Tensor:
+    """Weights of an encoded image, (N, 2 C, k, k), for another number of colours, (N, 2 in_chans, k, k).
+
+    Colours are summed to one, or repeated and scaled, as timm does.
+    """
+    source = weight.shape[1] // 2
+    if source == in_chans or weight.shape[1] % 2:
+        return weight
+    weight = weight.to(torch.promote_types(weight.dtype, torch.float32))  # sums want more than half precision
+    halves = weight.unflatten(1, (2, source))  # colours, and inverse colours
+    if in_chans == 1:
+        return halves.sum(2)
+    repeated = halves[:, :, torch.arange(in_chans) % source]
+    return (repeated * (source / in_chans)).flatten(1, 2)
+
+
+class GlobalPool(nn.Module):
+    """Pools positions: 'sum' (CoDA-Nets) or 'avg' (B-cos networks), (B, C, H, W) to (B, C); '' leaves them."""
+
+    def __init__(self, pool_type: str = "sum") -> None:
+        super().__init__()
+        if pool_type not in ("sum", "avg", ""):
+            raise ValueError(f"global_pool={pool_type!r}: choose 'sum', 'avg' or '' (none); others are not linear")
+        self.pool_type = pool_type
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.pool_type == "sum":
+            return x.sum((2, 3))
+        if self.pool_type == "avg":
+            return x.mean((2, 3))
+        return x
+
+    def extra_repr(self) -> str:
+        return repr(self.pool_type)
+
+
+@register_notrace_module
+class Logits(nn.Module):
+    """votes / temperature + bias, the same bias for all classes; float32 under autocast.
+
+    Args:
+        temperature: T; larger ones ask for more alignment before a class is believed
+        bias: b0, the logit of an image without evidence
+
+    Raises:
+        ValueError: a temperature that is not above 0.
+    """
+
+    def __init__(self, temperature: float, bias: float) -> None:
+        super().__init__()
+        if not temperature > 0:
+            raise ValueError(f"logit_temperature={temperature}: must be above 0")
+        self.temperature = float(temperature)
+        self.bias = float(bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not torch.jit.is_scripting():  # noqa: SIM102, TorchScript leaves out only a branch of its own
+            if not x.is_meta and torch.is_autocast_enabled(x.device.type):
+                x = x.float()  # evidence of 1e-4 would vanish beside the bias
+        return x / self.temperature + self.bias
+
+    def extra_repr(self) -> str:
+        return f"temperature={self.temperature:g}, bias={self.bias:.4f}"

@@ -1,0 +1,264 @@
+"""Dynamic linear operations as plain functions: argument checks and choice of backend.
+
+The published formulation writes D*K dynamic weights a position to memory. Nothing needs them. With B (r, K) `down`,
+A_d (r, K) unit d's rows of `up` and b_d (K) its `up_bias`,
+
+    z = B p,   v_d^T p = z^T (A_d p) + b_d^T p          one convolution with D*r channels, contracted with z
+    |v_d|^2 = z^T G_d z + 2 c_d^T z + |b_d|^2           G_d = A_d A_d^T, c_d = A_d b_d, once a forward
+    y_d = v_d^T p * h(|v_d|^2)                          h = |v| / (1 + |v|^2) or 1 / |v|
+"""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.util import find_spec
+
+import torch
+from torch import Tensor
+
+from . import reference
+from .kernels import bcos_alignment as alignment
+from .kernels import dau_cpu as cpu
+from .kernels import dau_torch as convolution
+
+__all__ = [
+    "ACTIVATIONS",
+    "BACKENDS",
+    "BEST_BACKEND",
+    "bcos_conv2d",
+    "bcos_linear",
+    "dau_conv2d",
+    "dau_linear",
+    "set_backend",
+    "use_backend",
+]
+
+ACTIVATIONS = ("squash", "l2")
+
+
+def _triton(x: Tensor, down: Tensor, *others) -> Tensor:
+    from .kernels import dau_triton as cuda  # Triton comes with PyTorch for CUDA only
+
+    supported = cuda.supports(x.dtype, down.shape[0])
+    return (cuda.dau_conv2d if supported else convolution.dau_conv2d)(x, down, *others)
+
+
+BACKENDS = {
+    "reference": reference.dau_conv2d,  # the published formulation: slow, the truth
+    "torch": convolution.dau_conv2d,  # convolutions: every device, exports, any order of derivative
+    "cpu": cpu.dau_conv2d,  # blocks of matrix products
+    "triton": _triton,  # CUDA kernels; 'torch' for ranks and dtypes that they do not take
+}
+BEST_BACKEND = {"cpu": "cpu", "cuda": "triton" if find_spec("triton") else "torch"}
+
+
+def _checked(name: str | None) -> str | None:
+    if name is not None and name not in BACKENDS:
+        raise ValueError(f"backend {name!r}: choose one of {', '.join(BACKENDS)}, or None for the device's best")
+    return name
+
+
+_backend: str | None = _checked(os.environ.get("TIMM_CODA_BACKEND") or None)
+
+
+def set_backend(name: str | None) -> None:
+    """Choose how DAUs are computed, in the whole process; None is each device's best.
+
+    The environment variable TIMM_CODA_BACKEND sets the same at import.
+
+    Raises:
+        ValueError: an unknown name.
+    """
+    global _backend
+    _backend = _checked(name)
+
+
+@contextmanager
+def use_backend(name: str | None) -> Iterator[None]:
+    """`set_backend` for the body of a `with` statement."""
+    before = _backend
+    set_backend(name)
+    try:
+        yield
+    finally:
+        set_backend(before)
+
+
+def dau_conv2d(
+    x: Tensor,
+    down: Tensor,
+    up: Tensor,
+    up_bias: Tensor,
+    stride: tuple[int, int] = (1, 1),
+    padding: tuple[int, int] = (0, 0),
+    dilation: tuple[int, int] = (1, 1),
+    activation: str = "squash",
+    frozen: bool = False,
+) -> Tensor:
+    """Convolution of dynamic alignment units, equal to `reference.dau_conv2d` without ever forming a dynamic weight.
+
+    Args:
+        x: input, (B, C, H, W)
+        down: (r, C, kh, kw), shared by all units
+        up: (D*r, C, kh, kw), the r rows of a unit adjacent
+        up_bias: (D, C, kh, kw)
+        stride, padding, dilation: rows and columns
+        activation: 'squash', v*|v| / (1+|v|^2), or 'l2', v / |v|
+        frozen: backward treats the dynamic weights as constants: the gradient of `x` is W^T times the output's, and
+            the parameters get none. The value is the same.
+
+    Returns:
+        (B, D, H', W'), in the autocast dtype under autocast
+
+    Raises:
+        ValueError: an unknown activation, or an input of another channel count or smaller than the kernel.
+    """
+    if torch.jit.is_scripting():
+        return convolution.dau_conv2d(x, down, up, up_bias, stride, padding, dilation, activation, frozen)
+    else:
+        _check_dau(x, down, up, up_bias, padding, dilation, activation)
+        name = _backend
+        if torch.jit.is_tracing() or x.is_meta:
+            name = "torch"
+        elif name is None:
+            name = BEST_BACKEND.get(x.device.type, "torch")
+        # The others' convolutions follow autocast by themselves; like these, leave float64 alone.
+        if name in ("cpu", "triton") and torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
+            low = torch.get_autocast_dtype(x.device.type)
+            x, down, up, up_bias = x.to(low), down.to(low), up.to(low), up_bias.to(low)
+        return BACKENDS[name](x, down, up, up_bias, stride, padding, dilation, activation, frozen)
+
+
+def dau_linear(
+    x: Tensor, down: Tensor, up: Tensor, up_bias: Tensor, activation: str = "squash", frozen: bool = False
+) -> Tensor:
+    """Dynamic alignment units on the last axis: (..., K) to (..., D); `down` (r, K), `up` (D*r, K), `up_bias` (D, K).
+
+    Other arguments and errors as `dau_conv2d`.
+    """
+    p = x.reshape(-1, x.shape[-1], 1, 1)
+    y = dau_conv2d(
+        p,
+        down[:, :, None, None],
+        up[:, :, None, None],
+        up_bias[:, :, None, None],
+        activation=activation,
+        frozen=frozen,
+    )
+    return y.reshape(x.shape[:-1] + up_bias.shape[:1])
+
+
+def _check_dau(
+    x: Tensor,
+    down: Tensor,
+    up: Tensor,
+    up_bias: Tensor,
+    padding: tuple[int, int],
+    dilation: tuple[int, int],
+    activation: str,
+) -> None:
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"activation={activation!r}: choose one of {', '.join(map(repr, ACTIVATIONS))}")
+    _check_image(x, down.shape[1], down.shape[2], down.shape[3], padding, dilation)
+    if up.shape[0] != down.shape[0] * up_bias.shape[0]:
+        raise ValueError(f"up has {up.shape[0]} rows, expected units * rank = {up_bias.shape[0]} * {down.shape[0]}")
+
+
+def bcos_conv2d(
+    x: Tensor,
+    weight: Tensor,
+    stride: tuple[int, int] = (1, 1),
+    padding: tuple[int, int] = (0, 0),
+    dilation: tuple[int, int] = (1, 1),
+    groups: int = 1,
+    b: float = 2.0,
+    max_out: int = 1,
+    scale: float = 1.0,
+    unit_norm: bool = True,
+    frozen: bool = False,
+    norm_eps: float = alignment.NORM_EPS,
+) -> Tensor:
+    """B-cos convolution, equal to `reference.bcos_conv2d`: y = w^T p |w^T p / |p||^(B-1) / s.
+
+    Source: Böhle et al., CVPR 2022 (arXiv 2205.10268), section 3.
+
+    Args:
+        x: input, (B, C, H, W)
+        weight: (D * max_out, C / groups, kh, kw), the candidates of a unit adjacent
+        stride, padding, dilation: rows and columns
+        groups: as `torch.nn.Conv2d`
+        b: B, at least 1; larger ones ask for more alignment of w and patch, 1 is a linear layer
+        max_out: a unit is the largest of so many candidates
+        scale: s, divides the output
+        unit_norm: w is `weight` scaled to norm 1 (else free, as in B-cosification)
+        frozen: backward treats the cosine as a constant: the gradient of `x` is W^T times the output's, and `weight`
+            gets none. The value is the same.
+        norm_eps: added to |p|^2, above 0
+
+    Returns:
+        (B, D, H', W'), in the autocast dtype under autocast; the patch norm is in float32 or better
+
+    Raises:
+        ValueError: an input of another channel count or smaller than the kernel.
+    """
+    if not torch.jit.is_scripting():
+        _check_image(x, weight.shape[1] * groups, weight.shape[2], weight.shape[3], padding, dilation)
+    if frozen:
+        weight = weight.detach()
+    if unit_norm:
+        linear = alignment.unit_norm_conv2d(x, weight, stride, padding, dilation, groups)
+    else:
+        linear = torch.conv2d(x, weight, None, stride, padding, dilation, groups)
+    linear = alignment.max_out_units(linear, max_out, 1)
+    if b == 1.0:
+        return linear / scale if scale != 1.0 else linear
+    kernel_size = (weight.shape[2], weight.shape[3])
+    seen = x.detach() if frozen else x
+    if torch.jit.is_scripting() or x.is_meta:
+        squares = alignment.patch_squares(seen, kernel_size, stride, padding, dilation, groups)
+    else:
+        with torch.autocast(x.device.type, enabled=False):
+            squares = alignment.patch_squares(seen, kernel_size, stride, padding, dilation, groups)
+    if groups == 1 or groups == linear.shape[1]:
+        return alignment.align(linear, squares, b, scale, frozen, norm_eps)
+    grouped = linear.unflatten(1, (groups, linear.shape[1] // groups))
+    return alignment.align(grouped, squares.unsqueeze(2), b, scale, frozen, norm_eps).flatten(1, 2)
+
+
+def bcos_linear(
+    x: Tensor,
+    weight: Tensor,
+    b: float = 2.0,
+    max_out: int = 1,
+    scale: float = 1.0,
+    unit_norm: bool = True,
+    frozen: bool = False,
+    norm_eps: float = alignment.NORM_EPS,
+) -> Tensor:
+    """B-cos units on the last axis: (..., K) to (..., D), `weight` (D * max_out, K). Others as `bcos_conv2d`.
+
+    Raises:
+        ValueError: an input of another size of the last axis.
+    """
+    if x.shape[-1] != weight.shape[1]:
+        raise ValueError(f"expected input (..., {weight.shape[1]}), got {list(x.shape)}")
+    if frozen:
+        weight = weight.detach()
+    if unit_norm:
+        weight = weight / alignment.weight_norm(weight)
+    linear = alignment.max_out_units(torch.nn.functional.linear(x, weight), max_out, x.dim() - 1)
+    if b == 1.0:
+        return linear / scale if scale != 1.0 else linear
+    squares = alignment.channel_squares(x.detach() if frozen else x, -1)
+    return alignment.align(linear, squares, b, scale, frozen, norm_eps)
+
+
+def _check_image(
+    x: Tensor, channels: int, rows: int, columns: int, padding: tuple[int, int], dilation: tuple[int, int]
+) -> None:
+    if x.dim() != 4 or x.shape[1] != channels:
+        raise ValueError(f"expected input (B, {channels}, H, W), got {list(x.shape)}")
+    for axis, kernel in enumerate((rows, columns)):
+        seen = dilation[axis] * (kernel - 1) + 1
+        if x.shape[2 + axis] + 2 * padding[axis] < seen:
+            raise ValueError(f"input {list(x.shape)} is smaller than the {seen} pixels the kernel spans: enlarge it")

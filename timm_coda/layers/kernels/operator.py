@@ -1,0 +1,157 @@
+"""A backend of three plain functions as operators that autograd, torch.compile, torch.export and vmap understand."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from . import dau_torch as convolution
+from .patches import memory_format, output_size
+
+__all__ = ["make_operator"]
+
+
+def make_operator(
+    name: str,
+    forward: Callable,
+    data_gradient: Callable,
+    backward: Callable,
+    *,
+    keeps: Callable[[int, Tensor], bool] = lambda positions, up: False,
+) -> Callable[..., Tensor]:
+    """The function `dau_conv2d` of a backend, with the arguments of `functional.dau_conv2d`.
+
+    Args:
+        name: of the operators, timm_coda::{name}, {name}_data and {name}_backward
+        forward: (x, down, up, up_bias, stride, padding, dilation, activation, keep) to y (B, D, H', W') and, float32
+            or better, for all N positions z (N, r), num = v^T p (N, D) and s = |v|^2 (N, D); and U (N, D*r) in the
+            dtype of x, or (0, D*r) without `keep`
+        data_gradient: (grad, x, up, up_bias, z, s, stride, padding, dilation, activation) to W^T grad like x, of
+            which only shape and format matter
+        backward: (grad, x, down, up, up_bias, z, num, s, u, stride, padding, dilation, activation, wants_dx) to the
+            gradients of x, down, up and up_bias; that of x is empty where it is not wanted
+        keeps: (N, up) to whether training keeps U
+    """
+
+    @torch.library.custom_op(f"timm_coda::{name}", mutates_args=())
+    def forward_op(
+        x: Tensor,
+        down: Tensor,
+        up: Tensor,
+        up_bias: Tensor,
+        stride: list[int],
+        padding: list[int],
+        dilation: list[int],
+        activation: str,
+        frozen: bool,
+        keep: bool,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        with torch.autocast(x.device.type, enabled=False):
+            return forward(x, down, up, up_bias, stride, padding, dilation, activation, keep)
+
+    @forward_op.register_fake
+    def _(x, down, up, up_bias, stride, padding, dilation, activation, frozen, keep):
+        rows, columns = output_size(x, up.shape[2:], stride, padding, dilation)
+        units, positions = up_bias.shape[0], x.shape[0] * rows * columns
+        exact = torch.promote_types(x.dtype, torch.float32)
+        y = x.new_empty(x.shape[0], units, rows, columns).contiguous(memory_format=memory_format(x))
+        found = (x.new_empty(positions, n, dtype=exact) for n in (down.shape[0], units, units))
+        return y, *found, x.new_empty(positions if keep else 0, up.shape[0])
+
+    @torch.library.custom_op(f"timm_coda::{name}_data", mutates_args=())
+    def data_op(
+        grad: Tensor,
+        x: Tensor,
+        up: Tensor,
+        up_bias: Tensor,
+        z: Tensor,
+        s: Tensor,
+        stride: list[int],
+        padding: list[int],
+        dilation: list[int],
+        activation: str,
+    ) -> Tensor:
+        with torch.autocast(x.device.type, enabled=False):
+            return data_gradient(grad, x, up, up_bias, z, s, stride, padding, dilation, activation)
+
+    @data_op.register_fake
+    def _(grad, x, up, up_bias, z, s, stride, padding, dilation, activation):
+        return torch.empty_like(x, memory_format=memory_format(x))
+
+    @data_op.register_vmap
+    def _(info, in_dims, grad, *others):
+        if any(dim is not None for dim in in_dims[1:]):
+            raise NotImplementedError("vmap over a DAU's input or weights: choose the backend 'torch'")
+        grads = grad.movedim(in_dims[0], 0).unbind()  # several targets of one forward pass
+        return torch.stack([data_op(target, *others) for target in grads]), 0
+
+    @torch.library.custom_op(f"timm_coda::{name}_backward", mutates_args=())
+    def backward_op(
+        grad: Tensor,
+        x: Tensor,
+        down: Tensor,
+        up: Tensor,
+        up_bias: Tensor,
+        z: Tensor,
+        num: Tensor,
+        s: Tensor,
+        u: Tensor,
+        stride: list[int],
+        padding: list[int],
+        dilation: list[int],
+        activation: str,
+        wants_dx: bool,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        with torch.autocast(x.device.type, enabled=False):
+            return backward(grad, x, down, up, up_bias, z, num, s, u, stride, padding, dilation, activation, wants_dx)
+
+    @backward_op.register_fake
+    def _(grad, x, down, up, up_bias, z, num, s, u, stride, padding, dilation, activation, wants_dx):
+        dx = torch.empty_like(x, memory_format=memory_format(x)) if wants_dx else x.new_empty(0)
+        return dx, *(t.new_empty(t.shape) for t in (down, up, up_bias))
+
+    def setup_context(ctx, inputs, output) -> None:
+        x, down, up, up_bias, *ctx.options, ctx.frozen, _ = inputs
+        _, *found = output
+        ctx.mark_non_differentiable(*found)
+        ctx.set_materialize_grads(False)  # zeros as large as U
+        ctx.save_for_backward(x, down, up, up_bias, *found)
+
+    def differentiate(ctx, grad, *_):
+        no_options = (None,) * 6
+        if grad is None:
+            return *(None,) * 4, *no_options
+        x, down, up, up_bias, z, num, s, u = ctx.saved_tensors
+        if torch.is_grad_enabled():  # create_graph=True: the gradient is to be differentiated again
+            inputs = (x, down, up, up_bias)
+            wanted = [i for i in range(4) if ctx.needs_input_grad[i]]
+            y = convolution.dau_conv2d(*inputs, *ctx.options, ctx.frozen)  # pyright: ignore[reportCallIssue]
+            found = torch.autograd.grad(y, [inputs[i] for i in wanted], grad, create_graph=True)
+            gradients = dict(zip(wanted, found, strict=True))
+            return *(gradients.get(i) for i in range(4)), *no_options
+        if ctx.frozen:
+            return data_op(grad, x, up, up_bias, z, s, *ctx.options), None, None, None, *no_options
+        wants_dx = ctx.needs_input_grad[0]
+        dx, *others = backward_op(grad, x, down, up, up_bias, z, num, s, u, *ctx.options, wants_dx)
+        return dx if wants_dx else None, *others, *no_options
+
+    forward_op.register_autograd(differentiate, setup_context=setup_context)
+
+    def dau_conv2d(
+        x: Tensor,
+        down: Tensor,
+        up: Tensor,
+        up_bias: Tensor,
+        stride: tuple[int, int],
+        padding: tuple[int, int],
+        dilation: tuple[int, int],
+        activation: str,
+        frozen: bool,
+    ) -> Tensor:
+        keep = False
+        if torch.is_grad_enabled() and not frozen and any(weight.requires_grad for weight in (down, up, up_bias)):
+            rows, columns = output_size(x, up.shape[2:], stride, padding, dilation)
+            keep = keeps(x.shape[0] * rows * columns, up)
+        return forward_op(x, down, up, up_bias, [*stride], [*padding], [*dilation], activation, frozen, keep)[0]
+
+    return dau_conv2d

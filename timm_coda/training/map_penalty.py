@@ -1,0 +1,107 @@
+"""The dynamic linear map of a CoDA-Net as a function of its weights that can be learnt with, not only looked at.
+
+An explanation holds the dynamic weights constant, so nothing can be learnt from it. Here the same product of matrices,
+W(x), is written out from the inputs that each layer had in the forward pass. It is differentiable in all that W(x)
+depends on: the layers' parameters and, through the inputs, the layers before.
+"""
+
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..layers import DAUConv2d, rescaling, squared_norm
+from ..models import CodaNet
+
+__all__ = ["MapPenalty", "linear_map"]
+
+
+class MapPenalty:
+    """Strength times mean |W_c(x)| of the last training step's images, for the true class and one other, at random.
+
+    W_c(x) is the map from the encoded image to the class's pooled votes, before the temperature. Less of it is needed
+    where fewer pixels matter: maps become sparser. Source: Böhle et al., CVPR 2021 (arXiv 2104.00032), the second term
+    of the loss.
+
+    Args:
+        model: whose training steps are looked at from now on, if strength is not 0
+        strength: the factor; the paper's lambda
+        mixed: whether its images are mixtures of several
+
+    Raises:
+        ValueError: it is not a CoDA-Net with pooled classes, or images are mixed.
+    """
+
+    def __init__(self, model: nn.Module, strength: float, *, mixed: bool = False) -> None:
+        self.strength = strength
+        if strength == 0:
+            return
+        if mixed:
+            raise ValueError("it looks at the class of an image: leave out --mixup and --cutmix")
+        if not isinstance(model, CodaNet) or not model.num_classes or model.global_pool.pool_type == "":
+            raise ValueError(f"the linear map of a {type(model).__name__}: only that of a CoDA-Net with pooled classes")
+        self.model = model
+        self._inputs: list[tuple[Any, Tensor]] = []  # a layer and its input
+        self._autocast: Any = nullcontext()
+        model.register_forward_pre_hook(lambda *_: self._inputs.clear())
+        for layer in model.modules():
+            if isinstance(layer, DAUConv2d):
+                layer.register_forward_pre_hook(self._keep)
+
+    def _keep(self, layer: Any, inputs: tuple[Tensor]) -> None:
+        if layer.training:
+            kind = inputs[0].device.type
+            self._autocast = torch.autocast(kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind))
+            self._inputs.append((layer, inputs[0]))
+
+    def __call__(self, labels: Tensor) -> Tensor | float:
+        """The penalty, for the true classes `labels` (B,) of the images."""
+        if self.strength == 0:
+            return 0.0
+        classes = self.model.num_classes
+        chosen = labels[:, None]
+        if classes > 1:
+            other = torch.randint(1, classes, labels.shape).to(labels.device)  # drawn on the CPU: the same everywhere
+            chosen = torch.stack([labels, (labels + other) % classes], 1)
+        inputs, self._inputs = self._inputs[: self._layers()], []
+        average = self.model.global_pool.pool_type == "avg"
+        with self._autocast:  # as in the forward pass
+            weights = linear_map(inputs, chosen, average=average)
+        return self.strength * weights.to(torch.promote_types(weights.dtype, torch.float32)).abs().mean()
+
+    def _layers(self) -> int:
+        return sum(isinstance(layer, DAUConv2d) for layer in self.model.modules())
+
+
+def linear_map(inputs: list[tuple[Any, Tensor]], classes: Tensor, *, average: bool) -> Tensor:
+    """W of classes (B, T), from the pooled output of a chain of layers to the first one's input: (B, T, C, H, W).
+
+    Args:
+        inputs: each layer, a `DAUConv2d`, with its input (B, C, H, W), in the order of the forward pass
+        classes: units of the last layer
+        average: its output is averaged over positions, else summed up
+    """
+    images, count = classes.shape
+    rows: Tensor | None = None  # of W, at the output of a layer: (B, T, D, H', W')
+    for layer, x in reversed(inputs):
+        z = F.conv2d(x, layer.down.weight, None, layer.stride, layer.padding, layer.dilation)  # (B, r, H', W')
+        if rows is None:
+            share = 1 / z[0, 0].numel() if average else 1.0
+            units = F.one_hot(classes, len(layer.up.bias)).to(z.dtype) * share
+            rows = units[..., None, None].expand(*units.shape, *z.shape[2:])
+        with torch.autocast(x.device.type, enabled=False):
+            factor = rescaling(squared_norm(z, layer.up.weight, layer.up.bias), layer.activation)  # (B, D, H', W')
+        scaled = rows * factor.to(rows.dtype).unsqueeze(1)
+        turned = scaled.unsqueeze(3) * z[:, None, None]  # (B, T, D, r, H', W')
+        sizes = zip(
+            x.shape[2:], z.shape[2:], layer.kernel_size, layer.stride, layer.padding, layer.dilation, strict=True
+        )
+        beyond = [size - ((out - 1) * s - 2 * p + d * (k - 1) + 1) for size, out, k, s, p, d in sizes]
+        moves: Any = (layer.stride, layer.padding, beyond, 1, layer.dilation)
+        rows = F.conv_transpose2d(turned.flatten(2, 3).flatten(0, 1), layer.up.weight, None, *moves)
+        rows = rows + F.conv_transpose2d(scaled.flatten(0, 1), layer.up.bias, None, *moves)
+        rows = rows.unflatten(0, (images, count))
+    assert rows is not None, "the map of no layers"
+    return rows

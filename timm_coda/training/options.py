@@ -1,0 +1,119 @@
+"""The options of a training run: command line and recipe."""
+
+import argparse
+import difflib
+import json
+import os
+import re
+from collections.abc import Collection
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from ..errors import wrap_errors
+from .states import RunError
+
+# They belong to a command, not to the run it starts.
+COMMAND_OPTIONS = {"config", "output", "overwrite", "resume", "push_to_hub"}
+
+
+class HelpFormatter(argparse.RawDescriptionHelpFormatter):
+    """Keeps the description's lines, and adds its default to the help of each option that does not say it itself."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        said = not action.help or "(default" in action.help or action.default in (None, argparse.SUPPRESS)
+        return action.help if said else f"{action.help} (default: %(default)s)"
+
+
+def natural(text: str, *, least: int = 0) -> int:
+    """The type of an option that is a whole number, 0 or more."""
+    number = int(text)
+    if number < least:
+        raise argparse.ArgumentTypeError(f"must be at least {least}, not {text}")
+    return number
+
+
+def positive(text: str) -> int:
+    """The type of an option that is a whole number, 1 or more."""
+    return natural(text, least=1)
+
+
+def parse_options(parser: argparse.ArgumentParser, argv: list[str], default_recipe: Path) -> argparse.Namespace:
+    """Read options: defaults, then the recipe, then the command line; and settle the output folder.
+
+    The parser has at least `config`, `output`, `overwrite`, `resume`, `data` and `model`. A run that is resumed by its
+    folder has its own recipe there; without a recipe, data set or model, the default recipe it is.
+
+    Raises:
+        RunError: No such recipe or run, an unknown option in it, or an output folder that is in use.
+    """
+    args = parser.parse_args(argv)
+    if args.resume and args.overwrite:
+        raise RunError("--resume goes on with a run and --overwrite replaces it: give one of them")
+    if args.resume not in (None, "auto"):
+        args.output, args.config = args.resume, str(Path(args.resume) / "recipe.yaml")
+        if not Path(args.config).is_file():
+            raise RunError(f"--resume {args.resume}: no run is there, it would have a recipe.yaml")
+    elif not args.config and not {word.split("=")[0] for word in argv} & {"--data", "--model"}:
+        args.config = str(default_recipe)
+    config, output = args.config, args.output
+    if config:
+        known = sorted(name.replace("_", "-") for name in vars(args).keys() - COMMAND_OPTIONS)
+        args = parser.parse_args(read_recipe(config, known) + argv)
+    if output is None:
+        output = Path("runs") / (Path(config).resolve().parent.name if config else re.sub(r"\W", "_", args.model))
+        if not args.resume:
+            output = free_folder(output)
+    used = os.path.exists(output) and (not os.path.isdir(output) or os.listdir(output))
+    if used and not args.overwrite and not (args.resume and (Path(output) / "recipe.yaml").is_file()):
+        raise RunError(f"--output {output} is in use: give another, --resume {output} to go on, or --overwrite")
+    args.config, args.output = config, str(output)
+    return args
+
+
+def read_recipe(path: str | os.PathLike, known: Collection[str]) -> list[str]:
+    """Read a recipe, a YAML mapping from option names to values, as the command line that says the same.
+
+    Args:
+        path: The recipe.
+        known: The names of the options there are, with dashes.
+
+    Raises:
+        RunError: The file is missing or not such a mapping, or names an unknown option.
+    """
+    with wrap_errors(f"--config {os.fspath(path)}", RunError):
+        try:
+            recipe = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        except yaml.YAMLError as error:
+            raise RunError(f"not YAML: {error}") from error
+        if not isinstance(recipe, dict):
+            raise RunError(f"expected lines such as 'lr: 0.001', got {recipe!r:.60}")
+        words = []
+        for key, value in recipe.items():
+            name = str(key).replace("_", "-")
+            if name not in known:
+                near = difflib.get_close_matches(name, known)
+                hint = f"did you mean {' or '.join(near)}?" if near else f"there are {', '.join(known)}"
+                raise RunError(f"there is no option {key!r}: {hint}")
+            if isinstance(value, bool):
+                words.append(f"--{name}" if value else f"--no-{name}")
+            elif isinstance(value, dict):
+                words += [f"--{name}", *(f"{k}={v if isinstance(v, str) else json.dumps(v)}" for k, v in value.items())]
+            elif value is not None and value != []:
+                words += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
+        return words
+
+
+def run_options(args: argparse.Namespace) -> dict[str, Any]:
+    """The options that make a run what it is, without those of the command that started it."""
+    return {name: value for name, value in vars(args).items() if name not in COMMAND_OPTIONS}
+
+
+def free_folder(folder: str | os.PathLike) -> Path:
+    """The folder itself if nothing is there, else the first of FOLDER-2, FOLDER-3, ... where nothing is."""
+    free, number = Path(folder), 1
+    while free.exists():
+        number += 1
+        free = Path(f"{os.fspath(folder)}-{number}")
+    return free

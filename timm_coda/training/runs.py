@@ -1,0 +1,157 @@
+"""The bookkeeping of training runs: options and recipes, signals, folders, facts."""
+
+import glob
+import importlib.metadata
+import importlib.util
+import json
+import os
+import shlex
+import shutil
+import signal
+import sys
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from accelerate import Accelerator, DataLoaderConfiguration
+from tqdm import tqdm
+
+from ..errors import wrap_errors
+from ..hub import HubError, push_folder, write_text
+from .states import Progress, RunError
+
+# What train.py writes into a run's folder; --overwrite removes these and nothing else.
+OUTPUTS = ("checkpoints", "best", "explanations", "summary.json", "explanation.png", "config.json", "model.safetensors")
+
+
+class Stopped(Exception):
+    """There is nothing to do, or someone asked the run to stop and its state is saved; the message says which."""
+
+    def __init__(self, message: str, *, code: int):
+        super().__init__(message)
+        self.code = code  # exit code
+
+
+def make_accelerator(folder: Path, *, mixed_precision: str | None, grad_accum: int, report_to: str) -> Accelerator:
+    """Accelerate's view of the machine: device, processes, precision.
+
+    Raises:
+        RunError: The precision is not the machine's, there is no such tracker, or parameters are to be divided.
+    """
+    with wrap_errors(f"--mixed-precision {mixed_precision} or --report-to {report_to}", RunError):
+        accelerator = Accelerator(
+            cpu=not torch.accelerator.is_available(),  # else several processes without a GPU would not find each other
+            mixed_precision=mixed_precision,
+            gradient_accumulation_steps=grad_accum,
+            log_with=None if report_to == "none" else report_to,
+            project_dir=folder,
+            dataloader_config=DataLoaderConfiguration(even_batches=False),  # so that no test image counts twice
+        )
+    if accelerator.distributed_type in ("FSDP", "DEEPSPEED", "MEGATRON_LM"):
+        kind = accelerator.distributed_type.value
+        raise RunError(f"{kind} divides the parameters, and train.py saves whole models: launch with --multi_gpu")
+    return accelerator
+
+
+def stopped(folder: Path, signals: list[int]) -> Stopped:
+    """That a run was stopped by these signals, of which SIGTERM is no failure: a scheduler wants its machine back."""
+    code = 130 if signal.SIGINT in signals else 0
+    return Stopped(f"stopped and saved; resume with: python train.py --resume {folder}", code=code)
+
+
+def watch_signals() -> list[int]:
+    """Let SIGINT (Ctrl-C) and SIGTERM add to the list that is returned, so that a run can finish its update and save.
+
+    A second Ctrl-C interrupts at once. Within a second it does not count: a launcher passes on to its processes what
+    the terminal has sent them already.
+    """
+    seen: list[int] = []
+    first = 0.0
+
+    def note(number: int, frame: Any) -> None:
+        nonlocal first
+        if not seen:
+            first = time.monotonic()
+            print("\nstopping after this update; Ctrl-C again to stop at once", flush=True)
+        elif number == signal.SIGINT and time.monotonic() - first > 1:
+            raise KeyboardInterrupt
+        seen.append(number)
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, note)
+    return seen
+
+
+def start_folder(folder: Path, options: dict[str, Any]) -> None:
+    """Make the folder of a new run, without an old run's files, and write its recipe."""
+    for path in (folder / name for name in OUTPUTS):
+        shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_text(folder / "recipe.yaml", yaml.safe_dump(options, sort_keys=False, allow_unicode=True))
+
+
+def save_picture(explanation: Any, path: Path, *, label_names: Sequence[str], true_labels: Any) -> bool:
+    """Save an explanation's picture. False if it cannot be written: a full disk may have room again for what counts."""
+    try:
+        explanation.save(path, label_names=label_names, true_labels=true_labels)
+    except OSError as error:
+        tqdm.write(f"there is no picture {path}: {error}")
+        return False
+    return True
+
+
+def progress_bar(batches: Iterable[Any], name: str, *, total: int, initial: int, shown: bool) -> tqdm:
+    """A bar for an epoch's batches, where someone watches."""
+    look = {"ncols": 80, "bar_format": "{desc} |{bar}| {n_fmt}/{total_fmt}{postfix}, {remaining} left"}
+    look |= {"leave": False, "file": sys.stdout, "disable": not (shown and sys.stdout.isatty())}
+    return tqdm(batches, name, total, initial=initial, **look)
+
+
+def save_summary(folder: Path, progress: Progress, facts: dict[str, Any]) -> None:
+    """Write `summary.json`: the best epoch's numbers, facts about the run and where it ran, and how it went."""
+    summary = {"command": shlex.join(sys.argv), **progress.best, "seconds": progress.seconds, **facts}
+    summary["hub_data_set"] = _hub_data_set(facts["options"]["data"])
+    how = ("history", "curve", "skipped", "skipped_updates")
+    summary |= {name: value for name, value in asdict(progress).items() if name in how}
+    write_text(folder / "summary.json", json.dumps(summary, indent=1) + "\n")
+
+
+def closing_words(folder: Path, progress: Progress, *, pictures: bool) -> str:
+    """What a finished run says: how good, how long, where the pictures are, how to load the model."""
+    best, note = progress.best, f"; {len(progress.skipped)} images could not be read" if progress.skipped else ""
+    note += f"; {progress.skipped_updates} updates were skipped" if progress.skipped_updates else ""
+    return (
+        f"\naccuracy {best['accuracy']:.4f} in epoch {best['epoch']}, {progress.seconds:.0f} s in all{note}\n"
+        + (f"explanations: {folder / 'explanation.png'}\n" if pictures else "")
+        + f'\nimport timm, timm_coda\nmodel = timm.create_model("local-dir:{folder}", pretrained=True).eval()'
+    )
+
+
+def publish(folder: Path, repo_id: str | None) -> None:
+    """Push a finished run to the Hub, if it is to go there, and say where it is.
+
+    Raises:
+        HubError: It is not there; the message says how to push it later.
+    """
+    if repo_id:
+        failure = f"the model is in {folder}, but not on the Hub; later: timm-coda push {folder} {repo_id}"
+        with wrap_errors(failure, HubError):
+            print(f"published: {push_folder(folder, repo_id).commit_url}")
+
+
+def no_pictures(model: Any) -> str:
+    """Why no explanation of a model can be drawn; empty if one can."""
+    if not hasattr(model, "explain"):
+        return f"{type(model).__name__} cannot explain itself, unlike the models of timm_coda: no pictures"
+    missing = importlib.util.find_spec("matplotlib") is None
+    return "no pictures, for want of matplotlib: pip install timm_coda[viz]" if missing else ""
+
+
+def _hub_data_set(sources: list[str]) -> str | None:
+    """The id of a data set that came from the Hugging Face Hub; None for one that did not."""
+    here = sources == ["digits"] or any(os.path.exists(source) or glob.glob(source) for source in sources)
+    return None if here or len(sources) > 1 else sources[0]
