@@ -4,9 +4,7 @@ import pytest
 import timm
 import torch
 
-from timm_coda.benchmark import comparison as comparison
-from timm_coda.benchmark import macs, memory
-from timm_coda.benchmark import measurement as measurement
+from timm_coda.benchmark import comparison, macs, memory
 from timm_coda.benchmark.measurement import Setup
 
 SMALL = {"model": "bcos_resnet18", "img_size": 32, "batch_size": 2, "num_classes": 5, "repeats": 3, "memory": False}

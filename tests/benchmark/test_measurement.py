@@ -9,8 +9,7 @@ import torch
 from torch import nn
 
 import timm_coda
-from timm_coda.benchmark import macs, memory
-from timm_coda.benchmark import measurement as measurement
+from timm_coda.benchmark import macs, measurement, memory
 from timm_coda.benchmark.measurement import BenchmarkError, Macs, Setup, count_macs, measure
 from timm_coda.layers import functional
 

@@ -6,8 +6,7 @@ import pytest
 import torch
 
 from timm_coda import cli
-from timm_coda.benchmark import macs, scaling
-from timm_coda.benchmark import measurement as measurement
+from timm_coda.benchmark import macs, measurement, scaling
 from timm_coda.benchmark.measurement import BenchmarkError, Setup
 from timm_coda.layers import functional
 

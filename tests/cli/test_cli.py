@@ -10,8 +10,7 @@ import pytest
 
 import timm_coda
 from timm_coda import benchmark, cli
-from timm_coda.benchmark import macs
-from timm_coda.benchmark import measurement as measurement
+from timm_coda.benchmark import macs, measurement
 
 SMALL = ["benchmark", "coda_net_xs", "--model-args", "rank=2", "--img-size", "8", "--batch-size", "2", "--repeats", "2"]
 

@@ -1,7 +1,4 @@
-"""The page of `timm-coda demo`, in a real browser, and what it must not give away.
-
-Needs the extra `demo`, Playwright's Python package and a chromium on the path (Debian: apt-get install chromium).
-"""
+"""The page of `timm-coda demo` in a real browser, and the files that it must not serve."""
 
 import base64
 import importlib.metadata
@@ -27,7 +24,6 @@ import timm
 import yaml
 from PIL import Image
 
-from helpers.browser import CHROMIUM
 from timm_coda import cli
 from timm_coda.data.datasets import load_data
 from timm_coda.explanation import figures
@@ -35,9 +31,7 @@ from timm_coda.hub.factory import save_model
 from timm_coda.images import read_image
 
 pytest.importorskip("gradio", reason="the page needs the extra: pip install 'timm_coda[demo]'")
-playwright = pytest.importorskip("playwright.sync_api", reason="drives the browser: pip install playwright")
-if not CHROMIUM:
-    pytest.skip("there is no chromium: apt-get install chromium", allow_module_level=True)
+playwright = pytest.importorskip("playwright.sync_api", reason="needs Playwright: pip install 'timm_coda[test]'")
 
 from timm_coda.demo import Shelf  # noqa: E402
 
@@ -93,14 +87,6 @@ def site(model, tmp_path_factory):
     model.save_pretrained(folder, label_names=STRANGE)
     with process(["-m", "timm_coda", "demo", "--model", "coda_net_xs.digits", str(folder)]) as address:
         yield address
-
-
-@pytest.fixture(scope="module")
-def browser():
-    with playwright.sync_playwright() as driver:
-        chromium = driver.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        yield chromium
-        chromium.close()
 
 
 @pytest.fixture

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 
-from helpers.browser import CHROMIUM, Browser
 from helpers.evaluation_folder import write_evaluation
 from timm_coda.evaluate import EvaluationError
 from timm_coda.evaluate.report import write_report
@@ -41,13 +40,32 @@ def report(folder) -> Path:
     return write_report(folder)
 
 
-@pytest.fixture(scope="module")
-def browser(tmp_path_factory):
-    if not CHROMIUM:
-        pytest.skip("no chromium here: apt-get install chromium")
-    browser = Browser(tmp_path_factory.mktemp("profile"))
-    yield browser
-    browser.close()
+@pytest.fixture
+def visit(browser):
+    """A function that opens a file in a window of that width, in CSS pixels; nothing may be fetched or fail."""
+    contexts, faults = [], []
+
+    def open_page(path: Path, *, width: int = 1280, dark: bool = False):
+        scheme = "dark" if dark else "light"
+        context = browser.new_context(viewport={"width": width, "height": 900}, color_scheme=scheme)
+        contexts.append(context)
+        page = context.new_page()
+        page.on("request", lambda r: r.url == path.as_uri() or r.url.startswith("data:") or faults.append(r.url))
+        page.on("pageerror", lambda error: faults.append(str(error)))
+        page.on("console", lambda message: faults.append(message.text))
+        page.goto(path.as_uri())
+        return page
+
+    yield open_page
+    for context in contexts:
+        context.close()
+    assert not faults
+
+
+def roles(page) -> list[tuple[str, str]]:
+    """Role and name of everything that a screen reader meets."""
+    nodes = page.context.new_cdp_session(page).send("Accessibility.getFullAXTree")["nodes"]
+    return [(node["role"]["value"], node.get("name", {}).get("value", "")) for node in nodes if not node["ignored"]]
 
 
 def changed(folder: Path, target: Path, change) -> Path:
@@ -109,26 +127,22 @@ def test_no_results(tmp_path):
 
 
 @pytest.mark.parametrize(("width", "dark"), [(1280, False), (1280, True), (390, False), (390, True)])
-def test_in_a_browser(report, browser, width, dark):
-    browser.open(report.as_uri(), width=width, dark=dark)
-    pictures = browser.evaluate("[...document.images].map(i => i.complete && i.naturalWidth > 0)")
+def test_in_a_browser(report, visit, width, dark):
+    page = visit(report, width=width, dark=dark)
+    pictures = page.evaluate("[...document.images].map(i => i.complete && i.naturalWidth > 0)")
     assert len(pictures) == 37 and all(pictures)
-    requests = [e["params"]["request"]["url"] for e in browser.events if e["method"] == "Network.requestWillBeSent"]
-    assert requests and all(url == report.as_uri() or url.startswith("data:") for url in requests)
-    assert not [event for event in browser.events if event["method"] in ("Log.entryAdded", "Runtime.exceptionThrown")]
-    assert browser.evaluate("document.documentElement.scrollWidth") <= width, "only tables scroll sideways"
-    paper = browser.evaluate("getComputedStyle(document.body).backgroundColor")
+    assert page.evaluate("document.documentElement.scrollWidth") <= width, "only tables scroll sideways"
+    paper = page.evaluate("getComputedStyle(document.body).backgroundColor")
     assert paper == ("rgb(23, 25, 28)" if dark else "rgb(255, 255, 255)")
-    plots = browser.evaluate("[...document.querySelectorAll('picture')].map(p => [p.children[0].srcset, p.children[1]"
+    plots = page.evaluate("[...document.querySelectorAll('picture')].map(p => [p.children[0].srcset, p.children[1]"
                              ".currentSrc])")  # fmt: skip
     assert [dark_plot == shown for dark_plot, shown in plots] == [dark] * 3
 
 
 @pytest.mark.parametrize("dark", [False, True])
-def test_its_texts_stand_out(report, browser, dark):
+def test_its_texts_stand_out(report, visit, dark):
     """WCAG's contrast, at least 4.5 to 1, of every text with the paper or the box it is on."""
-    browser.open(report.as_uri(), dark=dark)
-    contrasts = browser.evaluate("""(() => {
+    contrasts = visit(report, dark=dark).evaluate("""(() => {
         const light = color => color.match(/[0-9.]+/g).slice(0, 3).map(v => v / 255).map(
             v => v <= 0.03928 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4).reduce(
             (sum, v, i) => sum + v * [0.2126, 0.7152, 0.0722][i], 0.05)
@@ -145,28 +159,28 @@ def test_its_texts_stand_out(report, browser, dark):
     assert len(contrasts) > 50 and not [pair for pair in contrasts if pair[1] < 4.5]
 
 
-def test_for_keyboards_and_screen_readers(report, browser):
-    browser.open(report.as_uri(), width=390)
-    roles = browser.roles()
-    kinds = [role for role, _ in roles]
+def test_for_keyboards_and_screen_readers(report, visit):
+    page = visit(report, width=390)
+    heard = roles(page)
+    kinds = [role for role, _ in heard]
     for landmark in ("banner", "navigation", "main", "contentinfo"):
         assert kinds.count(landmark) == 1, landmark
-    regions = [name for role, name in roles if role == "region"]
+    regions = [name for role, name in heard if role == "region"]
     assert {"Summary", "Numbers", "Metrics", "Examples", "Grid", "Explainers", "How it was made"} <= set(regions)
-    columns = {name for role, name in roles if role == "columnheader"}
+    columns = {name for role, name in heard if role == "columnheader"}
     assert "Grid localisation median, more is better" in columns and "Explainer" in columns
-    assert {"Model-inherent", "Kernel SHAP", "Baseline"} <= {name for role, name in roles if role == "rowheader"}
-    images = [name for role, name in roles if role == "image"]
+    assert {"Model-inherent", "Kernel SHAP", "Baseline"} <= {name for role, name in heard if role == "rowheader"}
+    images = [name for role, name in heard if role == "image"]
     assert "Model-inherent: evidence for 1 in image 2" in images and "Gradient: evidence for 3" in images
     assert any(name.startswith("Box plot of Grid localisation; median of each explainer") for name in images)
     # The first stop of the tab key leads past the contents; tables that scroll can be reached.
-    browser.call("Input.dispatchKeyEvent", type="keyDown", key="Tab", windowsVirtualKeyCode=9)
-    assert browser.evaluate("document.activeElement.textContent") == "To the content"
-    stops = browser.evaluate("[...document.querySelectorAll('.scroll')].map(n => n.tabIndex)")
+    page.keyboard.press("Tab")
+    assert page.evaluate("document.activeElement.textContent") == "To the content"
+    stops = page.evaluate("[...document.querySelectorAll('.scroll')].map(n => n.tabIndex)")
     assert stops == [0, 0]
 
 
-def test_names_cannot_run(folder, browser, tmp_path):
+def test_names_cannot_run(folder, visit, tmp_path):
     def change(results):
         results["label_names"] = [f"{HOSTILE}{i}" for i in range(10)]
         results |= {"model": HOSTILE, "data": [HOSTILE], "command": HOSTILE, "settings": {HOSTILE: [HOSTILE]}}
@@ -178,14 +192,14 @@ def test_names_cannot_run(folder, browser, tmp_path):
             metric["explainers"]["kernel_shap"] = {"error": HOSTILE}
 
     report = write_report(changed(folder, tmp_path / "out", change))
-    page = Parsed(report)
-    assert "script" not in {tag for tag, _ in page.tags} and HOSTILE in page.text
-    assert not [attributes for _, attributes in page.tags if "onerror" in attributes]
+    parsed = Parsed(report)
+    assert "script" not in {tag for tag, _ in parsed.tags} and HOSTILE in parsed.text
+    assert not [attributes for _, attributes in parsed.tags if "onerror" in attributes]
     # The texts alone must be harmless, so the policy that forbids scripts goes.
     text = report.read_text(encoding="utf-8")
     assert text.count("Content-Security-Policy") == 1
     report.write_text(text.replace("Content-Security-Policy", "x"), encoding="utf-8")
-    browser.open(report.as_uri(), width=390)
-    assert browser.evaluate("typeof window.owned") == "undefined"
-    assert browser.evaluate("document.title") == f"Explanations of {HOSTILE}, measured"
-    assert browser.evaluate("document.documentElement.scrollWidth") <= 390, "a long name is broken"
+    page = visit(report, width=390)
+    assert page.evaluate("typeof window.owned") == "undefined"
+    assert page.evaluate("document.title") == f"Explanations of {HOSTILE}, measured"
+    assert page.evaluate("document.documentElement.scrollWidth") <= 390, "a long name is broken"

@@ -3,11 +3,11 @@
 `python -m pytest -m slow -rP -n0 tests/test_evaluate_speed.py` prints what it measured.
 """
 
+import os
 import statistics
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -70,8 +70,8 @@ def test_against_a_forward_and_backward_for_each_target():
 
 
 _MEMORY = """
-import resource, sys
-import test_evaluate_speed as here
+import resource
+import test_speed as here
 from timm_coda.evaluate.explainers import make_explainer
 subject, explainer = here.make_subject(), make_explainer("inherent")
 for grids in (14, 210):
@@ -83,8 +83,8 @@ for grids in (14, 210):
 @pytest.mark.slow
 def test_memory_does_not_grow_with_the_grids():
     """In a process of its own, whose peak is that of nothing else."""
-    folder = Path(__file__).parent
-    run = subprocess.run([sys.executable, "-c", _MEMORY], cwd=folder, check=True, capture_output=True, text=True)
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    run = subprocess.run([sys.executable, "-c", _MEMORY], env=environment, check=True, capture_output=True, text=True)
     few, many = map(float, run.stdout.split())
     print(f"14 grids: peak memory {few:.0f} MiB; 210 grids: {many:.0f} MiB")
     assert many - few < 50, "maps of 196 more grids would be 62 MiB, their weights 370"

@@ -17,6 +17,14 @@ from helpers import relative_error
 FOLDER = Path(__file__).parent
 SAMPLES = 4096
 
+# Cases of CoDA-Nets: our model, its arguments.
+CODA_NETS = {
+    "coda_s_sq_t1000": ("coda_net_s", {}),
+    "coda_s_l2_t1000": ("coda_net_s", {"activation": "l2"}),
+    "coda_s_sq_rank8": ("coda_net_xs", {}),
+    "coda_l_in100_60px": ("coda_net_l", {}),
+}
+
 
 def cases() -> list[str]:
     return sorted(path.stem for path in FOLDER.glob("*.json"))

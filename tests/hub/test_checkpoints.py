@@ -15,13 +15,12 @@ import pytest
 import timm
 import torch
 from safetensors.torch import load_file, save_file
-from test_models import GOLDEN
 
+import golden
 import timm_coda
 from helpers import relative_error
-from timm_coda import cli
-from timm_coda.hub import checkpoints as checkpoints
-from timm_coda.hub import factory as hub
+from timm_coda import cli, hub
+from timm_coda.hub import checkpoints
 from timm_coda.models import coda_net
 
 SMALL = {"rank": 2}
@@ -55,21 +54,19 @@ def assert_converted(model, authors) -> None:
             assert layer.up.bias[d, c, h, w] == bias[k * units + d]
 
 
-@pytest.mark.parametrize("case", GOLDEN)
-def test_golden_numbers_through_the_command(golden, case, tmp_path, capsys):
-    name, arguments = GOLDEN[case]
-    published = {f"module.{key}": torch.from_numpy(value) for key, value in golden.state_dict(case).items()}
+@pytest.mark.parametrize("case", golden.CODA_NETS)
+def test_golden_numbers_through_the_command(case, tmp_path, capsys):
+    name, arguments = golden.CODA_NETS[case]
+    published = {f"module.{key}": value for key, value in golden.state_dict(case).items()}
     torch.save({"state_dict": published, "epoch": 200}, tmp_path / "authors.pt")
     more = [f"{key}={value}" for key, value in arguments.items()]
     more = ["--model-args", *more] if more else []
     assert cli.main(["convert", f"{tmp_path}/authors.pt", "--model", name, "--output", f"{tmp_path}/out", *more]) == 0
     model = timm.create_model(f"local-dir:{tmp_path}/out", pretrained=True).double().eval()
-    expected = golden.expected(case)
-    targets = torch.from_numpy(expected["targets"][:1]).expand(2, -1)
-    explanation = model.explain(torch.from_numpy(golden.inputs(case)), targets)
+    explanation = model.explain(golden.inputs(case), golden.targets(case))
     bias = model.logits.bias
-    assert relative_error(explanation.logits - bias, expected["logits"] - bias) < 1e-9
-    assert relative_error(explanation.contributions, expected["contributions"][:, :1]) < 1e-9
+    assert relative_error(explanation.logits - bias, golden.logits(case) - bias) < 1e-9
+    assert golden.error(case, "contributions", explanation.contributions) < 1e-9
 
 
 @pytest.mark.parametrize("suffix", [".pt", ".pth.tar", ".safetensors"])

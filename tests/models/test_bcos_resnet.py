@@ -1,7 +1,6 @@
 """B-cos models: the authors' numbers, exactness on a second input, timm's contract."""
 
 from math import log
-from types import MethodType
 
 import pytest
 import timm
@@ -11,9 +10,9 @@ import torch.nn.functional as F
 import golden
 import timm_coda
 from helpers import relative_error
-from helpers.bcos_cases import assert_authors_numbers, layers_and_inputs
+from helpers.bcos_cases import assert_authors_numbers, freeze
 from helpers.timm_suite import run_timm_suite
-from timm_coda.layers.bcos import BatchNormUncentered2d, BcosConv2d, EncodedBcosConv2d
+from timm_coda.layers.bcos import BatchNormUncentered2d, BcosConv2d
 from timm_coda.models import bcos_resnet
 from timm_coda.models._bcosify import replace_modules
 
@@ -75,24 +74,6 @@ def test_timm_loads_the_published_file(tmp_path):
     )
     multispectral = timm.create_model("bcos_resnet18", pretrained=True, in_chans=4, pretrained_cfg_overlay=overlay)
     assert relative_error(multispectral.conv1.weight[:, 4:7], 3 / 4 * model.conv1.weight[:, 3:]) < 1e-6
-
-
-def freeze(model, x):
-    """The network with the dynamic weights it has at `x` written into its convolutions, by the formulas alone."""
-    for layer, p in layers_and_inputs(model, x, BcosConv2d):
-        p = model.encoding(p) if isinstance(layer, EncodedBcosConv2d) else p
-        weight = layer.weight / layer.weight.square().sum((1, 2, 3), keepdim=True).sqrt()
-        geometry = layer.stride, layer.padding, layer.dilation, layer.groups
-        norm = (F.conv2d(p.square(), torch.ones_like(weight), None, *geometry) + 1e-6).sqrt()
-        factor = F.conv2d(p, weight, None, *geometry).abs() / norm
-
-        def forward(self, x, weight=weight, geometry=geometry, factor=factor):
-            if isinstance(self, EncodedBcosConv2d):
-                x = self.encoding(x)
-            return F.conv2d(x, weight, None, *geometry) * factor
-
-        layer.forward = MethodType(forward, layer)
-    return model
 
 
 @torch.no_grad()

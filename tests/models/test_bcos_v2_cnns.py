@@ -7,11 +7,10 @@ from types import MethodType
 import pytest
 import timm
 import torch
-from test_bcos_models import freeze
 
 import golden
 from helpers import relative_error
-from helpers.bcos_cases import assert_authors_numbers
+from helpers.bcos_cases import assert_authors_numbers, freeze
 from helpers.timm_suite import run_timm_suite
 from timm_coda import BcosConvNeXt, BcosDenseNet, BcosVGG
 from timm_coda.export import export_model, largest_differences

@@ -11,18 +11,10 @@ from timm_coda.models import coda_net
 MODELS = ["coda_net_xs", "coda_net_s", "coda_net_m", "coda_net_l"]
 TINY = {"depths": (1, 1, 1), "channels": (4, 6, 6), "strides": (1, 2, 2), "rank": 3}
 
-# golden case: model, its arguments
-GOLDEN = {
-    "coda_s_sq_t1000": ("coda_net_s", {}),
-    "coda_s_l2_t1000": ("coda_net_s", {"activation": "l2"}),
-    "coda_s_sq_rank8": ("coda_net_xs", {}),
-    "coda_l_in100_60px": ("coda_net_l", {}),
-}
 
-
-@pytest.mark.parametrize("case", GOLDEN)
+@pytest.mark.parametrize("case", golden.CODA_NETS)
 def test_equals_the_authors_numbers(case):
-    name, arguments = GOLDEN[case]
+    name, arguments = golden.CODA_NETS[case]
     model = timm.create_model(name, **arguments).double().eval()
     model.load_state_dict(coda_net.checkpoint_filter_fn(golden.state_dict(case), model))
     explanation = model.explain(golden.inputs(case), golden.targets(case))

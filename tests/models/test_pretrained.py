@@ -13,9 +13,8 @@ import torch
 from safetensors.torch import load_file
 
 from helpers import ROOT, cifar10_folder, relative_error
-from timm_coda import data
-from timm_coda.hub import checkpoints as checkpoints
-from timm_coda.hub import factory as hub
+from timm_coda import data, hub
+from timm_coda.hub import checkpoints
 
 SMALL = {"rank": 2}
 
