@@ -1,14 +1,19 @@
 """Train an image classifier that explains itself.
 
-    python train.py                                      # handwritten digits, on a laptop in two minutes, offline
-    python train.py --data uoft-cs/cifar10               # CoDA-Net S with the paper's settings: wants a GPU
-    python train.py --data path/to/images --model coda_net_xs --img-size 64 --epochs 50       # train/cat/1.png, ...
-    python train.py --config recipe.yaml --lr 1e-3       # a recipe, with one thing changed
-    python train.py --resume runs/my-run                 # go on exactly where a run was stopped or killed
-    accelerate launch --multi_gpu --num_processes 2 train.py             # two processes, on GPUs or without one
+  python train.py                                 # digits (2 min, CPU, offline)
+  python train.py --data uoft-cs/cifar10          # as in the paper, on a GPU
+  python train.py --data path/to/images --model coda_net_xs --img-size 64
+  python train.py --config recipe.yaml --lr 1e-3  # a recipe with one change
+  python train.py --resume runs/my-run            # continue a stopped run
+  accelerate launch --multi_gpu --num_processes 2 train.py  # GPUs or CPU
 
-The output folder is a model, of the best epoch: timm.create_model("local-dir:FOLDER", pretrained=True) after `import
-timm_coda`. Beside it: explanation.png, summary.json, recipe.yaml (for --config) and checkpoints/ (for --resume).
+Images are sorted into class folders, such as path/to/images/train/cat/1.png.
+A resumed run gives the same weights as one that was never interrupted.
+
+The output folder holds the model of the best epoch, which timm loads after
+`import timm_coda`: timm.create_model("local-dir:FOLDER", pretrained=True).
+It also holds explanation.png, summary.json, recipe.yaml (for --config) and
+checkpoints/ (for --resume).
 """
 
 # pyright: reportPrivateImportUsage=false
@@ -20,7 +25,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # before torch: on busy CPUs, threads spinning longer are 10x slower
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # before torch: longer spinning is 10x slower on busy CPUs
 
 import timm
 import torch
@@ -42,85 +47,85 @@ DEFAULT_RECIPE = Path(__file__).parent / "hub_configs/coda_net_xs.digits/recipe.
 
 
 def make_parser() -> argparse.ArgumentParser:
-    """The options. Defaults are the paper's settings for CIFAR-10 (CVPR 2021) where the help gives no other reason."""
+    """Define the options. Defaults are the paper's for CIFAR-10 (CVPR 2021), unless the help gives another reason."""
     look = {"usage": "python train.py [options]", "description": __doc__, "formatter_class": HelpFormatter}
     parser = argparse.ArgumentParser("train.py", allow_abbrev=False, **look)
     switch = argparse.BooleanOptionalAction
     add = parser.add_argument_group("run").add_argument
-    add("--config", help="YAML file of options; the command line wins (default without --data, --model: the digits)")
-    add("--output", help="output folder (default: a fresh one, runs/NAME, runs/NAME-2, ...)")
-    add("--overwrite", action=switch, default=False, help="replace the run that is in the output folder")
-    add("--resume", nargs="?", const="auto", help="folder of a run to go on with; auto: --output's, if there is one")
-    add("--seed", type=natural, default=0, help="the same seed gives the same weights, with any number of workers")
-    add("--mixed-precision", choices=["no", "bf16", "fp16"], help="(default: what accelerate launch says, else no)")
-    add("--save-every", type=natural, default=0, help="updates between training states; epochs save one anyway")
-    add("--keep", type=natural, default=0, help="models of so many best epochs to keep in best/, too")
+    add("--config", help="YAML recipe; command-line options override it (default without --data, --model: digits)")
+    add("--output", help="output folder (default: a new one, runs/NAME, runs/NAME-2, ...)")
+    add("--overwrite", action=switch, default=False, help="replace the run in the output folder")
+    add("--resume", nargs="?", const="auto", help="run folder to resume; auto (no value): --output, if it has a run")
+    add("--seed", type=natural, default=0, help="random seed; the same seed gives the same weights for any --workers")
+    add("--mixed-precision", choices=["no", "bf16", "fp16"], help="precision (default: accelerate launch's, else no)")
+    add("--save-every", type=natural, default=0, help="updates between checkpoints in an epoch; 0: only after an epoch")
+    add("--keep", type=natural, default=0, help="number of best epochs whose models are also saved, in best/")
     add("--log-every", type=positive, default=10, help="updates between points of the loss curve")
-    add("--explain-every", type=natural, default=5, help="epochs between explanation pictures; 0: one at the end")
-    add("--explain-images", type=positive, default=8, help="test images in such a picture; 8 fit a page")
-    add("--eval-explanations", type=natural, default=0, help="epochs between scores of grid localisation; 0: none")
-    add("--push-to-hub", metavar="REPO", help="publish the finished run there, USER/NAME, with a model card")
-    add("--report-to", default="none", help="a tracker of Accelerate's: tensorboard, wandb, ...; none: files do")
+    add("--explain-every", type=natural, default=5, help="epochs between figures of explanations; 0: only at the end")
+    add("--explain-images", type=positive, default=8, help="test images in a figure; 8 fit on a page")
+    add("--eval-explanations", type=natural, default=0, help="epochs between grid localisation scores; 0: none")
+    add("--push-to-hub", metavar="REPO", help="upload the finished run with a model card to the repository USER/NAME")
+    add("--report-to", default="none", help="Accelerate tracker: tensorboard, wandb, ...; none: only files")
     add = parser.add_argument_group("data").add_argument
-    add("--data", nargs="+", default=["digits"], help="digits, a Hub id, parquet files, a folder of these or of images")
-    add("--subset", help="configuration of a Hub data set that has several")
-    add("--train-split", help="(default: train)")
-    add("--test-split", help="(default: validation, or test, whichever there is: Hub tests often have no labels)")
-    add("--val-fraction", type=float, default=0.1, help="share to hold out for tests where there is no such split")
-    add("--image-column", help="(default: the only one with images)")
-    add("--label-column", help="(default: the only one with classes, or the one named label)")
-    add("--num-classes", type=positive, help="(default: the data set's)")
-    add("--workers", type=natural, default=2, help="processes that decode images; 0 is best for tiny ones")
+    add("--data", nargs="+", default=["digits"], help="digits, Hub id, parquet files, folder of parquet or image files")
+    add("--subset", help="configuration of a Hub dataset that has several")
+    add("--train-split", help="training split (default: train)")
+    add("--test-split", help="test split (default: validation, else test: Hub test splits often lack labels)")
+    add("--val-fraction", type=float, default=0.1, help="fraction of training images held out if no test split exists")
+    add("--image-column", help="column of images (default: the only one, else image or img)")
+    add("--label-column", help="column of labels (default: the only class column, else label or labels)")
+    add("--num-classes", type=positive, help="number of classes (default: the dataset's)")
+    add("--workers", type=natural, default=2, help="processes that decode images; 0 is best for tiny images")
     buffer = {"type": positive, "nargs": "?", "const": 8192, "metavar": "IMAGES"}
-    add("--streaming", **buffer, help="read parquet files as the run goes, shuffled in a buffer (alone: of 8192)")
-    add("--data-on-device", action=switch, default=False, help="for small images: decoded once, shifted, flipped there")
+    add("--streaming", **buffer, help="stream parquet files, shuffled in a buffer of this size (no value: 8192)")
+    add("--data-on-device", action=switch, default=False, help="decode small images once; shift, flip them on device")
     add = parser.add_argument_group("images").add_argument
     add("--img-size", type=positive, help="height and width in pixels (default: the model's)")
     add("--interpolation", help="nearest, bilinear or bicubic (default: the model's)")
-    add("--crop-pct", type=float, help="share of its width that a test image keeps (default: the model's)")
-    add("--crop-padding", type=natural, default=4, help="shift training images by up to so many pixels")
-    add("--scale", type=float, nargs=2, default=[1.0, 1.0], help="area of a random crop; the paper crops by padding")
-    add("--ratio", type=float, nargs=2, default=[1.0, 1.0], help="aspect ratio of a random crop; 1 1: as it is")
+    add("--crop-pct", type=float, help="fraction of a test image's width to keep (default: the model's)")
+    add("--crop-padding", type=natural, default=4, help="largest random shift of training images in pixels; paper: 4")
+    add("--scale", type=float, nargs=2, default=[1.0, 1.0], help="areas of random crops (default: 1 1, whole image)")
+    add("--ratio", type=float, nargs=2, default=[1.0, 1.0], help="aspect ratios of random crops (default: 1 1, square)")
     add("--hflip", type=float, default=0.5, help="probability of a left-right flip; 0 for letters and digits")
-    add("--color-jitter", type=float, default=0.0, help="strength of changed colours; the paper has none")
-    add("--auto-augment", help="timm's policy, such as rand-m10-n2, the paper's for ImageNet (default: none)")
-    add("--erase", type=float, default=0.0, help="probability of a black rectangle; the paper has none")
-    add("--mixup", type=float, default=0.0, help="alpha; 0: off, for a mixed image has no one class to explain")
-    add("--cutmix", type=float, default=0.0, help="alpha; 0: off, likewise")
+    add("--color-jitter", type=float, default=0.0, help="strength of colour changes; the paper uses none")
+    add("--auto-augment", help="timm's policy, e.g. rand-m10-n2 as in the paper for ImageNet (default: none)")
+    add("--erase", type=float, default=0.0, help="probability of a black rectangle; the paper uses none")
+    add("--mixup", type=float, default=0.0, help="Mixup alpha; 0: off, as mixed images have no single class to explain")
+    add("--cutmix", type=float, default=0.0, help="CutMix alpha; 0: off, for the same reason")
     add = parser.add_argument_group("model").add_argument
-    add("--model", default="coda_net_s", help="a name in timm's registry, local-dir:FOLDER or hf-hub:ID")
-    add("--model-args", nargs="+", action="extend", default=[], metavar="NAME=JSON", help="as logit_temperature=100")
+    add("--model", default="coda_net_s", help="name of a timm model, local-dir:FOLDER or hf-hub:ID")
+    add("--model-args", nargs="+", action="extend", default=[], metavar="NAME=JSON", help="model options, e.g. rank=4")
     add("--pretrained", action=switch, default=False, help="start from the model's published weights")
-    add("--head-only", action=switch, default=False, help="freeze all but the classifier: quick, and seldom enough")
-    add("--grad-checkpointing", action=switch, default=False, help="compute activations again to save memory")
-    add("--ema", type=float, default=0.0, help="decay of averaged weights, which are then tested and saved; 0: none")
+    add("--head-only", action=switch, default=False, help="train only the classifier: fast, but rarely sufficient")
+    add("--grad-checkpointing", action=switch, default=False, help="recompute activations in backward to save memory")
+    add("--ema", type=float, default=0.0, help="decay of averaged weights, which are then tested and saved; 0: off")
     add = parser.add_argument_group("learning").add_argument
-    add("--epochs", type=positive, default=200, help="times that each training image is seen")
-    add("--batch-size", type=positive, default=16, help="images a step and process; GPUs want more, and more --lr")
-    add("--grad-accum", type=positive, default=1, help="steps in an update: a larger batch with the same memory")
-    add("--loss", choices=losses.LOSSES, default="bce", help="bce: a yes or no a class; -uniform: B-cos v2's targets")
-    add("--map-penalty", type=float, default=0.0, help="times mean |W(x)|, added to the loss; for CoDA-Nets")
-    add("--smoothing", type=float, default=0.0, help="of labels; 0 lets evidence grow without limit")
-    add("--opt", default="adam", help="an optimiser of timm's")
-    add("--lr", type=float, default=2.5e-4, help="highest learning rate; for batches of 16")
-    add("--weight-decay", type=float, default=0.0, help="dynamic weights are bounded without it")
-    add("--sched", choices=losses.SCHEDULES, default="step", help="a schedule of timm's, stepped each update")
-    add("--decay-epochs", type=float, default=30, help="epochs between two decays; step only")
-    add("--decay-rate", type=float, default=2 / 3, help="factor of a decay; step only")
-    add("--warmup-epochs", type=float, default=0.0, help="of linear warm-up; small batches need none")
-    add("--min-lr", type=float, default=0.0, help="learning rate at the end; not for step")
-    add("--clip-grad", type=float, default=0.0, help="largest norm of the gradient; 0: none")
-    add("--agc", type=float, default=0.0, help="largest gradient of a unit, as a share of its weights; 0: none")
+    add("--epochs", type=positive, default=200, help="passes over the training images")
+    add("--batch-size", type=positive, default=16, help="images per step and process; on a GPU, increase it and --lr")
+    add("--grad-accum", type=positive, default=1, help="steps per update: a larger batch with the same memory")
+    add("--loss", choices=losses.LOSSES, default="bce", help="bce: binary cross entropy; -uniform: B-cos v2's targets")
+    add("--map-penalty", type=float, default=0.0, help="weight of mean |W(x)| in the loss; CoDA-Nets only")
+    add("--smoothing", type=float, default=0.0, help="label smoothing; 0 lets evidence grow without bound")
+    add("--opt", default="adam", help="timm optimiser")
+    add("--lr", type=float, default=2.5e-4, help="highest learning rate; the default is for batches of 16")
+    add("--weight-decay", type=float, default=0.0, help="weight decay; dynamic weights are bounded without it")
+    add("--sched", choices=losses.SCHEDULES, default="step", help="timm schedule, stepped at every update")
+    add("--decay-epochs", type=float, default=30, help="epochs between two decays (step only)")
+    add("--decay-rate", type=float, default=2 / 3, help="factor of a decay (step only) (default: 2/3)")
+    add("--warmup-epochs", type=float, default=0.0, help="epochs of linear warm-up; small batches need none")
+    add("--min-lr", type=float, default=0.0, help="final learning rate (not for step)")
+    add("--clip-grad", type=float, default=0.0, help="maximum norm of the gradient; 0: no limit")
+    add("--agc", type=float, default=0.0, help="adaptive clipping: gradient of a unit relative to its weights; 0: none")
     return parser
 
 
 def train(args: argparse.Namespace, stop: list[int]) -> None:
-    """One run, from top to bottom, or until a signal is in `stop`."""
+    """Run the whole training, or until `stop` contains a signal: then save, and raise `runs.Stopped`."""
     output, options = Path(args.output), run_options(args)
-    environment = hub.environment()  # now, for at the end the folder may hold other code
+    environment = hub.environment()  # now, because the code may change during training
     if args.resume and (output / "summary.json").exists():
-        raise runs.Stopped(f"{output} is finished: there is nothing to go on with", code=0)
-    repo_id = args.push_to_hub and hub.check_access(args.push_to_hub)  # now, and not after hours of training
+        raise runs.Stopped(f"{output} is finished: there is nothing to resume", code=0)
+    repo_id = args.push_to_hub and hub.check_access(args.push_to_hub)  # fail now, not after hours of training
 
     def chosen(names: str) -> dict[str, Any]:
         return {name: options[name] for name in names.split()}
@@ -136,7 +141,7 @@ def train(args: argparse.Namespace, stop: list[int]) -> None:
     network: Any = hub.create_model(args.model, num_classes=len(classes), **chosen("pretrained model_args head_only"))
     with wrap_errors("--grad-checkpointing", states.RunError):
         network.set_grad_checkpointing(args.grad_checkpointing)
-    with wrap_errors("--img-size, --interpolation, --crop-pct or a random change of the images", states.RunError):
+    with wrap_errors("--img-size, --interpolation, --crop-pct or an augmentation", states.RunError):
         config = resolve_input_data_config(network, chosen("img_size interpolation crop_pct"))
         changes = chosen("crop_padding scale ratio hflip color_jitter auto_augment erase")
         transform, test_transform = data.create_transforms(config, **changes)
@@ -152,14 +157,14 @@ def train(args: argparse.Namespace, stop: list[int]) -> None:
     # Learning
     batches, images_seen = len(loader), len(source.train)
     if batches == 0:
-        raise states.RunError(f"--batch-size {args.batch_size}, {processes} processes: only {images_seen} images")
-    with wrap_errors("--opt, --lr, --sched or a number that belongs to them", states.RunError):
+        raise states.RunError(f"--batch-size {args.batch_size} x {processes} processes exceeds {images_seen} images")
+    with wrap_errors("--opt, --lr, --sched or a related option", states.RunError):
         optimizer = create_optimizer_v2(network, **chosen("opt lr weight_decay"))
         schedule = chosen("sched decay_epochs decay_rate warmup_epochs min_lr")
         schedule |= {"num_epochs": args.epochs, "updates_per_epoch": math.ceil(batches / args.grad_accum)}
         scheduler: Any = create_scheduler_v2(optimizer, step_on_epochs=False, **schedule)[0]
     mixing = losses.Mixing(args.mixup, args.cutmix, args.smoothing, len(classes))
-    smoothing = 0.0 if mixing.on else args.smoothing  # mixed labels are smooth already
+    smoothing = 0.0 if mixing.on else args.smoothing  # Mixing smooths the labels
     loss_function, test_loss = losses.make_loss(args.loss, smoothing), losses.make_loss(args.loss, 0.0)
     ema = ModelEmaV3(network.to(device), args.ema, use_warmup=True) if args.ema else None
     with wrap_errors("--map-penalty", states.RunError):
@@ -172,11 +177,11 @@ def train(args: argparse.Namespace, stop: list[int]) -> None:
     updates = Updates(accelerator, model, optimizer, norm=args.clip_grad, adaptive=args.agc)
     published: Any = network if ema is None else ema.module
 
-    # Begin, or go on
+    # Start or resume
     trackers.start(accelerator, args.report_to, options)
     progress = states.load_state(accelerator, output / "checkpoints", options) if args.resume else states.Progress()
     if progress.update:
-        accelerator.print(f"going on with {output} after update {progress.update}")
+        accelerator.print(f"resuming {output} after update {progress.update}")
     elif main:
         runs.start_folder(output, options)
     silent, parameters = runs.no_pictures(network), sum(weight.numel() for weight in network.parameters())
@@ -188,7 +193,7 @@ def train(args: argparse.Namespace, stop: list[int]) -> None:
     before = time.perf_counter() - progress.seconds
 
     def explain(path: Path) -> None:
-        """Draw where the evidence for the two likeliest classes of the examples is."""
+        """Save contribution maps of the examples for their two most likely classes."""
         if main and not silent:
             explanation = published.eval().explain(examples.images.to(device), top=min(2, len(classes)))
             if runs.save_picture(explanation, path, label_names=classes, true_labels=examples.labels):
@@ -203,12 +208,12 @@ def train(args: argparse.Namespace, stop: list[int]) -> None:
         trackers.log(accelerator, {**means, "lr": optimizer.param_groups[0]["lr"]}, step=progress.update)
         return means
 
-    def stopping() -> bool:  # all processes or none
+    def stopping() -> bool:  # the same answer in all processes
         return bool(stop if processes == 1 else accelerator.reduce(torch.tensor(len(stop), device=device)).item())
 
     def save() -> None:
         progress.window, progress.seconds = accelerator.gather(window[None]).tolist(), time.perf_counter() - before
-        progress.check(losses.evaluate(accelerator, network, [examples], test_loss)[0])  # never save spoilt weights
+        progress.check(losses.evaluate(accelerator, network, [examples], test_loss)[0])  # never save diverged weights
         states.save_state(accelerator, output / "checkpoints", progress, options)
         if stopping():
             trackers.finish(accelerator)
@@ -221,11 +226,11 @@ def train(args: argparse.Namespace, stop: list[int]) -> None:
         clock, seen = time.perf_counter(), 0
         for images, labels, skipped in bar:
             progress.batch += 1
-            number = (progress.batch - 1) * processes + accelerator.process_index  # of the batch, whoever has it
+            number = (progress.batch - 1) * processes + accelerator.process_index  # over all processes' batches
             set_seed(data.derive_seed(args.seed, progress.epoch, number))
             progress.skip(skipped)
             weight = float(len(labels) > 0)
-            if not weight:  # all images are broken; other processes wait for this one, so it learns nothing from others
+            if not weight:  # no image is readable: take part with weight 0, as other processes wait
                 images, labels = examples.images.to(device), examples.labels.to(device)
             images, labels, targets = mixing(images, labels)
             with accelerator.accumulate(model):
@@ -266,7 +271,7 @@ def train(args: argparse.Namespace, stop: list[int]) -> None:
         save()
 
     if main:
-        published = timm.create_model(f"local-dir:{output}", pretrained=True).to(device)  # as anyone loads it
+        published = timm.create_model(f"local-dir:{output}", pretrained=True).to(device)  # as users load it
         explain(output / "explanation.png")
         facts = {"options": options, "parameters": parameters, "processes": processes, "label_names": classes}
         facts |= {"environment": environment, **localisation.at_end(published)}
@@ -284,7 +289,7 @@ def main() -> int:
         print(f"train.py: error: {error}", file=sys.stderr)
         return 1 if isinstance(error, (hub.SaveError, states.Diverged)) else 2
     except (runs.Stopped, KeyboardInterrupt) as stopped:
-        if os.environ.get("RANK", "0") == "0":  # of several processes, one speaks
+        if os.environ.get("RANK", "0") == "0":  # only the main process prints
             print(stopped)
         return getattr(stopped, "code", 130)
 

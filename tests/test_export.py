@@ -1,4 +1,4 @@
-"""Exported files against eager, and run by a process that has no PyTorch."""
+"""Exported files: equal to the eager model, and usable in a process without PyTorch."""
 
 import json
 import re
@@ -16,11 +16,11 @@ from timm_coda import cli, export, hub
 
 onnxruntime = pytest.importorskip("onnxruntime", reason="needs the export extra")
 
-# A low temperature, so that logits differ by more than the bias hides.
+# A low temperature, so that the logits differ clearly from the bias.
 MODELS = {
     "xs-squash": ("coda_net_xs", {"rank": 2, "logit_temperature": 5.0}, (13, 22)),
     "s-l2-grey": ("coda_net_s", {"rank": 2, "logit_temperature": 5.0, "activation": "l2", "in_chans": 1}, 16),
-    "l": ("coda_net_l", {"rank": 2, "logit_temperature": 5.0}, 61),  # strides that leave pixels over
+    "l": ("coda_net_l", {"rank": 2, "logit_temperature": 5.0}, 61),  # strides that leave border pixels uncovered
 }
 
 
@@ -33,7 +33,7 @@ def test_explanation_equals_eager(name, suffix, tmp_path):
     assert [file.name for file in tmp_path.iterdir()] == [path.name]
     assert model.training and all(p.requires_grad and p.grad is None for p in model.parameters())
     run, about = export._load(path)
-    for count in (5, 1):  # neither is the two images of the example it was traced with
+    for count in (5, 1):  # neither is the traced example's batch size, 2
         images = torch.rand(count, *about["input_size"])
         target = torch.arange(count) % model.num_classes
         target[0] = export.PREDICTION
@@ -137,7 +137,7 @@ def test_the_onnx_file_names_its_opset_and_axes(tmp_path):
     ("words", "message"),
     [
         (["coda_net_xs", "--no-pretrained", "--output", "m.pth"], "m.pth: must end in .onnx or .pt2"),
-        (["coda_net_xs", "--no-pretrained", "--output", "m.pt2", "--format", "onnx"], "name --output m.onnx"),
+        (["coda_net_xs", "--no-pretrained", "--output", "m.pt2", "--format", "onnx"], "use --output m.onnx"),
         (["coda_net_xs", "--no-pretrained", "--output", "no/such/m.pt2"], "no/such: no such folder"),
         (["coda_net_xs", "--no-pretrained", "--output", "m.pt2", "--img-size", "2"], "resize it to at least 4x4"),
         (["coda_net_t", "--output", "m.pt2"], "timm has no model 'coda_net_t'"),

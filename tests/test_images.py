@@ -1,4 +1,4 @@
-"""Reading image files: what people have on disk, and what attackers upload."""
+"""Reading image files: common formats and modes, damaged files, and malicious uploads."""
 
 import io
 import struct
@@ -74,7 +74,7 @@ def test_cmyk_jpeg():
 
 def test_upright_and_without_metadata():
     exif = Image.Exif()
-    exif[0x0112] = 6  # the camera was held on its side
+    exif[0x0112] = 6  # EXIF orientation: rotated by 90 degrees
     exif[0x010F] = "a camera"
     image = read_image(encoded(Image.fromarray(PHOTO), "PNG", exif=exif))
     assert np.array_equal(np.asarray(image), np.rot90(PHOTO, -1))
@@ -100,17 +100,17 @@ def test_a_large_jpeg_is_decoded_smaller():
     with pytest.raises(ImageError, match="3000x2000 pixels are 6,000,000, the limit is 90,000"):
         read_image(large, max_pixels=90_000)
     progressive = encoded(Image.new("RGB", (3000, 2000)), "JPEG", progressive=True)
-    with pytest.raises(ImageError, match="the limit is 5,000,000"):  # it would be in memory whole
+    with pytest.raises(ImageError, match="the limit is 5,000,000"):  # it would be held in memory at full size
         read_image(progressive, max_pixels=5_000_000)
 
 
 def test_size_is_checked_before_decoding():
-    # These files have no such pixels: who tried to decode them would find them damaged.
+    # The files lack the claimed pixels: decoding would raise "damaged" instead of the size error.
     with pytest.raises(ImageError, match=r"the image: 10000x10000 pixels are 100,000,000, the limit is 50,000,000"):
         read_image(png_that_claims(10_000, 10_000))
     with pytest.raises(ImageError, match="far more than 50,000,000 pixels"):
         read_image(png_that_claims(60_000, 60_000))
-    with pytest.raises(ImageError, match=r"1x51 pixels: crop it to sides that differ at most 50 times"):
+    with pytest.raises(ImageError, match=r"1x51 pixels, one side more than 50 times the other: crop it"):
         read_image(png_that_claims(1, 51))
     with pytest.raises(ImageError, match="damaged"):
         read_image(png_that_claims(8000, MAX_PIXELS // 8000))
@@ -122,11 +122,11 @@ def test_size_is_checked_before_decoding():
         ("cut.png", encoded(Image.fromarray(PHOTO), "PNG").getvalue()[:3000], "damaged or incomplete .*truncated"),
         ("cut.jpg", encoded(Image.fromarray(PHOTO), "JPEG").getvalue()[:900], "damaged or incomplete"),
         ("cut.gif", encoded(Image.fromarray(PHOTO), "GIF").getvalue()[:2000], "damaged or incomplete"),
-        ("notes.txt", b"no image at all", "not an image of a known kind"),
-        ("page.jpg", b"<html>404</html>", "not an image of a known kind"),
-        ("empty.png", b"", "not an image of a known kind"),
-        # Pillow would start Ghostscript for it.
-        ("script.eps", encoded(Image.fromarray(PHOTO), "EPS").getvalue(), "not an image of a known kind"),
+        ("notes.txt", b"no image at all", "not an image in a supported format"),
+        ("page.jpg", b"<html>404</html>", "not an image in a supported format"),
+        ("empty.png", b"", "not an image in a supported format"),
+        # Pillow would start Ghostscript for EPS.
+        ("script.eps", encoded(Image.fromarray(PHOTO), "EPS").getvalue(), "not an image in a supported format"),
     ],
 )
 def test_what_is_no_image_is_named(tmp_path, name, content, message):

@@ -1,4 +1,4 @@
-"""Fine-tuning in pipelines people have: from digits 0 to 3 to digits 4 to 9, against learning only the classifier."""
+"""Fine-tuning with common training pipelines, from digits 0-3 to digits 4-9, against training only the classifier."""
 
 import copy
 import json
@@ -22,12 +22,12 @@ import timm_coda
 from helpers import ROOT, relative_error
 from timm_coda import data, hub
 
-# timm's image folder leaves files for the garbage collector to close.
+# timm's image folder leaves closing files to the garbage collector.
 pytestmark = pytest.mark.filterwarnings("ignore:unclosed file:ResourceWarning")
 EPOCHS = 3
 CLASSES = 6
-MARGIN = 0.15  # in accuracy; half of what was seen
-# What all of them learn with: a tenth of the shipped network, and an image as it is
+MARGIN = 0.15  # in accuracy; half of the observed difference
+# Shared settings: images without augmentation; the network has a tenth of the shipped one's size
 LEARNING = ["--batch-size", "32", "--lr", "0.01", "--sched", "cosine", "--warmup-epochs", "0.5"]
 IMAGES = ["--img-size", "8", "--crop-padding", "0", "--hflip", "0", "--workers", "0"]
 
@@ -42,7 +42,7 @@ def run(*command: object, **environment: str) -> str:
 
 
 def train(output: Path, *options: object) -> float:
-    """train.py as people run it; the test accuracy."""
+    """Run train.py and return the test accuracy of the last epoch."""
     quiet = ["--explain-every", 0, "--explain-images", 2, "--output", output]
     run("train.py", *options, *LEARNING, *IMAGES, *quiet)
     return json.loads((output / "summary.json").read_text())["history"][-1]["accuracy"]
@@ -50,7 +50,7 @@ def train(output: Path, *options: object) -> float:
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory) -> dict[str, Path]:
-    """The digits as two data sets in folders, few/train/0/12.png and many/validation/9/3.png."""
+    """Write the digits as two image folders: few/train/0/12.png, many/validation/9/3.png, ..."""
     root = tmp_path_factory.mktemp("digits")
     digits = data.load_data(["digits"])
     for part, split in (("train", digits.train), ("validation", digits.test)):
@@ -63,7 +63,7 @@ def folders(tmp_path_factory) -> dict[str, Path]:
 
 @pytest.fixture(scope="module")
 def pretrained(folders, tmp_path_factory) -> Path:
-    """A network that knows 0 to 3, as a folder."""
+    """Train a network on digits 0 to 3; return its folder."""
     output = tmp_path_factory.mktemp("pretrained") / "few"
     model = ["--model", "coda_net_xs", "--model-args", "rank=4", "logit_temperature=100"]
     assert train(output, "--data", folders["few"], *model, "--epochs", 5) > 0.9
@@ -72,7 +72,7 @@ def pretrained(folders, tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def head_only(folders, pretrained, tmp_path_factory) -> float:
-    """Accuracy on 4 to 9 of a new classifier on frozen features, with the same images, rate and number of epochs."""
+    """Return the accuracy on 4-9 of a new classifier on frozen features, with the same images, rate and epochs."""
     output = tmp_path_factory.mktemp("head") / "many"
     model = ["--model", f"local-dir:{pretrained}", "--pretrained", "--head-only"]
     accuracy = train(output, "--data", folders["many"], *model, "--epochs", EPOCHS)
@@ -84,7 +84,7 @@ def head_only(folders, pretrained, tmp_path_factory) -> float:
 
 @pytest.fixture(scope="module")
 def digits(folders) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Training images (N, 3, 8, 8) and labels, test images and labels, of 4 to 9 as 0 to 5."""
+    """Return training images (N, 3, 8, 8) and labels, test images and labels; digits 4 to 9 have labels 0 to 5."""
     parts = []
     for part in ("train", "validation"):
         files = sorted((folders["many"] / part).glob("*/*.png"))
@@ -99,12 +99,12 @@ def accuracy(model: torch.nn.Module, images: torch.Tensor, labels: torch.Tensor)
 
 
 def assert_explains(model: torch.nn.Module, images: torch.Tensor, reloaded: torch.nn.Module) -> None:
-    """The map is the decision, by its sum and by a copy from disk, and differs from input x gradient."""
+    """Check that maps sum to the logits, equal those of a reloaded model, and differ from input x gradient."""
     explanation = model.eval().explain(images)
     assert explanation.residual.abs().max() < 1e-4 * explanation.value.abs().max()
     weights, again = model.state_dict(), reloaded.eval().explain(images)
     assert all(torch.equal(weight, weights[name]) for name, weight in reloaded.state_dict().items())
-    assert relative_error(again.logits, explanation.logits) < 1e-6  # where a file is in memory decides on rounding
+    assert relative_error(again.logits, explanation.logits) < 1e-6  # rounding depends on memory alignment
     assert relative_error(again.contributions, explanation.contributions) < 1e-5
     encoded = model.encoding(images).requires_grad_()
     value = model(encoded).gather(1, explanation.target[:, None]).sum()
@@ -126,7 +126,7 @@ def test_timms_train_script(folders, pretrained, head_only, digits, tmp_path):
     script = os.environ.get("TIMM_TRAIN_SCRIPT")
     if not script:
         pytest.skip(
-            "timm's train.py is in no package: download it from https://github.com/huggingface/pytorch-image-models/"
+            "timm's train.py is not in its package: download it from https://github.com/huggingface/pytorch-image-models/"
             f"tree/v{timm.__version__} and set TIMM_TRAIN_SCRIPT to its path"
         )
     model = ["--device-modules", "timm_coda", "--model", f"local-dir:{pretrained}", "--pretrained"]
@@ -144,7 +144,7 @@ def test_timms_train_script(folders, pretrained, head_only, digits, tmp_path):
 
 
 def test_what_timms_train_script_is_made_of(folders, pretrained, head_only, digits, tmp_path):
-    """The same functions in the same order: model, data set, loader, layer decay, schedule, loss."""
+    """Call the same functions in the same order: model, dataset, loader, layer decay, schedule, loss."""
     torch.manual_seed(0)
     always = {"in_chans": 3, "drop_rate": 0.0, "scriptable": False, "checkpoint_path": ""}  # the script's defaults
     always |= dict.fromkeys(("drop_path_rate", "drop_block_rate", "global_pool", "bn_momentum", "bn_eps"))
@@ -161,7 +161,7 @@ def test_what_timms_train_script_is_made_of(folders, pretrained, head_only, digi
     for epoch in range(epochs):
         model.train()
         for batch, labels in loader:
-            assert batch.min() >= 0 and 0.9 < batch.max() <= 1, "the model's colours, by the prefetcher"
+            assert batch.min() >= 0 and 0.9 < batch.max() <= 1, "the prefetcher scales colours to the model's range"
             optimizer.zero_grad()
             loss_function(model(batch), labels).backward()
             optimizer.step()
@@ -208,7 +208,7 @@ def test_transformers_trainer(pretrained, head_only, digits, tmp_path):
     again = transformers.AutoModelForImageClassification.from_pretrained(tmp_path / "saved")
     assert again.config.id2label == wrapped.config.id2label
     assert_explains(tuned, test_images[:8], again.timm_model)
-    explanation = timm_coda.explain(again, test_images[:2])  # finds the model inside
+    explanation = timm_coda.explain(again, test_images[:2])  # finds the wrapped timm model
     assert torch.equal(explanation.logits, again(test_images[:2]).logits)
     hub.save_model(tuned, tmp_path / "timm", label_names=list("456789"))
     assert_explains(tuned, test_images[:8], timm.create_model(f"local-dir:{tmp_path / 'timm'}", pretrained=True))

@@ -1,4 +1,4 @@
-"""train.py as people run it: finished, killed, stopped, on a full disk, on bad input."""
+"""End-to-end tests of train.py: finished, killed, stopped, with a full disk, with bad input."""
 
 import importlib.util
 import json
@@ -38,7 +38,7 @@ def train_module():
 
 @pytest.fixture
 def train(train_module, monkeypatch, tmp_path):
-    """train.py's main() in this process: give the options, get the exit code."""
+    """Return a function that runs train.py's main() in this process with given options and returns the exit code."""
     monkeypatch.chdir(tmp_path)
     interrupt = signal.getsignal(signal.SIGINT)
 
@@ -55,7 +55,7 @@ def train(train_module, monkeypatch, tmp_path):
 
 
 def test_the_first_command(tmp_path):
-    """No arguments but a shorter run: offline, without a home to write to, twice in the same place."""
+    """Run without arguments except --epochs: offline, without a writable home, twice in the same folder."""
     (tmp_path / "home").write_text("a file")
     home = {"HOME": str(tmp_path / "home"), "HF_HOME": str(tmp_path / "home/hf"), "HF_HUB_OFFLINE": "1"}
     home["MPLCONFIGDIR"] = str(tmp_path / "mpl")
@@ -67,7 +67,7 @@ def test_the_first_command(tmp_path):
         processes, outputs, ("coda_net_xs.digits", "coda_net_xs.digits-2"), strict=True
     ):
         assert process.returncode == 0, err
-        assert len(out.splitlines()) < 12, "a line for each epoch where no one watches"
+        assert len(out.splitlines()) < 12, "one line per epoch if output is not a terminal"
         lines = out.splitlines()
         assert lines[-2] == "import timm, timm_coda"
         folder = tmp_path / "runs" / name
@@ -118,7 +118,7 @@ def test_a_whole_run(train, colours, tmp_path, capsys):
     }  # fmt: skip
     assert timm.create_model("local-dir:out", pretrained=True).pretrained_cfg["input_size"] == (3, 8, 8)
 
-    # The same command is refused kindly; resuming finds nothing to do; its recipe repeats it exactly.
+    # The same command fails with a message, resuming finds nothing to do, and the recipe reproduces the run.
     assert train(*options) == 2
     assert "--output out is in use" in capsys.readouterr().err
     assert train("--resume", "out") == 0
@@ -130,7 +130,7 @@ def test_a_whole_run(train, colours, tmp_path, capsys):
 
 
 def test_every_way_to_learn_at_once(train, colours):
-    """Options that change how a run learns: each leaves its trace, and the run is still a run."""
+    """Each option that affects learning changes the loss or the weights, and the run still finishes."""
     base = ["--data", colours, "--epochs", 1, *SMALL, *QUIET]
     ways = {
         "plain": [],
@@ -158,7 +158,7 @@ def test_every_way_to_learn_at_once(train, colours):
     assert updates == dict.fromkeys(ways, 9) | {"accumulated": 3}
     state = states.find_states("average/checkpoints")[-1]
     weights, average = load_file(state / "model.safetensors"), load_file("average/model.safetensors")
-    assert not torch.equal(weights["head.up.weight"], average["head.up.weight"]), "what is published is the average"
+    assert not torch.equal(weights["head.up.weight"], average["head.up.weight"]), "averaged weights are published"
     plain = states.find_states("plain/checkpoints")[-1]
     assert_equal(load_file(plain / "model.safetensors"), load_file("plain/model.safetensors"))
 
@@ -180,7 +180,7 @@ def test_the_same_seed_gives_the_same_weights_whatever_the_workers(train, colour
 
 
 def test_killed_and_resumed_is_as_never_killed(colours, tmp_path):
-    """SIGKILL twice, at random moments between and within saves; other numbers of workers before and after."""
+    """SIGKILL twice, at random moments between and during saves; the number of workers differs before and after."""
     options = ["--data", colours, *SMALL, *QUIET, "--epochs", 5, "--save-every", 1, "--log-every", 4, "--grad-accum", 2]
     options += ["--mixup", 0.3, "--ema", 0.9, "--sched", "cosine", "--warmup-epochs", 1, "--opt", "adamw"]
     whole = start(*options, "--output", "whole", cwd=tmp_path)
@@ -194,7 +194,7 @@ def test_killed_and_resumed_is_as_never_killed(colours, tmp_path):
         assert killed.returncode == -signal.SIGKILL
         killed = start("--resume", "killed", "--workers", 0, cwd=tmp_path)
     out, err = killed.communicate(timeout=120)
-    assert killed.returncode == 0 and "going on with killed after update" in out, (moments, err)
+    assert killed.returncode == 0 and "resuming killed after update" in out, (moments, err)
     _, err = whole.communicate(timeout=120)
     assert whole.returncode == 0, err
     assert_same_run(tmp_path / "whole", tmp_path / "killed")
@@ -213,7 +213,7 @@ def test_stopped_then_a_full_disk_then_resumed(colours, tmp_path):
     before = {path: path.read_bytes() for path in sorted((tmp_path / "run").rglob("*")) if path.is_file()}
     assert tmp_path / "run/model.safetensors" in before
 
-    # No file may grow beyond 20 kB: the disk is full in the middle of the weights.
+    # No file may exceed 20 kB, as if the disk became full while the weights are written.
     limit = resource.RLIMIT_FSIZE, (20_000, 20_000)
     run = start("--resume", "run", cwd=tmp_path, preexec_fn=lambda: resource.setrlimit(*limit))
     out, err = run.communicate(timeout=60)
@@ -231,15 +231,13 @@ def test_stopped_then_a_full_disk_then_resumed(colours, tmp_path):
 
 def test_resuming_with_other_options(train, colours, capsys, tmp_path):
     options = ["--data", colours, *SMALL, *QUIET, "--epochs", 2, "--output", "out"]
-    assert train(*options, "--resume", "auto") == 0  # nothing there yet: begins
+    assert train(*options, "--resume", "auto") == 0  # nothing to resume: starts
     os.remove("out/summary.json")  # as if killed just before the end
     assert train(*options, "--resume", "auto", "--workers", 1) == 0
     os.remove("out/summary.json")
     capsys.readouterr()
     assert train("--resume", "out", "--lr", 1, "--batch-size", 4) == 2
-    assert (
-        "goes on only with the options it had: batch_size was 8, is 4; lr was 0.003, is 1.0" in capsys.readouterr().err
-    )
+    assert "with changed options, restore them: batch_size was 8, is 4; lr was 0.003, is 1.0" in capsys.readouterr().err
     (states.find_states("out/checkpoints")[-1] / "model.safetensors").write_bytes(b"broken")
     assert train("--resume", "out") == 2
     assert "cannot be read" in capsys.readouterr().err
@@ -255,7 +253,7 @@ def test_broken_images_do_not_stop_a_run(train, colours, tmp_path, capsys):
     features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(num_classes=3)})
     for name in ("train", "test"):
         datasets.Dataset.from_dict(rows, features=features).to_parquet(f"{name}.parquet")
-    # Batches of two: some have one readable image, some none. Mixup wants pairs.
+    # Of the batches of two images, some have one readable image and some none. Mixup needs pairs.
     options = [
         "--data",
         "train.parquet",
@@ -327,22 +325,22 @@ def test_trackers_get_numbers_and_pictures(train, colours):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--data", "/nowhere/at/all"], "nothing is at '/nowhere/at/all'"),
+        (["--data", "/nowhere/at/all"], "nothing found at '/nowhere/at/all'"),
         (["--config", "nowhere.yaml"], "--config nowhere.yaml"),
-        (["--model", "coda_net_xss"], "timm has no model 'coda_net_xss'; there is"),
+        (["--model", "coda_net_xss"], "timm has no model 'coda_net_xss': did you mean"),
         (["--model-args", "temperature=3"], "temperature=3: .*unexpected keyword"),
-        (["--img-size", "2"], "the model does not take images of shape 3x2x2"),
+        (["--img-size", "2"], "the model does not accept images of shape 3x2x2"),
         (["--num-classes", "2"], "has the label 'red' .* the 2 classes are numbered 0 to 1"),
-        (["--label-column", "colour"], "--label-column colour: there is no such column"),
-        (["--batch-size", "100"], "--batch-size 100, 1 processes: only 72 images"),
+        (["--label-column", "colour"], "--label-column colour: no such column"),
+        (["--batch-size", "100"], "--batch-size 100 x 1 processes exceeds 72 images"),
         (["--opt", "adamantium"], "--opt.*adamantium"),
         (["--interpolation", "cubist"], "--interpolation.*cubist"),
-        (["--auto-augment", "rand-x9"], "a random change of the images"),
-        (["--data-on-device", "--erase", "0.5"], "--data-on-device shifts and flips .* leave out it or --erase 0.5"),
-        (["--streaming"], "nothing is at .*: no parquet file"),
-        (["--map-penalty", "1", "--mixup", "0.1"], "--map-penalty: it looks at the class of an image"),
+        (["--auto-augment", "rand-x9"], "--crop-pct or an augmentation"),
+        (["--data-on-device", "--erase", "0.5"], "--data-on-device only shifts and flips .* or leave out --erase 0.5"),
+        (["--streaming"], "nothing found at .*: no parquet file"),
+        (["--map-penalty", "1", "--mixup", "0.1"], "--map-penalty: it needs one class per image"),
         (["--report-to", "tensorboad"], "--report-to tensorboad"),
-        (["--resume", "nowhere"], "--resume nowhere: no run is there"),
+        (["--resume", "nowhere"], "--resume nowhere: no run found"),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else "",
 )
@@ -353,14 +351,14 @@ def test_bad_input(train, colours, capsys, options, message):
     err = " ".join(capsys.readouterr().err.split())
     assert err.startswith("train.py: error: ")
     assert re.search(message, err), err
-    assert not Path("out").exists(), "nothing is written before the input is known to be good"
+    assert not Path("out").exists(), "nothing is written before the input has been checked"
 
 
 def test_images_outside_the_models_range(train, colours, capsys):
     model = timm.create_model("coda_net_xs", num_classes=3, rank=2)
     hub.save_model(model, "normalised", data_config={"input_size": (3, 8, 8), "mean": (0.5,) * 3, "std": (0.5,) * 3})
     assert train("--data", colours, "--model", "local-dir:normalised", "--output", "out", "--workers", 0) == 2
-    assert "images reach from -1.00 to" in capsys.readouterr().err
+    assert "image values range from -1.00 to" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

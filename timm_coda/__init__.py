@@ -1,6 +1,6 @@
-"""Image classifiers that explain themselves, exactly: CoDA-Nets and B-cos networks as ordinary timm models.
+"""Image classifiers with exact explanations: CoDA-Nets and B-cos networks as ordinary timm models.
 
-Importing this package registers every model in timm.
+Importing this package registers all of its models in timm.
 """
 
 from .explanation import ExplainMixin, Explanation, explain, explanation_mode

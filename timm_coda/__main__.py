@@ -1,4 +1,4 @@
-"""`python -m timm_coda`: the `timm-coda` command."""
+"""Run the `timm-coda` command by `python -m timm_coda`."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""Turn the errors that libraries raise for wrong input into this package's own, which name what was wrong."""
+"""Convert library errors caused by invalid input into this package's own error classes."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,7 +15,7 @@ _WRONG_INPUT = (
 
 @contextmanager
 def wrap_errors(what: str, error_class: type[ValueError]) -> Iterator[None]:
-    """Raise `error_class` with the message "what: original message" for an error that wrong input causes inside."""
+    """Re-raise errors that invalid input causes as `error_class`, with the message "{what}: {original message}"."""
     try:
         yield
     except _WRONG_INPUT as error:

@@ -1,7 +1,8 @@
-"""Models as files that serve without this package: torch.export programs (.pt2) and ONNX.
+"""Export models to files that run without this package: torch.export programs (.pt2) and ONNX.
 
-With `explain=True` the file holds the explanation, too: the backward pass of `explanation_mode` written out as a graph,
-so that whoever runs it needs neither autograd nor Python. Knows of a model what `explain.py` knows, not its layers.
+With `explain=True` the file also computes the explanation: the backward pass of `explanation_mode` is written out as a
+graph, so that running it needs neither autograd nor Python. The code uses the same few attributes of a model as
+`explain`, and does not depend on its layers.
 """
 
 import copy
@@ -26,9 +27,9 @@ from .layers import use_backend
 __all__ = ["FORMATS", "OPSET", "export_model", "export_program", "largest_differences", "metadata"]
 
 FORMATS = {"onnx": ".onnx", "torch": ".pt2"}
-OPSET = 18  # what PyTorch's exporter writes without converting
-OUTPUTS: tuple[str, ...] = ("logits", "contributions", "weights")  # the first without, all with an explanation
-PREDICTION = -1  # as a target: the class of the largest logit
+OPSET = 18  # the version that PyTorch's exporter writes without converting
+OUTPUTS: tuple[str, ...] = ("logits", "contributions", "weights")  # all with an explanation, else only the first
+PREDICTION = -1  # target value for the class with the largest logit
 
 
 class _Classifier(nn.Module):
@@ -41,7 +42,7 @@ class _Classifier(nn.Module):
 
 
 class _Explainer(nn.Module):
-    """The graph of an explanation, with the weights of the model it was traced from."""
+    """Explanation graph, with the weights of the model from which it was traced."""
 
     def __init__(self, model: nn.Module, graph: nn.Module) -> None:
         super().__init__()
@@ -56,24 +57,27 @@ class _Explainer(nn.Module):
 def export_program(
     model: nn.Module, *, explain: bool = False, img_size: int | tuple[int, int] | None = None
 ) -> torch.export.ExportedProgram:
-    """The model as a graph of PyTorch's own operators, in float32 on the CPU, for any number of images.
+    """Export a model as a graph of PyTorch's own operators, in float32 on the CPU, for any batch size.
 
-    Inputs are `image` (B, C, H, W), colours in [0, 1] (the model's own input), and with `explain` also `target` (B,)
-    int64, the class to explain, -1 for the prediction. The result is a dictionary of `logits` (B, classes) and with
-    `explain` also `contributions` (B, H, W), which sum to the target's logit - bias, and `weights` (B, 2C, H, W), the
-    dynamic linear map. A target that is no class gives NaN in both, for a graph cannot raise.
+    Inputs are `image` (B, C, H, W), colours in [0, 1] (the model's own input), and with `explain` also `target` (B,),
+    int64, the class to explain, or -1 for the prediction.
 
     Args:
-        model: left as it is. One in another precision is exported in float32: few runtimes convolve in bfloat16.
-        explain: with the explanation
+        model: not modified. Other dtypes are exported in float32, because few runtimes support bfloat16 convolutions.
+        explain: include the explanation
         img_size: height and width, which are fixed in the file (default: the model's)
 
+    Returns:
+        A program that returns a dictionary of `logits` (B, classes), and with `explain` also `contributions`
+        (B, H, W), which sum to the target's logit - bias, and `weights` (B, 2C, H, W), the dynamic linear map. A target
+        that is not a class gives NaN in both, because a graph cannot raise.
+
     Raises:
-        ValueError: with `explain`, a model that cannot explain itself.
+        ValueError: `img_size` is below 1, or with `explain`, the model cannot explain itself.
     """
     size, images = _image_size(model, img_size)
     model = copy.deepcopy(model).float().cpu().eval().requires_grad_(False)
-    example = torch.zeros(2, images, *size)  # 2: graphs traced for one image fit no other number
+    example = torch.zeros(2, images, *size)  # 2, because a graph traced with one image accepts only one
     batch = {0: torch.export.Dim("batch")}
     with use_backend("torch"):
         if not explain:
@@ -87,25 +91,28 @@ def export_program(
 def export_model(
     model: nn.Module, path: str | os.PathLike, *, explain: bool = False, img_size: int | tuple[int, int] | None = None
 ) -> Path:
-    """Write `export_program` to a file, whole or not at all, with `metadata` inside.
+    """Write the program of `export_program` to a file atomically, with `metadata` inside.
 
-    A .pt2 file is for `torch.export.load`, AOTInductor and ExecuTorch (extra file metadata.json); an .onnx file, in
-    opset 18, for ONNX Runtime and others (metadata_props).
+    A .pt2 file is for `torch.export.load`, AOTInductor and ExecuTorch, with the metadata in the extra file
+    metadata.json. An .onnx file, in opset 18, is for ONNX Runtime and others, with the metadata in metadata_props.
 
     Args:
-        model, explain, img_size: as `export_program`
-        path: ends in .onnx or .pt2, which decides on the format
+        model, explain, img_size: as in `export_program`
+        path: must end in .onnx or .pt2, which selects the format
+
+    Returns:
+        The path.
 
     Raises:
-        ValueError: another ending, or a model that cannot explain itself.
-        ImportError: ONNX without the export extra.
-        OSError: it cannot be written.
+        ValueError: the path has another suffix, or an error of `export_program`.
+        ImportError: the export extra, which ONNX needs, is not installed.
+        OSError: the folder does not exist, or the file cannot be written.
     """
     path = Path(path)
     if path.suffix not in FORMATS.values():
         raise ValueError(f"{path}: must end in {' or '.join(FORMATS.values())}")
     if not path.absolute().parent.is_dir():
-        raise FileNotFoundError(f"{path.parent}: no such folder; make it first")
+        raise FileNotFoundError(f"{path.parent}: no such folder: create it first")
     program = export_program(model, explain=explain, img_size=img_size)
     about = metadata(model, explain=explain, img_size=img_size)
     with temporary_folder(path.parent / f".saving-{path.name}") as temporary:
@@ -125,7 +132,7 @@ def _save_onnx(program: torch.export.ExportedProgram, path: Path, about: dict[st
         raise ImportError("ONNX needs onnx and onnxscript: pip install 'timm_coda[export]'") from error
     inputs = ["image", "target"][: len(program.graph_signature.user_inputs)]
     outputs = list(OUTPUTS if about["explain"] else OUTPUTS[:1])
-    batch = {name: {0: "batch"} if name == "image" else None for name in inputs}  # the name of what they share
+    batch = {name: {0: "batch"} if name == "image" else None for name in inputs}  # names the axis that both share
     converted = torch.onnx.export(
         program,
         dynamo=True,
@@ -135,13 +142,19 @@ def _save_onnx(program: torch.export.ExportedProgram, path: Path, about: dict[st
         dynamic_shapes=batch,
         verbose=False,
     )
-    assert converted is not None  # as with dynamo=True
+    assert converted is not None  # it is None only without dynamo=True
     converted.model.metadata_props.update({key: v if isinstance(v, str) else json.dumps(v) for key, v in about.items()})
     converted.save(path, external_data=False)
 
 
 def metadata(model: Any, *, explain: bool = False, img_size: int | tuple[int, int] | None = None) -> dict[str, Any]:
-    """What a service has to know of an exported model: its images, classes, bias and license. All of it is JSON."""
+    """Return what a service needs to know about an exported model, as JSON values.
+
+    This is the input size and transform, the class names, the license and, with `explain`, the bias.
+
+    Raises:
+        ValueError: `img_size` is below 1.
+    """
     config, published = resolve_model_data_config(model), getattr(model, "pretrained_cfg", {})
     size, channels = _image_size(model, img_size)
     return {
@@ -163,12 +176,15 @@ def metadata(model: Any, *, explain: bool = False, img_size: int | tuple[int, in
 def largest_differences(
     path: str | os.PathLike, model: nn.Module, *, count: int = 3, seed: int = 0
 ) -> dict[str, float]:
-    """How far an exported file is from `model`, in float32, on random images: |file - model| / |model| for each output.
+    """Compare an exported file with `model`, in float32, on random images.
 
-    The largest of two batches, `count` images and one, for the prediction and random classes; infinite for NaN.
+    Two batches are compared, `count` images and one image; explanations for the prediction and for random classes.
+
+    Returns:
+        The largest |file - model| / |model| of each output; infinite for NaN.
 
     Raises:
-        ImportError: ONNX without the export extra.
+        ImportError: the export extra, which ONNX needs, is not installed.
     """
     run, about = _load(Path(path))
     model = copy.deepcopy(model).float().cpu().eval()
@@ -195,7 +211,7 @@ def largest_differences(
 
 
 def _load(path: Path) -> tuple[Callable[[dict[str, Tensor]], dict[str, Tensor]], dict[str, Any]]:
-    """A function from inputs to outputs by name, and the metadata."""
+    """Return a function from named inputs to named outputs, and the metadata."""
     if path.suffix == FORMATS["torch"]:
         extra = {"metadata.json": ""}
         module = torch.export.load(path, extra_files=extra).module()
@@ -216,9 +232,9 @@ def _load(path: Path) -> tuple[Callable[[dict[str, Tensor]], dict[str, Tensor]],
 
 
 def _image_size(model: Any, img_size: int | tuple[int, int] | None) -> tuple[tuple[int, int], int]:
-    """(height, width) and the number of colours."""
+    """Return (height, width) and the number of colour channels."""
     channels, *size = resolve_model_data_config(model)["input_size"]
-    channels = getattr(model, "in_chans", channels)  # what it was made with; the configuration may still say 3
+    channels = getattr(model, "in_chans", channels)  # the actual number; the configuration may still say 3
     if img_size is not None:
         size = (img_size, img_size) if isinstance(img_size, int) else img_size
     if min(size) < 1:
@@ -227,7 +243,7 @@ def _image_size(model: Any, img_size: int | tuple[int, int] | None) -> tuple[tup
 
 
 def _explanation_graph(model: Any, image: Tensor, target: Tensor) -> torch.fx.GraphModule:
-    """(state of the model, image, target) to logits, contributions and weights: backward in plain operators."""
+    """Trace (model state, image, target) to logits, contributions and weights, with backward as plain operators."""
     if not getattr(model, "num_classes", 0) or not getattr(getattr(model, "global_pool", None), "pool_type", "sum"):
         raise ValueError("this model has no pooled classifier to explain: give it one with reset_classifier()")
 
@@ -237,11 +253,11 @@ def _explanation_graph(model: Any, image: Tensor, target: Tensor) -> torch.fx.Gr
             logits = torch.func.functional_call(model, state, (encoded,))
         chosen = torch.where(target == PREDICTION, logits.argmax(1), target)
         seed = (chosen[:, None] == torch.arange(logits.shape[1])).to(logits.dtype)
-        seed = seed / seed.sum(1, keepdim=True)  # one-hot; 0/0 where the target is no class
+        seed = seed / seed.sum(1, keepdim=True)  # one-hot; 0/0 = NaN where the target is not a class
         (weights,) = torch.autograd.grad(logits, encoded, seed)
         return logits.detach(), (weights * encoded.detach()).sum(1), weights
 
-    # The number of images is a symbol of its own; without duck_shape=False it would stand for any other 2, too.
+    # The batch size gets its own symbol: without duck_shape=False, any other size of 2 would share it.
     fake = FakeTensorMode(shape_env=ShapeEnv(duck_shape=False))
     state = {name: fake.from_tensor(tensor, static_shapes=True) for name, tensor in model.state_dict().items()}
     inputs = []
@@ -269,7 +285,7 @@ def _convolution_backward(
     groups: int,
     output_mask: list[bool],
 ) -> tuple[Tensor | None, None, None]:
-    """The data gradient as a transposed convolution, which runtimes know; weights are constants here."""
+    """Compute the input gradient as a transposed convolution, which runtimes support; weights are constants here."""
     if transposed or output_mask != [True, False, False]:
         return NotImplemented
     rest = _unreached(x, weight, stride, padding, dilation)
@@ -287,7 +303,7 @@ def _avg_pool2d_backward(
     count_include_pad: bool,
     divisor: int | None,
 ) -> Tensor:
-    """Also a transposed convolution, of each channel with equal weights."""
+    """Compute the gradient as a transposed convolution of each channel, with equal weights."""
     if ceil_mode or not count_include_pad or divisor is not None:
         return NotImplemented
     channels, stride = x.shape[1], stride or kernel
@@ -297,6 +313,6 @@ def _avg_pool2d_backward(
 
 
 def _unreached(x: Tensor, weight: Tensor, stride: list[int], padding: list[int], dilation: list[int]) -> list[int]:
-    """Pixels at the end of each axis that no kernel has reached."""
+    """Return the number of pixels at the end of each axis that no kernel window covers."""
     seen = [dilation[axis] * (weight.shape[2 + axis] - 1) + 1 for axis in range(len(stride))]
     return [(x.shape[2 + i] + 2 * padding[i] - seen[i]) % stride[i] for i in range(len(stride))]

@@ -1,7 +1,7 @@
-"""Image files in, whatever a person has on disk or uploads, as RGB pictures; or an error that says what is wrong.
+"""Read image files as RGB, or raise an error that says what is wrong with the file.
 
-What a file claims of its size is checked before its pixels are decoded, and only formats of pixels are opened: no
-program is started for a file, as Pillow does for PostScript.
+The size in the file's header is checked before its pixels are decoded. Only raster formats are opened, so that no
+external program is started for a file (Pillow starts one for PostScript).
 """
 
 import math
@@ -18,36 +18,36 @@ __all__ = ["FORMATS", "MAX_PIXELS", "MAX_RATIO", "ImageError", "read_image", "to
 
 FORMATS = ("JPEG", "MPO", "PNG", "GIF", "WEBP", "AVIF", "BMP", "TIFF", "PPM", "JPEG2000", "ICO")
 MAX_PIXELS = 50_000_000
-"""A telephone's largest ordinary picture, 8160x6120; up to 500 MB while it is decoded."""
+"""Default limit on pixels: a large phone photo, 8160x6120. Decoding one takes up to 500 MB of memory."""
 MAX_RATIO = 50
-"""Longer over shorter side. Models resize the shorter side to theirs, so that a hair's breadth makes a huge picture."""
+"""Limit on longer / shorter side. Models resize the shorter side to a fixed size, so a very thin image becomes huge."""
 
 
 class ImageError(ValueError):
-    """A file that cannot be read as an image; the message names it, what was seen and how to mend it."""
+    """A file cannot be read as an image. The message names the file, the problem and the remedy."""
 
 
 def read_image(
     source: str | os.PathLike[str] | BinaryIO, *, name: str | None = None, max_pixels: int = MAX_PIXELS
 ) -> PIL.Image.Image:
-    """Read an image file as RGB, upright as its EXIF data say, without any of its metadata.
+    """Read an image file as RGB, rotated upright according to its EXIF data, with all metadata removed.
 
-    Transparent parts become white and 16 bits are scaled, see `to_rgb`. Of a file of several frames or pages the first
-    is read. A JPEG with too many pixels is decoded at a half, quarter or eighth of its size. Where one of the last two
-    happened, `image.info["note"]` says so in a few words.
+    Transparent areas become white and 16-bit values are scaled to 8 bits, see `to_rgb`. From a file with several frames
+    or pages, the first is read. A JPEG with too many pixels is decoded at a half, quarter or eighth of its size (a
+    progressive JPEG is not). In these last two cases `image.info["note"]` holds a short note.
 
     Args:
-        source: a file, or an open one.
-        name: what messages call it; by default the file's name.
-        max_pixels: more are not decoded.
+        source: path, or open binary file
+        name: name for error messages (default: the path, or "the image" for an open file)
+        max_pixels: largest number of pixels to decode
 
     Raises:
-        ImageError: no such file, no image, a damaged one, or one with too many pixels or sides too different.
+        ImageError: the file is missing, damaged or not an image, or has too many pixels or too long a side.
     """
     name = str(source if isinstance(source, (str, os.PathLike)) else "the image") if name is None else name
     try:
-        # Pillow warns from 90 million pixels on; the limit here is our own. Threads that meet in `catch_warnings` leave
-        # at worst this one filter behind.
+        # Pillow warns above 90 million pixels; this module checks its own limit. `catch_warnings` is not thread-safe:
+        # at worst, concurrent calls leave this one filter installed.
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", PIL.Image.DecompressionBombWarning)
             PIL.Image.init()
@@ -57,7 +57,9 @@ def read_image(
     except PIL.Image.DecompressionBombError as error:
         raise ImageError(f"{name}: far more than {max_pixels:,} pixels, the limit: make it smaller") from error
     except PIL.UnidentifiedImageError as error:
-        raise ImageError(f"{name}: not an image of a known kind: give a PNG, JPEG, GIF, WebP, AVIF or TIFF") from error
+        raise ImageError(
+            f"{name}: not an image in a supported format: use PNG, JPEG, GIF, WebP, AVIF or TIFF"
+        ) from error
     except OSError as error:
         raise ImageError(f"{name}: cannot be opened: {error.strerror or error}") from error
     except Exception as error:
@@ -70,22 +72,26 @@ def read_image(
             image.load()
             PIL.ImageOps.exif_transpose(image, in_place=True)
             rgb = to_rgb(image)
-        except Exception as error:  # a decoder meets broken bytes with nearly any exception
+        except Exception as error:  # decoders raise almost any exception for corrupt data
             raise _damaged(name, error) from error
     rgb.info = {"note": note} if note else {}
-    rgb.getexif().clear()  # such as where a photograph was taken
+    rgb.getexif().clear()  # it may say where a photo was taken
     return rgb
 
 
 def to_rgb(image: PIL.Image.Image) -> PIL.Image.Image:
-    """Convert an image of any mode to RGB: 16-bit grey by its scale instead of clipped, transparency over white.
+    """Convert an image of any mode to RGB, with transparent areas over white.
 
-    White is what a page shows there; the colours of transparent pixels are whatever a program left in them.
+    16-bit grey values are divided by 257 instead of clipped; float values that are all at most 1 are multiplied by 255.
+    White is what a web page shows behind transparency; the colours stored in transparent pixels are arbitrary.
+
+    Raises:
+        ImageError: the image has NaN or infinite values.
     """
     if image.mode.startswith("I") or image.mode == "F":
         values = np.asarray(image, dtype=np.float64)
         if not np.isfinite(values).all():
-            raise ImageError("it has NaN or infinite values, which are no colours")
+            raise ImageError("it has NaN or infinite pixel values")
         if image.mode.startswith("I;16") or values.max(initial=0) > 255:
             values = values / 257  # 65535 becomes 255
         elif image.mode == "F" and values.max(initial=0) <= 1:
@@ -100,14 +106,14 @@ def to_rgb(image: PIL.Image.Image) -> PIL.Image.Image:
 
 
 def _check_size(image: PIL.Image.Image, name: str, max_pixels: int) -> str:
-    """Have a large JPEG decoded smaller, and say so; refuse what else is too large."""
+    """Set a large JPEG to be decoded smaller and return a note about it; raise `ImageError` for other large images."""
     width, height = image.size
     if max(width, height) > MAX_RATIO * min(width, height):
-        raise ImageError(f"{name}: {width}x{height} pixels: crop it to sides that differ at most {MAX_RATIO} times")
-    # A progressive JPEG is held in memory whole, whatever the size it is decoded at.
+        raise ImageError(f"{name}: {width}x{height} pixels, one side more than {MAX_RATIO} times the other: crop it")
+    # A progressive JPEG is held in memory at full size even if it is decoded smaller.
     if width * height > max_pixels and not image.info.get("progressive"):
         scale = 2 ** max(1, math.ceil(math.log2(width * height / max_pixels) / 2))
-        image.draft(None, (width // scale, height // scale))  # does nothing to other formats
+        image.draft(None, (width // scale, height // scale))  # has no effect on other formats
     if math.prod(image.size) > max_pixels:
         raise ImageError(
             f"{name}: {width}x{height} pixels are {width * height:,}, the limit is {max_pixels:,}: make it smaller"

@@ -1,4 +1,4 @@
-"""The adapters against the real Captum, Quantus and pytorch-grad-cam."""
+"""The adapters with the real Captum, Quantus and pytorch-grad-cam."""
 
 import copy
 import subprocess
@@ -31,7 +31,7 @@ def model():
 
 @pytest.fixture(scope="module")
 def other_model():
-    """Another architecture: B-cos, with normalisation layers; untrained, so its logits differ little from the bias."""
+    """Another architecture: B-cos, with normalisation layers. It is untrained, so its logits are close to the bias."""
     torch.manual_seed(0)
     return timm.create_model("bcos_resnet18", num_classes=5).double().eval()
 
@@ -148,7 +148,7 @@ def test_infidelity(model, digits):
         return torch.ones_like(inputs), torch.zeros_like(inputs)
 
     score = infidelity(model, remove_all, encoded, shares, target=labels, n_perturb_samples=1)
-    assert score.max() < 1e-6  # contributions say exactly what removing everything takes away
+    assert score.max() < 1e-6  # contributions predict exactly how much the logit drops if everything is removed
     score = infidelity(model, remove_all, encoded, 2 * shares, target=labels, n_perturb_samples=1)
     torch.testing.assert_close(score, shares.sum((1, 2, 3)) ** 2, rtol=1e-3, atol=1e-5)
 
@@ -173,7 +173,7 @@ def test_sensitivity_max(model, digits):
 
 
 def test_captums_own_methods_agree_with_the_wrapper(model, digits):
-    """Integrated gradients of the wrapper, from black, converge: the wrapper is a model like any other to Captum."""
+    """Integrated gradients of the wrapper, from a black image, converge: Captum treats it like any other model."""
     _, delta = IntegratedGradients(ValidColors(model)).attribute(
         digits[0], target=digits[1], n_steps=100, return_convergence_delta=True
     )
@@ -183,9 +183,9 @@ def test_captums_own_methods_agree_with_the_wrapper(model, digits):
 
 def test_captum_errors_name_the_mend(model, digits):
     method = InherentAttribution(model)
-    with pytest.raises(ValueError, match="2 inputs: our models take one"):
+    with pytest.raises(ValueError, match="2 inputs: expected one, the images"):
         method.attribute((digits[0], digits[0]), 1)
-    with pytest.raises(ValueError, match=r"additional_forward_args=\(3,\): our models take images alone"):
+    with pytest.raises(ValueError, match=r"additional_forward_args=\(3,\): the models take only images"):
         method.attribute(digits[0], 1, (3,))
     with pytest.raises(ValueError, match="start_point must be None"):
         method.compute_convergence_delta(digits[0], torch.zeros_like(digits[0]), digits[0], 1)
@@ -198,7 +198,7 @@ def test_captum_errors_name_the_mend(model, digits):
 
 @pytest.fixture
 def batch(model, digits):
-    """The arguments that all of Quantus' metrics share."""
+    """Arguments shared by all Quantus metrics."""
     images, labels = digits[0].numpy(), digits[1].numpy()
     wrapped = ValidColors(model)
     a_batch = explain_func(wrapped, images, labels)
@@ -222,7 +222,7 @@ def test_explain_func_gives_contributions(model, digits):
 
 
 def test_quantus_faithfulness_correlation(batch):
-    # Digits lie on black, so what is removed takes the mean colour: black for black would be no change.
+    # The background is black, so removed pixels get the mean colour: black would not change the background.
     options = {"nr_runs": 50, "subset_size": 64, "perturb_baseline": "mean", "return_aggregate": False}
     scores, negated = (
         quiet(quantus.FaithfulnessCorrelation, **options)(**batch | {"a_batch": sign * batch["a_batch"]})
@@ -241,7 +241,7 @@ def test_quantus_max_sensitivity(batch):
 
 def test_quantus_random_logit(batch):
     same_class = np.array(quiet(quantus.RandomLogit, num_classes=10, seed=42)(**batch))
-    assert same_class.shape == (4,) and (same_class < 0.95).all()  # 1 where maps ignored the class
+    assert same_class.shape == (4,) and (same_class < 0.95).all()  # it is 1 if maps ignore the class
 
 
 @pytest.mark.parametrize("order", ["top_down", "independent"])
@@ -258,7 +258,7 @@ def test_quantus_mprt(model, batch, order):
 
 def test_quantus_sparseness(batch):
     scores = quiet(quantus.Sparseness)(**batch)
-    # The Gini index, by its textbook formula.
+    # Textbook formula of the Gini index.
     values = np.sort(np.abs(batch["a_batch"].reshape(4, -1)).astype(np.float64))
     rank = np.arange(1, 257)
     expected = ((2 * rank - 257) * values).sum(1) / (256 * values.sum(1))
@@ -284,10 +284,10 @@ def test_cam_is_the_positive_part_of_the_contributions(model, digits):
 
 @pytest.mark.filterwarnings("ignore:__array_wrap__ must accept:DeprecationWarning")  # SciPy's sparse matrices in ROAD
 def test_cam_in_place_of_the_librarys(model, digits):
-    """The same two lines with theirs and ours, then the library's own picture and its own metric."""
+    """The same two lines with `GradCAM` and `InherentCAM`, then the library's own overlay and metric."""
     images = digits[0][:2]
     targets = [ClassifierOutputTarget(c) for c in digits[1][:2].tolist()]
-    other = copy.deepcopy(model)  # theirs leaves gradients on the parameters
+    other = copy.deepcopy(model)  # GradCAM leaves gradients on the parameters
     with GradCAM(model=other, target_layers=[other.stages[-1]]) as cam:
         theirs = cam(input_tensor=images, targets=targets)
     ours = InherentCAM(model)(input_tensor=images, targets=targets)
@@ -295,7 +295,7 @@ def test_cam_in_place_of_the_librarys(model, digits):
     picture = show_cam_on_image(images[0].permute(1, 2, 0).numpy(), ours[0], use_rgb=True)
     assert picture.shape == (16, 16, 3) and picture.dtype == np.uint8
     scores = [ROADMostRelevantFirst(percentile=75)(images, maps, targets, model) for maps in (ours, 1 - ours)]
-    assert scores[0].shape == (2,) and (scores[0] < scores[1]).all()  # removing what counts lowers the logit more
+    assert scores[0].shape == (2,) and (scores[0] < scores[1]).all()  # removing important pixels lowers the logit more
 
 
 def test_cam_where_nothing_speaks_for_the_class():
@@ -307,7 +307,7 @@ def test_cam_where_nothing_speaks_for_the_class():
 
 def test_cam_refuses_what_has_no_exact_explanation(model, digits):
     targets = [ClassifierOutputSoftmaxTarget(1)] * 4
-    with pytest.raises(TypeError, match=r"only a logit has an exact explanation, give ClassifierOutputTarget"):
+    with pytest.raises(TypeError, match=r"only logits have exact explanations: use ClassifierOutputTarget"):
         InherentCAM(model)(digits[0], targets)
     with pytest.raises(ValueError, match="4 images"):
         InherentCAM(model)(digits[0], [ClassifierOutputTarget(1)])

@@ -1,4 +1,4 @@
-"""What a comparison with an ordinary model reports; never how fast anything is."""
+"""Tests of reports that compare a model with an ordinary one; speed itself is not tested."""
 
 import pytest
 import timm
@@ -21,7 +21,7 @@ def test_report(monkeypatch):
     for row in report["rows"]:
         ours, theirs = row["seconds"]["samples"], row["against_seconds"]["samples"]
         assert len(ours) == len(theirs) == 3
-        assert row["ratio"]["samples"] == [a / b for a, b in zip(ours, theirs, strict=True)], "within a round"
+        assert row["ratio"]["samples"] == [a / b for a, b in zip(ours, theirs, strict=True)], "ratios are per round"
         assert row["ratio"]["median"] == sorted(row["ratio"]["samples"])[1]
         assert "extra_bytes" not in row
 
@@ -39,12 +39,12 @@ def test_what_is_run(monkeypatch):
         for operation in ("forward", "train", "explain"):
             pair.operation(operation, side)()
     assert calls == [
-        *(("ours", False, 3), ("ours", True, 3), ("ours", False, 6)),  # explain() has encoded them
+        *(("ours", False, 3), ("ours", True, 3), ("ours", False, 6)),  # 6 channels: explain() has encoded the images
         *(("theirs", False, 3), ("theirs", True, 3), ("theirs", False, 3)),
     ]
 
 
-@pytest.mark.skipif(not memory._CLEAR_REFS.exists(), reason="only Linux tells a call's peak")
+@pytest.mark.skipif(not memory._CLEAR_REFS.exists(), reason="only Linux reports the peak of a call")
 def test_memory(monkeypatch):
     monkeypatch.setattr(macs, "SAMPLE_SECONDS", 1e-3)
     setup = Setup(**{**SMALL, "img_size": 64, "batch_size": 8, "memory": True, "repeats": 2}, operations=("train",))

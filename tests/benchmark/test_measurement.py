@@ -1,4 +1,4 @@
-"""Counts against numbers worked out by hand, and what a benchmark reports; never how fast anything is."""
+"""Tests of MAC counts against numbers computed by hand, and of benchmark reports; speed itself is not tested."""
 
 import json
 import sys
@@ -25,7 +25,7 @@ SMALL = {
 
 @pytest.fixture
 def fast(monkeypatch):
-    """Samples of a millisecond in place of a tenth of a second."""
+    """Shorten samples from a tenth of a second to a millisecond."""
     monkeypatch.setattr(measurement, "SAMPLE_SECONDS", 1e-3)
     monkeypatch.setattr(macs, "SAMPLE_SECONDS", 1e-3)
 
@@ -160,7 +160,7 @@ def test_backend_that_fails_says_so(fast, monkeypatch):
     assert "missing" not in rows[1]
 
 
-@pytest.mark.skipif(not memory._CLEAR_REFS.exists(), reason="only Linux tells a call's peak")
+@pytest.mark.skipif(not memory._CLEAR_REFS.exists(), reason="only Linux reports the peak of a call")
 def test_peak_is_of_the_call_alone():
     def allocate(megabytes):
         return torch.ones(megabytes, 2**20, dtype=torch.uint8)
@@ -172,12 +172,12 @@ def test_peak_is_of_the_call_alone():
     assert kept.shape[0] == 64
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere the peak counts what libraries need to start")
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere the peak includes the startup memory of libraries")
 def test_memory_of_a_training_step(fast):
     how = {"repeats": 2, "operations": ("train",), "backends": ("reference",)}
     (row,) = measure(Setup(model="coda_net_xs", batch_size=4, img_size=32, **how))["rows"]
     weights = 4 * 4 * sum(count_macs(timm.create_model("coda_net_xs"), 32).values(), Macs()).bias
-    assert 2 * weights < row["extra_bytes"] < 3 * weights, "it keeps raw and rescaled weights for backward"
+    assert 2 * weights < row["extra_bytes"] < 3 * weights, "raw and rescaled weights are retained for backward"
 
 
 def test_memory_that_cannot_be_measured_says_so(fast, monkeypatch):
@@ -194,11 +194,11 @@ def test_memory_that_cannot_be_measured_says_so(fast, monkeypatch):
         ({"img_size": -3}, "img_size=-3"),
         ({"threads": 0}, "threads=0"),
         ({"device": "mps"}, "device='mps': choose cpu or cuda"),
-        ({"dtypes": ("int8",)}, "no 'int8'; choose among float32"),
-        ({"dtypes": ()}, "dtypes: there is no None"),
-        ({"backends": ("gpu",)}, "no 'gpu'; choose among reference, torch"),
-        ({"operations": ("fly",)}, "no 'fly'; choose among forward, train"),
-        ({"model": "local-dir:somewhere"}, "say how many classes"),
+        ({"dtypes": ("int8",)}, "unknown value 'int8', choose from float32"),
+        ({"dtypes": ()}, "dtypes: unknown value None"),
+        ({"backends": ("gpu",)}, "unknown value 'gpu', choose from reference, torch"),
+        ({"operations": ("fly",)}, "unknown value 'fly', choose from forward, train"),
+        ({"model": "local-dir:somewhere"}, "give num_classes"),
     ],
 )
 def test_bad_setups(options, message):

@@ -1,4 +1,4 @@
-"""What is reported of how time grows with batch and image; never how fast anything is."""
+"""Tests of reports on how time grows with batch and image size; speed itself is not tested."""
 
 import json
 
@@ -45,7 +45,7 @@ def test_report():
         assert len(own) == 3
         work = batch * size**2 / (4 * 8**2)
         expected = [a / b / work for a, b in zip(own, first, strict=True)]
-        assert row["relative"]["samples"] == pytest.approx(expected), "within a round"
+        assert row["relative"]["samples"] == pytest.approx(expected), "ratios are per round"
 
 
 def test_what_is_run(monkeypatch):
@@ -67,7 +67,7 @@ def test_how_many_targets(monkeypatch):
 
 @pytest.mark.parametrize("options", [{"backends": ("reference",)}, {"backends": ("cpu", "torch")}, {"layers": True}])
 def test_what_it_is_not_for(options):
-    with pytest.raises(BenchmarkError, match="uncompiled, with one backend that is not the published formulation"):
+    with pytest.raises(BenchmarkError, match="needs one backend other than the published formulation"):
         scaling.measure_scaling(Setup(**SMALL, **options))
 
 

@@ -1,4 +1,4 @@
-"""The `timm-coda` command as people run it."""
+"""The `timm-coda` command line: output, help and errors."""
 
 import importlib.metadata
 import json
@@ -26,7 +26,7 @@ def test_benchmark(tmp_path):
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""
     table, _, last = done.stdout.rstrip().rpartition("\n")
-    assert last == f"{output}: every number"
+    assert last == f"all numbers are in {output}"
     assert max(map(len, table.splitlines())) <= 80
     lines = [line.split() for line in done.stdout.splitlines()]
     for backend in ("cpu", "reference"):
@@ -37,14 +37,14 @@ def test_benchmark(tmp_path):
     assert report["command"] == shlex.join(["timm-coda", *words])
     assert report["setup"]["operations"] == ["forward", "train"]
     assert len(report["rows"]) == 4
-    assert list(tmp_path.iterdir()) == [output], "nothing is left beside it"
+    assert list(tmp_path.iterdir()) == [output], "no temporary files are left"
 
 
 def test_table_says_what_is_missing(monkeypatch, capsys):
     monkeypatch.setattr(measurement, "SAMPLE_SECONDS", 1e-3)
     monkeypatch.setattr(macs, "SAMPLE_SECONDS", 1e-3)
     monkeypatch.setattr(measurement, "free_memory", lambda device: 1e6)
-    monkeypatch.setattr(sys, "executable", "false")  # the process that measures memory
+    monkeypatch.setattr(sys, "executable", "false")  # the process that measures memory fails
     assert cli.main([*SMALL, "--operations", "explain"]) == 0
     table = capsys.readouterr().out.splitlines()
     assert max(map(len, table)) <= 80
@@ -64,7 +64,7 @@ def test_comparison_with_an_ordinary_model(monkeypatch, capsys, tmp_path):
     assert [row["operation"] for row in rows] == ["forward", "train", "explain", "explain-all"]
     assert [line.split()[0] for line in table[6:10]] == [row["operation"] for row in rows]
     assert cli.main([*words, "--layers"]) == 2
-    assert "a comparison with resnet18 is of whole models" in capsys.readouterr().err
+    assert "comparing with resnet18 needs one dtype" in capsys.readouterr().err
 
 
 def test_version_and_help(capsys, monkeypatch):
@@ -88,14 +88,14 @@ def test_version_and_help(capsys, monkeypatch):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["coda_net_t"], "no model 'coda_net_t'; there is coda_net_"),
+        (["coda_net_t"], "no model 'coda_net_t': did you mean coda_net_"),
         (["resnet18"], "ResNet has no dynamic alignment layer"),
         (["coda_net_s.mnist"], "no pretrained configuration of coda_net_s.mnist"),
         (["coda_net_xs", "--batch-size", "0"], "batch_size=0: must be at least 1"),
         (["coda_net_xs", "--img-size", "2"], "resize it to at least 4x4"),
         (["coda_net_xs", "--model-args", "rank"], "'rank': expected NAME=VALUE"),
         (["coda_net_xs", "--device", "tpu"], "device='tpu': choose cpu or cuda"),
-        (["coda_net_xs", "--backend", "gpu"], "no 'gpu'; choose among"),
+        (["coda_net_xs", "--backend", "gpu"], "unknown value 'gpu', choose from"),
         (["coda_net_xs", "--output", "/no/such/folder/x.json"], "/no/such/folder/x.json: cannot be written"),
     ],
 )

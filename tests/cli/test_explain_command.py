@@ -1,4 +1,4 @@
-"""`timm-coda explain` as people run it: files of every kind, folders and links, names of classes."""
+"""`timm-coda explain` on the command line: files of all kinds, folders, class names and errors."""
 
 import csv
 import re
@@ -34,7 +34,7 @@ def digits() -> list[Image.Image]:
 
 @pytest.fixture
 def mixed(tmp_path, digits) -> Path:
-    """Files as people have them, three of which cannot be explained."""
+    """A folder of typical files, three of which cannot be explained."""
     folder = tmp_path / "photos"
     (folder / "below").mkdir(parents=True)
     (folder / ".hidden").write_text("not looked at")
@@ -67,7 +67,7 @@ def test_a_folder_of_everything(tmp_path, mixed, model, digits, capsys):
     assert "3 skipped" in said
     assert "cut.png: damaged or incomplete (image file is truncated)" in said
     assert "huge.png: 10000x10000 pixels are 100,000,000, the limit is 50,000,000: make it smaller" in said
-    assert "notes.txt: not an image of a known kind" in said
+    assert "notes.txt: not an image in a supported format" in said
     stems = ["a", "a-2", "below/clear", "cmyk", "moving", "sixteen"]
     expected = {f"{stem}.{ending}" for stem in stems for ending in ("figure.png", "overlay.png", "npz")}
     found = {path.relative_to(out).as_posix() for path in out.rglob("*") if path.is_file()}
@@ -100,13 +100,13 @@ def test_overlay_lies_where_the_model_looked(tmp_path, model, digits):
     with Image.open(tmp_path / "out" / "wide.overlay.png") as image:
         drawn = np.asarray(image).astype(int)
     assert drawn.shape == (320, 640, 3)
-    assert drawn[:, :160].max() < 100 and drawn[:, 480:].max() < 100, "what is cropped is dark"
+    assert drawn[:, :160].max() < 100 and drawn[:, 480:].max() < 100, "cropped parts are dark"
     with np.load(tmp_path / "out" / "wide.npz") as arrays:
         strongest = arrays["contributions"][0, 0]
     row, column = np.unravel_index(strongest.argmax(), strongest.shape)
     red = drawn[row * 20 + 10, 160 + column * 20 + 10]
     assert red[0] > red[2] + 100
-    assert not (tmp_path / "out" / "contact_sheet.png").exists(), "one image needs none"
+    assert not (tmp_path / "out" / "contact_sheet.png").exists(), "one image has no contact sheet"
 
 
 def test_classes_and_contrasts(tmp_path, digits, capsys):
@@ -123,7 +123,7 @@ def test_classes_and_contrasts(tmp_path, digits, capsys):
     values = [float(row["value"]) for row in rows]
     assert len(values) == 3 and values == sorted(values, reverse=True)
     for wrong, message in (
-        (["--target", "seven"], "no class is called 'seven': give a name, or a number from 0 to 9"),
+        (["--target", "seven"], "no class is named 'seven': give a name, or a number from 0 to 9"),
         (["--target", "10"], "class 10: the model's classes are 0 to 9"),
         (["--target", "3", "--versus", "3"], "--versus 3: the same class as --target"),
         (["--target", "3", "--versus", "1", "2"], "--versus has 2 classes: give one, or one for each --target"),
@@ -148,8 +148,8 @@ def test_nothing_is_overwritten_silently(tmp_path, digits, capsys):
     assert cli.main([*words, "--overwrite"]) == 0
     assert (tmp_path / "out" / "mine.txt").read_text() == "of a person"
     assert cli.main(["explain", str(tmp_path), *MODEL, "--overwrite", "--output", str(tmp_path)]) == 2
-    assert "is also the folder of results" in capsys.readouterr().err
-    # Results inside the folder of images are not explained in their turn.
+    assert "is also the output folder" in capsys.readouterr().err
+    # Results inside the folder of images are not explained.
     capsys.readouterr()
     assert cli.main(["explain", str(tmp_path), *MODEL, "--overwrite", "--output", str(tmp_path / "out")]) == 0
     assert "1 of 1 explained" in capsys.readouterr().out
@@ -173,7 +173,7 @@ def test_a_video_among_images(tmp_path, digits, capsys):
     ]
     printed = capsys.readouterr()
     assert re.search(r"film.mp4 +5 frames, \d+ % of them 1\n", printed.out)
-    assert "broken.MP4: no video, or a damaged one" in " ".join(printed.err.split())
+    assert "broken.MP4: not a video, or damaged" in " ".join(printed.err.split())
 
 
 def test_nothing_to_show(tmp_path, capsys):
@@ -184,9 +184,9 @@ def test_nothing_to_show(tmp_path, capsys):
     save_model(timm.create_model("test_resnet", num_classes=2), tmp_path / "ordinary")
     notes = str(tmp_path / "notes.txt")
     for words, message in (
-        ([str(tmp_path / "none.png"), *MODEL], "none.png': there is no such file or folder"),
+        ([str(tmp_path / "none.png"), *MODEL], "none.png': no such file or folder"),
         ([str(tmp_path / "empty"), *MODEL], "empty': the folder has no files"),
-        ([notes, "--model", str(tmp_path / "ordinary")], "a ResNet cannot explain itself; those of timm_coda can"),
+        ([notes, "--model", str(tmp_path / "ordinary")], "ResNet cannot explain itself: use a timm_coda model"),
         ([notes, "--model", "coda_net_t"], "timm has no model 'coda_net_t'"),
     ):
         capsys.readouterr()

@@ -1,4 +1,4 @@
-"""Data sets: real parquet files and image folders, real broken images, the split that ships with the package."""
+"""Loading datasets: real parquet files and image folders, broken images, and the built-in digits."""
 
 import io
 import os
@@ -21,6 +21,7 @@ from PIL import Image
 from helpers import ROOT, cifar10_folder
 from timm_coda import data
 from timm_coda.data import sources
+from timm_coda.data.datasets import fixed_randomness
 
 DIGIT_CONFIG = {
     "input_size": (3, 16, 16),
@@ -177,10 +178,10 @@ def test_labels_of_every_kind(tmp_path):
 
 def test_columns_are_found_or_named(tmp_path):
     file = write_parquet(tmp_path / "train.parquet", [0, 1] * 5, size=list(range(10)))
-    assert data.load_data(file).label_column == "label"  # the only one of classes
+    assert data.load_data(file).label_column == "label"  # the only ClassLabel column
     kind = datasets.Value("int64")
     file = write_parquet(tmp_path / "2" / "train.parquet", [0, 1] * 5, kind=kind, size=list(range(10)))
-    assert data.load_data(file).label_column == "label"  # the one of that name
+    assert data.load_data(file).label_column == "label"  # the column named "label"
     file = write_parquet(tmp_path / "3" / "train.parquet", [0, 1] * 5, kind=kind, label="fine", coarse=[0] * 10)
     with pytest.raises(data.DataError, match=r"fine, coarse could all.*image \(Image\).*--label-column"):
         data.load_data(file)
@@ -198,7 +199,7 @@ def test_columns_of_the_wrong_kind(tmp_path):
     pq.write_table(pa.table({"image": [png()], "score": [0.5]}), tmp_path / "train.parquet")
     with pytest.raises(data.DataError, match=r"no column holds labels"):
         data.load_data(tmp_path / "train.parquet")
-    with pytest.raises(data.DataError, match=r"--label-column score: labels must be whole numbers or strings"):
+    with pytest.raises(data.DataError, match=r"--label-column score: labels must be integers or strings"):
         data.load_data(tmp_path / "train.parquet", label_column="score")
 
 
@@ -223,12 +224,12 @@ def test_nothing_to_load(tmp_path):
     empty = write_parquet(tmp_path / "train.parquet", [], kind=datasets.Value("int64"))
     with pytest.raises(data.DataError, match="train split is empty: no rows in"):
         data.load_data(empty)
-    with pytest.raises(data.DataError, match="nothing is at '/no/such/folder'"):
+    with pytest.raises(data.DataError, match="nothing found at '/no/such/folder'"):
         data.load_data("/no/such/folder")
-    with pytest.raises(data.DataError, match=r"nothing is at .*parquet'"):
+    with pytest.raises(data.DataError, match=r"nothing found at .*parquet'"):
         data.load_data(str(tmp_path / "*x*.parquet"))
     (tmp_path / "bare").mkdir()
-    with pytest.raises(data.DataError, match=r"no images in .*bare.*a folder for each class"):
+    with pytest.raises(data.DataError, match=r"no images in .*bare.*one folder per class"):
         data.load_data(tmp_path / "bare")
     (tmp_path / "train.csv").write_text("a,b")
     with pytest.raises(data.DataError, match="not a parquet file"):
@@ -237,10 +238,10 @@ def test_nothing_to_load(tmp_path):
     with pytest.raises(data.DataError, match=r"broken\.parquet' cannot be read as parquet"):
         data.load_data(tmp_path / "broken.parquet")
     file = write_parquet(tmp_path / "few" / "train.parquet", [0, 1])
-    with pytest.raises(data.DataError, match=r"--val-fraction 0.1 divides 2 images"):
+    with pytest.raises(data.DataError, match=r"--val-fraction 0.1 splits 2 images"):
         data.load_data(file)
     write_parquet(tmp_path / "few" / "more.parquet", [0, 1])
-    with pytest.raises(data.DataError, match=r"more.parquet says neither train nor test"):
+    with pytest.raises(data.DataError, match=r"more.parquet has neither train nor test"):
         data.load_data(tmp_path / "few")
 
 
@@ -337,7 +338,7 @@ def test_randomness_is_a_function_of_seed_epoch_and_index():
 
 def test_randomness_is_put_back_after_an_error():
     before = global_state()
-    with pytest.raises(ZeroDivisionError), data.fixed_randomness(1, 2):
+    with pytest.raises(ZeroDivisionError), fixed_randomness(1, 2):
         torch.rand(3), np.random.rand(3), random.random()
         raise ZeroDivisionError
     assert global_state() == before
@@ -359,9 +360,9 @@ def test_check_images():
         def explain(self): ...
 
     data.check_images(Explains(), torch.rand(2, 3, 2, 2))
-    with pytest.raises(data.DataError, match=r"reach from -2.00 to -?0.00.*mean/std normalisation"):
+    with pytest.raises(data.DataError, match=r"range from -2.00 to -?0.00.*mean/std normalisation"):
         data.check_images(Explains(), -2 * torch.eye(2).expand(1, 3, 2, 2))
-    with pytest.raises(data.DataError, match="does not take images of shape 3x4x4"):
+    with pytest.raises(data.DataError, match="does not accept images of shape 3x4x4"):
         data.check_images(Explains(), torch.rand(2, 3, 4, 4))
     with pytest.raises(data.DataError, match="can be read"):
         data.check_images(Explains(), torch.empty(0))

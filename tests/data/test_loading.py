@@ -1,4 +1,4 @@
-"""Orders and batches of training images: whatever the workers and processes, on the CPU and on the device."""
+"""Orders and batches of training images, for any number of workers and processes, on the CPU and on the device."""
 
 import itertools
 import time
@@ -63,7 +63,7 @@ def test_batches_do_not_depend_on_workers_and_begin_anywhere():
 
 
 def test_images_on_the_device_are_those_of_the_transform():
-    """Not moved: the same numbers as decoded by the transform, also where the model wants other means."""
+    """Without shifts and flips, the values are those of the transform, also with another mean and std."""
     config = CONFIG | {"mean": (0.5, 0.4, 0.3), "std": (0.2, 0.3, 0.25)}
     for options in ({}, {"config": config}, {"process": 1, "processes": 2}):
         usual, device = make_loader(PLAIN, **options), make_loader(PLAIN, data_on_device=True, workers=2, **options)
@@ -75,7 +75,7 @@ def test_images_on_the_device_are_those_of_the_transform():
 
 
 def test_images_on_the_device_are_shifted_and_flipped():
-    """Each is one of the 50 that shifts by up to two pixels and flips make, each of these about as often."""
+    """Each image is one of the 50 possible shifts (up to two pixels) and flips, all of them about equally often."""
     loader = make_loader(PLAIN | {"crop_padding": 2, "hflip": 0.5}, data_on_device=True)
     still = make_loader(PLAIN, data_on_device=True)
     counts = np.zeros((5, 5, 2), dtype=int)
@@ -97,7 +97,7 @@ def test_images_on_the_device_are_shifted_and_flipped():
 
 
 def test_the_device_only_shifts_and_flips():
-    with pytest.raises(data.DataError, match=r"leave out it or --scale \[0.5, 1\], --erase 0.5"):
+    with pytest.raises(data.DataError, match=r"leave it out, or leave out --scale \[0.5, 1\], --erase 0.5"):
         make_loader(PLAIN | {"scale": [0.5, 1], "erase": 0.5}, data_on_device=True)
 
 
@@ -121,7 +121,7 @@ def test_images_that_cannot_be_read_are_left_out_on_the_device():
 
 @pytest.mark.slow
 def test_how_many_images_a_second_real_data_cost():
-    """Printed (-s): training steps with images from the device, and from the loader, against one batch in memory."""
+    """Print (-s) the speed of training with images on the device or from the loader, relative to one fixed batch."""
     folder = cifar10_folder()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     config, changes = CONFIG | {"input_size": (3, 32, 32)}, PLAIN | {"crop_padding": 4, "hflip": 0.5}
@@ -145,7 +145,7 @@ def test_how_many_images_a_second_real_data_cost():
             optimizer.step()
             optimizer.zero_grad()
             assert np.isfinite(loss.item())
-            if step == 2:  # warm
+            if step == 2:  # warmed up
                 begin = time.perf_counter()
             elif step > 2:
                 seen += len(labels)

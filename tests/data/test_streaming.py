@@ -1,4 +1,4 @@
-"""Parquet files read as a run goes: every row once, each by one process, from any batch on, whatever is broken."""
+"""Streaming parquet files: every row once, each read by one process, from any batch on, and with broken files."""
 
 import itertools
 from pathlib import Path
@@ -12,12 +12,12 @@ from helpers.train_cases import image_file
 from timm_coda import data
 from timm_coda.data import streaming
 
-COUNT, GROUP = 264, 5  # rows of all files, of a row group
+COUNT, GROUP = 264, 5  # rows in all training files, rows per row group
 
 
 @pytest.fixture(scope="module")
 def shards(tmp_path_factory) -> Path:
-    """Four files to train on, with row groups of five, and one to test on; a row's file name is its number."""
+    """Four training files with row groups of five rows, and one test file; an image's path is its row number."""
     folder = tmp_path_factory.mktemp("shards")
     rng = np.random.default_rng(0)
     features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=["r", "g", "b"])})
@@ -48,7 +48,7 @@ def test_labels_and_names_are_those_of_the_loaded_data_set(shards):
     assert streamed.label_names == loaded.label_names and len(streamed.test) == len(loaded.test) == 21
     assert np.array_equal(streamed.train.labels, loaded.train.labels)
     assert streamed.train.groups[:, 2].sum() == COUNT and len(streamed.train.groups) == 4 * 14
-    found = streaming._hub_files(str(shards), None)  # as of a data set on the Hub, whose builder lists its files
+    found = streaming._hub_files(str(shards), None)  # a folder's dataset builder lists its files like a Hub dataset's
     assert {name: len(files) for name, files in found.items()} == {"train": 4, "test": 1}
     url = streaming._open(f"file://{shards}/test.parquet")
     assert url.metadata.num_rows == 21
@@ -61,14 +61,14 @@ def test_every_row_comes_once_with_its_image_and_label(shards):
     batches = list(order)
     assert len(batches) == len(order) == 64 and {len(batch) for batch in batches} == {4}
     rows = [row for batch in batches for row in rows_of(batch)]
-    assert len(set(rows)) == 256  # of 264: eight lanes of 33 rows, eight batches of four each
+    assert len(set(rows)) == 256  # of 264: eight lanes of 33 rows give eight batches of four each
     for key in batches[5]:
         assert key[2]["path"] == f"{key[1]}.png"
         pixel, label = dataset[key]
         assert label == key[1] % 3 == int(np.argmax(pixel))
     order.seek(1, 0)
     other = [row for batch in order for row in rows_of(batch)]
-    assert rows != other and len(set(rows) | set(other)) > 256  # not the same rows are left out
+    assert rows != other and len(set(rows) | set(other)) > 256  # other rows are left out
     steps = np.abs(np.diff([row for batch in batches[::8] for row in rows_of(batch)]))
     assert np.median(steps) > 2, "a lane's buffer is shuffled"
 
@@ -88,7 +88,7 @@ def test_processes_share_the_batches_and_read_different_rows(shards, processes, 
     assert len({row for batch in together for row in batch}) == 4 * len(together) >= 240
     if 8 % processes == 0:
         assert together == [rows_of(batch) for batch in make_order(split)]
-    # Lanes end within a row group, so each is read by one process, or by two where its rows are of two lanes.
+    # A row group is read by one process, or by two if its rows belong to two lanes.
     assert sum(len(groups) for groups in by_process) <= 56 + 9
 
 
@@ -104,7 +104,7 @@ def test_an_epoch_begins_at_any_batch(shards, processes):
 
 
 def test_what_cannot_be_read_is_reported(shards, tmp_path):
-    """A file whose data, but not its directory, is broken; and one that goes away after the start."""
+    """One file has broken data but an intact footer; another is deleted after the start."""
     files = [tmp_path / path.name for path in sorted(shards.glob("*.parquet"))]
     for file in files:
         file.write_bytes((shards / file.name).read_bytes())
@@ -132,12 +132,12 @@ def test_too_small_for_eight_lanes(shards):
 
 
 def test_wrong_input(shards, tmp_path):
-    with pytest.raises(data.DataError, match="--streaming wants a train and a test split, here is train"):
+    with pytest.raises(data.DataError, match="--streaming needs a train and a test split, found train"):
         streaming.load_stream([str(shards / "train-0.parquet")])
     (tmp_path / "train.parquet").write_text("no")
     (tmp_path / "test.parquet").write_bytes((shards / "test.parquet").read_bytes())
     with pytest.raises(data.DataError, match=r"train.parquet' cannot be read as parquet"):
         streaming.load_stream([str(tmp_path)])
-    with pytest.raises(data.DataError, match="--streaming: the digits are in the package"):
+    with pytest.raises(data.DataError, match="--streaming cannot be used with the built-in digits"):
         streaming.load_stream(["digits"])
     assert len(list(itertools.islice(shards.iterdir(), 9))) == 5, "nothing is written beside the files"

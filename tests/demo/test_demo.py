@@ -1,4 +1,4 @@
-"""The page of `timm-coda demo` in a real browser, and the files that it must not serve."""
+"""The page of `timm-coda demo` in a real browser, and files that it must not serve."""
 
 import base64
 import importlib.metadata
@@ -41,7 +41,7 @@ MINUS = "\N{MINUS SIGN}"
 
 @contextmanager
 def process(command, **environment):
-    """A server in a process of its own: its address. It prints one line when it is ready, and nothing else."""
+    """Run a server in a separate process and yield its address. It prints only one line, when it is ready."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -59,7 +59,7 @@ def process(command, **environment):
     refused = re.findall(
         "InvalidPathError: |ValueError: Hostname 127|gradio.exceptions.Error: .Value: .* in the list", said
     )
-    assert said.count("Traceback") == len(refused), said  # of what was refused, and none of Ctrl-C
+    assert said.count("Traceback") == len(refused), said  # only for rejected requests, not for Ctrl-C
     assert "Warning" not in said, said
 
 
@@ -70,7 +70,7 @@ def model():
 
 @pytest.fixture(scope="module")
 def digits(tmp_path_factory):
-    """Files of three digits, the second one in colour."""
+    """Image files of three digits, the second one in colour."""
     split, folder = load_data("digits").test, tmp_path_factory.mktemp("digits")
     paths = [folder / name for name in ("first.png", "second.png", "third.png")]
     for path, index in zip(paths, (3, 40, 77), strict=True):
@@ -82,7 +82,7 @@ def digits(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def site(model, tmp_path_factory):
-    """The page's address; it shows the digits' model, and the same one with class names that are code."""
+    """The address of a page with the digits model, and the same model with class names that are code."""
     folder = tmp_path_factory.mktemp("models") / "strange"
     model.save_pretrained(folder, label_names=STRANGE)
     with process(["-m", "timm_coda", "demo", "--model", "coda_net_xs.digits", str(folder)]) as address:
@@ -91,7 +91,7 @@ def site(model, tmp_path_factory):
 
 @pytest.fixture
 def visit(browser, site):
-    """A function that opens the page as a new visitor. In the end nothing was fetched from anywhere else."""
+    """A function that opens the page as a new visitor. Requests to other servers and errors fail the test."""
     visits, faults = [], []
 
     def open_page(width=1280, height=900, color_scheme="light"):
@@ -113,7 +113,7 @@ def visit(browser, site):
 
 
 def words(page, start):
-    """Wait until the explanation is the one that starts so."""
+    """Wait until the text of the explanation starts like this."""
     playwright.expect(page.locator(".coda-words")).to_have_text(re.compile(re.escape(start)), timeout=20_000)
 
 
@@ -125,18 +125,18 @@ def upload(page, path, name):
 def choose(page, field, option):
     page.get_by_label(field, exact=True).click()
     page.get_by_role("option", name=option, exact=True).click()
-    playwright.expect(page.get_by_role("option")).to_have_count(0)  # the list is gone before the next one opens
+    playwright.expect(page.get_by_role("option")).to_have_count(0)  # wait until the list is closed
 
 
 def point(page, row, column, rows, columns):
-    """Move the mouse to the middle of a position of the signed map."""
+    """Move the mouse to the centre of a position of the signed map."""
     place = page.get_by_role("figure", name="For and against").locator(".coda-picture")
     box = place.bounding_box()
     place.hover(position={"x": box["width"] * (column + 0.5) / columns, "y": box["height"] * (row + 0.5) / rows})
 
 
 def reading(page):
-    """The number behind the region's text, and the text."""
+    """Return the region's value and its text."""
     output = page.locator(".coda-region output")
     return float(output.get_attribute("data-value")), " ".join(output.inner_text().split())
 
@@ -147,7 +147,7 @@ def picture(page, name):
 
 
 def expected_text(maps, row, column, name):
-    """What the page says of one position of a map (h, w)."""
+    """Return the page's text for one position of a map (h, w)."""
     value = maps[row, column]
     share = 100 * value / maps[maps > 0].sum() if value > 0 else 100 * value / maps[maps < 0].sum()
     number = f"{'+' if value >= 0 else MINUS}{digits3(abs(value))} logits"
@@ -157,7 +157,7 @@ def expected_text(maps, row, column, name):
 
 
 def digits3(number):
-    """Three digits, as JavaScript's toPrecision(3)."""
+    """Format with three significant digits, as JavaScript's toPrecision(3)."""
     exponent = int(np.floor(np.log10(number)))
     return f"{number:.{max(0, 2 - exponent)}f}" if exponent >= -7 else f"{number:.2e}"
 
@@ -196,13 +196,13 @@ def test_region_by_keyboard(visit, model, digits):
     for key in ("9", "Tab", "1", "Tab", "Delete", "4"):
         page.keyboard.press(key)
     value, text = reading(page)
-    region = maps[8:12, 0:4]  # one position before the middle and two after it, and what lies in the map
+    region = maps[8:12, 0:4]  # 4 x 4, one position before the centre and two after it, clipped to the map
     assert value == pytest.approx(region.sum(), rel=1e-6)
     assert text.startswith("Rows 8–11, columns 0–3: ")  # noqa: RUF001
     share = 100 * region[region > 0].sum() / maps[maps > 0].sum()
     assert f" {digits3(share)} % of all evidence for it" in text
     point(page, 2, 2, 16, 16)
-    assert reading(page) == (value, text), "what was typed is kept"
+    assert reading(page) == (value, text), "the mouse does not replace a typed region"
 
 
 def test_why_this_class_and_not_that_one(visit, model, digits):
@@ -215,7 +215,7 @@ def test_why_this_class_and_not_that_one(visit, model, digits):
     words(page, f"Why {second}? Its logit")
     asked = page.get_by_role("button", name=f"Why {second} and not {third}?")
     asked.focus()
-    page.keyboard.press("Enter")  # two clicks, one of them by the keyboard
+    page.keyboard.press("Enter")  # the second action, by keyboard
     words(page, f"Why {second} and not {third}?")
     assert asked.get_attribute("aria-pressed") == "true"
     playwright.expect(asked).to_be_focused()
@@ -227,7 +227,7 @@ def test_why_this_class_and_not_that_one(visit, model, digits):
     assert f"{abs(contrast.value.item()):.2f} above that of {third}" in page.locator(".coda-words").inner_text()
 
     choose(page, "Why this class", third)
-    words(page, f"Why {third}? Its logit")  # and not itself
+    words(page, f"Why {third}? Its logit")  # the contrast with itself is removed
     choose(page, "and not this one", first)
     words(page, f"Why {third} and not {first}? Its logit is")
     point(page, 5, 9, 16, 16)
@@ -295,7 +295,7 @@ def test_two_visitors_see_their_own(visit, model, digits):
     names = [str(int(model.explain(image).prediction)) for image in images]
     for page, path, name in zip(pages, digits, names, strict=False):
         upload(page, path, name)
-    for target in ("7", "2"):  # both at once
+    for target in ("7", "2"):  # both visitors at the same time
         for page in pages:
             choose(page, "Why this class", target)
         for page, image in zip(pages, images, strict=True):
@@ -303,7 +303,7 @@ def test_two_visitors_see_their_own(visit, model, digits):
             maps = model.explain(image, int(target)).contributions[0].numpy()
             point(page, 6, 6, 16, 16)
             assert reading(page)[0] == pytest.approx(maps[6, 6], rel=1e-6)
-    for page in pages:  # redrawn from what the server keeps for each of them
+    for page in pages:  # redrawn from the explanation in each visitor's session
         page.get_by_label("number input for Colour scale").fill("80")
         page.keyboard.press("Enter")
     for page, image in zip(pages, images, strict=True):
@@ -328,7 +328,7 @@ def test_another_model_and_names_that_are_code(visit, site):
     field.fill("coda_net_xxs")
     field.press("Enter")
     alert = page.get_by_role("alert")
-    playwright.expect(alert).to_have_text(re.compile("timm has no model 'coda_net_xxs'.*there is coda_net_xs"))
+    playwright.expect(alert).to_have_text(re.compile("timm has no model 'coda_net_xxs'.*did you mean coda_net_xs"))
     field.fill("coda_net_xs.digits")
     field.press("Enter")
     words(page, "Why 0?")
@@ -342,7 +342,7 @@ def test_bad_files_are_refused_in_words(visit, tmp_path):
     bomb.write_bytes(png_that_claims(50_000, 50_000))
     large.write_bytes(png_that_claims(8, 8) + bytes(11_000_000))
     upload_field = page.locator("input[type=file]")
-    for path, said in ((text, "The image: not an image of a known kind"), (bomb, "more than 25,000,000 pixels")):
+    for path, said in ((text, "The image: not an image in a supported format"), (bomb, "more than 25,000,000 pixels")):
         upload_field.set_input_files(path)
         playwright.expect(page.get_by_role("alert").first).to_contain_text(said)
         page.get_by_role("button", name="Remove Image").click()
@@ -381,7 +381,7 @@ def accessible_name(node):
 
 
 def by_hand(site, event, *fields):
-    """The page's answer to a request that no visitor's browser sends."""
+    """Return the page's answer to a handcrafted request, which a browser would not send."""
     config = json.loads(fetch(f"{site}/config"))
     number = next(f["id"] for f in config["dependencies"] if [event] == [target[1] for target in f["targets"]])
     session = uuid.uuid4().hex
@@ -413,7 +413,7 @@ def test_only_uploads_can_be_read(site, tmp_path, digits):
 
 @pytest.fixture(scope="module")
 def space(digits, model, tmp_path_factory):
-    """An exported folder, with a model and examples of its own."""
+    """An exported folder with its own model and examples."""
     base = tmp_path_factory.mktemp("space")
     model.save_pretrained(base / "mine", label_names=[f"digit {i}" for i in range(10)])
     (base / "photos").mkdir()
@@ -437,7 +437,7 @@ def test_exported_space_runs(space, browser, model, digits):
         page.close()
         answer = by_hand(address, "change", None, "coda_net_xs.digits", None, -1, "", 1, 99.5, None)
         assert '"success":false' in answer and "not in the list of choices" in answer, (
-            "visitors choose among its models"
+            "visitors can use only its own models"
         )
 
 
@@ -457,9 +457,9 @@ def test_exported_space_says_what_it_needs(space):
     ("words", "said"),
     [
         (["--export", "."], "not an empty folder: give a new one"),
-        (["--export", "new", "--port", "80"], "a Space has its own"),
-        (["--examples", "none"], "there is no such folder of example images"),
-        (["--examples", "."], "no image in it that can be read"),
+        (["--export", "new", "--port", "80"], "a Space sets its own"),
+        (["--examples", "none"], "none: the folder of example images does not exist"),
+        (["--examples", "."], "no readable image in this folder"),
         (["--model", "coda_net_xxs"], "timm has no model 'coda_net_xxs'"),
     ],
 )
@@ -491,7 +491,7 @@ def test_port_in_use():
         done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 2, done.stderr
     assert done.stderr == (
-        f"timm-coda: error: cannot listen at 127.0.0.1 port {port}: is it in use? Name another with --port\n"
+        f"timm-coda: error: cannot listen on 127.0.0.1 port {port}: is it in use? Choose another with --port\n"
     )
 
 
@@ -503,7 +503,7 @@ def test_models_on_the_shelf(tmp_path, model):
     shelf = Shelf(folders)
     with pytest.raises(ValueError, match="plain is a EfficientNet, which cannot explain itself"):
         Shelf([str(tmp_path / "plain")])[str(tmp_path / "plain")]
-    with pytest.raises(ValueError, match=r"'coda_net_xs.digits' is not shown here; there is .*a, .*b"):
+    with pytest.raises(ValueError, match=r"'coda_net_xs.digits' is not available here: choose .*a, .*b"):
         shelf["coda_net_xs.digits"]
     first = shelf[folders[0]]
     assert shelf[folders[0]] is first

@@ -1,4 +1,4 @@
-"""Aggregate views: exact means of exact explanations, in any batches, and a figure."""
+"""Aggregates: exact means of exact explanations, independent of the batch size, and their figure."""
 
 import numpy as np
 import pytest
@@ -17,7 +17,7 @@ LAYER = "stages.1.0"
 
 @pytest.fixture(scope="module")
 def digits():
-    """The shipped network with its first 60 test images."""
+    """The shipped model with its first 60 test images."""
     model = timm.create_model("coda_net_xs.digits", pretrained=True).eval()
     test = data.load_data(["digits"]).test
     _, transform = data.create_transforms(timm.data.resolve_model_data_config(model))
@@ -65,7 +65,7 @@ def test_all_three_views_sum_to_the_mean_logit(result):
 
 
 def test_a_channels_share_is_what_the_logit_is_made_of(digits, result):
-    """The head sees channels through its frozen weights: without one, that linear map gives as much less."""
+    """The head is a linear map of the channels: without a channel, the logit drops by its contribution."""
     subject, images, labels, _ = digits
     of_class = np.flatnonzero(labels[:50] == 4)
     outputs = []
@@ -129,15 +129,15 @@ def test_colours_where_nothing_speaks_for_a_class_are_the_mean_images():
 
 def test_errors_name_the_mend(digits, result):
     subject, *_ = digits
-    with pytest.raises(EvaluationError, match=r"no image of class \[11\] among 50: leave it out, or take more images"):
+    with pytest.raises(EvaluationError, match=r"no image of class \[11\] among 50 images: leave out the class, or"):
         aggregate(subject, classes=[1, 11])
     with pytest.raises(EvaluationError, match="no image of class"):
         aggregate(subject, classes=[])
-    with pytest.raises(ValueError, match="layer='nowhere': no such layer; among the model's are stages"):
+    with pytest.raises(ValueError, match="layer='nowhere': no such layer; choose for example one of stages"):
         aggregate(subject, layer="nowhere")
     with pytest.raises(TypeError, match="Linear cannot explain itself"):
         aggregate(Subject(nn.Linear(1, 1), subject.load, subject.labels, subject.logits, 50))
-    with pytest.raises(ValueError, match=r"give aggregate\(\) a layer="):
+    with pytest.raises(ValueError, match=r"pass layer= to aggregate\(\)"):
         aggregate(subject, classes=[1]).strongest(0)
 
 

@@ -1,4 +1,4 @@
-"""Explainers: right on models that can be explained by hand, and harmless to a real one."""
+"""Explainers: correct maps of models that can be explained by hand, and no side effects on a real model."""
 
 import pytest
 import timm
@@ -11,7 +11,7 @@ from timm_coda import bcosify
 from timm_coda.evaluate import EvaluationError, Explainer, ExplainerError, explainers
 from timm_coda.evaluate.explainers import EXPLAINERS, make_explainer
 
-INAPPLICABLE = {"deeplift", "guided_backprop"}  # to a CoDA-Net
+INAPPLICABLE = {"deeplift", "guided_backprop"}  # they do not apply to CoDA-Nets
 
 
 @pytest.fixture(scope="module")
@@ -30,13 +30,13 @@ def linear():
 
 @pytest.fixture
 def few_samples(monkeypatch):
-    monkeypatch.setattr(explainers, "_SAMPLES", 200)  # more than patches, or rounding decides on kernel SHAP
+    monkeypatch.setattr(explainers, "_SAMPLES", 200)  # more than there are patches, or kernel SHAP depends on rounding
     monkeypatch.setattr(explainers, "_MASKS", 40)
     monkeypatch.setattr(explainers, "_STEPS", 2)
 
 
-# Of a linear model, all of these are the products of weight and input. Of kernel SHAP a patch is a pixel here, and 500
-# samples determine its 16 numbers.
+# For a linear model, all of these return weight * input. In kernel SHAP, each patch is one pixel here, and 500 samples
+# determine its 16 values.
 @pytest.mark.parametrize("name", ["input_x_gradient", "integrated_gradients", "deeplift", "occlusion_1", "kernel_shap"])
 def test_linear_model(name, linear):
     model, images, targets, contributions = linear
@@ -48,13 +48,13 @@ def test_linear_model(name, linear):
 def test_linear_model_by_samples(linear):
     model, images, targets, contributions = linear
     assert relative_error(make_explainer("gradient")(model, images, targets), model.weight[targets].sum(2)) < 1e-6
-    lime = make_explainer("lime")(model, images, targets)  # sparse: not all of them, and each a little smaller
+    lime = make_explainer("lime")(model, images, targets)  # sparse: some values are zero, the others slightly too small
     together = torch.corrcoef(torch.stack([lime.flatten(), contributions.flatten()]))[0, 1]
     assert together > 0.95
 
 
 def test_occlusion_window(linear):
-    # A window of 2 moves by 1: a pixel has the mean fall of the windows that hide it, 1, 2 or 4 of them.
+    # A window of 2 moves by 1: a pixel gets the mean drop of the 1, 2 or 4 windows that cover it.
     model, images, targets, contributions = linear
     falls = nn.functional.avg_pool2d(contributions, 2, stride=1) * 4  # (2, 2, 3, 3)
     maps = make_explainer("occlusion_2")(model, images, targets)
@@ -90,7 +90,7 @@ def test_grad_cam_by_hand():
 
     torch.manual_seed(0)
     net, x = Net(), torch.rand(1, 3, 4, 4)
-    # The gradient at the features is the head's weight everywhere, and so is its mean.
+    # The gradient of the features is the head's weight at every position, and so is its mean.
     coarse = torch.einsum("chw,c->hw", net.stem(x)[0], net.head.weight[1, :, 0, 0])
     maps = make_explainer("grad_cam")(net, x, torch.tensor([1]))
     assert relative_error(maps[0, ::3, ::3], coarse) < 1e-5, "corners are not blended"
@@ -98,8 +98,8 @@ def test_grad_cam_by_hand():
 
 
 def test_rise():
-    # One pixel decides. Where it is kept the class is likely, so it, and no pixel far from it, is in nearly all of
-    # what is averaged.
+    # One pixel decides: the class is likely only if a mask keeps it. So nearly all masks with a large weight keep this
+    # pixel, but not distant pixels.
     weight = torch.zeros(2, 1, 16, 16)
     weight[1, 0, 3, 12] = 20
     maps = make_explainer("rise")(Linear(weight, bias=-10.0), torch.ones(1, 1, 16, 16), torch.tensor([1]))[0]
@@ -157,8 +157,8 @@ def test_perturbed_images_come_in_batches(name, model, few_samples):
     finally:
         handle.remove()
     assert max(seen) == 16
-    once = {"occlusion_5": 49 + 2, "kernel_shap": 200 + 1, "rise": 40}[name]  # whole images too
-    assert sum(seen) <= 2 * once + 2, "three targets cost no more forwards than one"
+    once = {"occlusion_5": 49 + 2, "kernel_shap": 200 + 1, "rise": 40}[name]  # including unperturbed images
+    assert sum(seen) <= 2 * once + 2, "three targets need no more forward passes than one"
 
 
 @pytest.mark.parametrize("name", sorted(INAPPLICABLE))
@@ -182,7 +182,7 @@ def test_bad_maps_and_names(model):
     with pytest.raises(ExplainerError, match="mine: 2 of 2 maps have NaN"):
         nan(model, torch.rand(2, 3, 16, 16), torch.tensor([0, 1]))
     small = Explainer("mine", "Mine", "", lambda model, images, targets: torch.zeros(*targets.shape, 4, 4))
-    with pytest.raises(ExplainerError, match=r"mine made maps \[1, 1, 4, 4\] of images \[1, 3, 16, 16\]"):
+    with pytest.raises(ExplainerError, match=r"mine returned maps \[1, 1, 4, 4\] for images \[1, 3, 16, 16\]"):
         small(model, torch.rand(1, 3, 16, 16), torch.tensor([0]))
     with pytest.raises(ExplainerError, match="a window of 17 pixels does not fit"):
         make_explainer("occlusion_17")(model, torch.rand(1, 3, 16, 16), torch.tensor([0]))
@@ -192,7 +192,7 @@ def test_bad_maps_and_names(model):
         vit = timm.create_model("vit_tiny_patch16_bcos_224", img_size=32)
         make_explainer("grad_cam")(vit, torch.rand(1, 3, 32, 32), torch.tensor([0]))
     for name in ("saliency", "occlusion_0", "occlusion"):
-        with pytest.raises(EvaluationError, match=f"no explainer '{name}'; there is inherent, gradient"):
+        with pytest.raises(EvaluationError, match=f"unknown explainer '{name}': choose inherent, gradient"):
             make_explainer(name)
 
 

@@ -1,4 +1,4 @@
-"""Removal, insertion and single deletion, on images of four pixels and networks that are sums."""
+"""Removal, insertion and single deletion, on tiny images and linear models."""
 
 import math
 
@@ -24,13 +24,13 @@ def removal(most_first: bool, fill: str = "zeros", insert: bool = False) -> Remo
 
 @pytest.fixture
 def subject():
-    """A 2 x 2 image whose pixels add 1, 2, 4 and 8 to the logit of class 1, which begins at -3."""
+    """A 2 x 2 image whose pixels add 1, 2, 4 and 8 to the logit of class 1; its bias is -3."""
     weight = torch.zeros(2, 1, 2, 2)
     weight[1, 0] = torch.tensor([[1.0, 2], [4, 8]])
     return make_subject(Linear(weight, bias=-3.0), torch.ones(1, 1, 2, 2), [1])
 
 
-MAPS = torch.tensor([[[-0.5, 0.1], [3.0, 0.2]]]).repeat(2, 1, 1)  # the order: 3, 0.2, 0.1, -0.5
+MAPS = torch.tensor([[[-0.5, 0.1], [3.0, 0.2]]]).repeat(2, 1, 1)  # in descending order: 3, 0.2, 0.1, -0.5
 
 
 @pytest.mark.parametrize(
@@ -56,7 +56,7 @@ def test_fills():
     ranks = removal_ranks(torch.tensor([[[4.0, 3], [2, 1]]]), True, 0)
     assert ranks.tolist() == [[[0, 1], [2, 3]]]
     zeros = remove(encoded, ranks, 1, "zeros")
-    assert zeros[0, :, 0, 0].tolist() == [0] * 6, "no colour at all, not black"
+    assert zeros[0, :, 0, 0].tolist() == [0] * 6, "zero in all channels, which is not black"
     assert torch.equal(zeros[0, :, 1], encoded[0, :, 1])
     mean = remove(encoded, ranks, 3, "mean")
     assert relative_error(mean[0, :, 0, 0], torch.full((6,), 0.5)) < 1e-6
@@ -66,7 +66,7 @@ def test_fills():
 def test_equal_pixels_go_in_an_order_of_their_own():
     ranks = removal_ranks(torch.zeros(2, 8, 8), True, 0)
     assert sorted(ranks[0].flatten().tolist()) == list(range(64))
-    assert ranks[0].flatten().tolist() != list(range(64)), "not from the top left"
+    assert ranks[0].flatten().tolist() != list(range(64)), "ties are not in reading order"
     assert torch.equal(ranks[0], ranks[1])
     assert not torch.equal(ranks, removal_ranks(torch.zeros(2, 8, 8), True, 1))
     half = torch.zeros(1, 8, 8)
@@ -78,15 +78,15 @@ def test_equal_pixels_go_in_an_order_of_their_own():
 def test_idsds():
     torch.manual_seed(0)
     weight, images = torch.zeros(2, 1, 4, 4), torch.ones(2, 1, 4, 4)
-    images[:, 0, 0, 0] = torch.tensor([0.0, 1.0])  # which image it is, and nothing to the model
+    images[:, 0, 0, 0] = torch.tensor([0.0, 1.0])  # the index of the image, which the model ignores
     weight[1] = torch.arange(16.0).reshape(1, 4, 4)
     subject = make_subject(Linear(weight), images, [1, 1])
     right = weight[1].repeat(2, 1, 1)
     assert IDSDS()(subject, fixed(right)).values.tolist() == pytest.approx([1, 1])
     assert IDSDS()(subject, fixed(-right, "minus")).values.tolist() == pytest.approx([-1, -1])
     assert IDSDS()(subject, fixed(torch.ones(2, 4, 4), "flat")).values.tolist() == [0, 0]
-    # Two patches a side: patch sums of the map 4, 3, 2, 1, the falls 10, 18, 42, 50: exactly the other way round, but
-    # for two that change places: 1 - 6 * (9 + 1 + 4 + 4) / (4 * 15)
+    # Two patches per side: patch sums of the map are in the order 4, 3, 1, 2, and drops 10, 18, 42, 50: the reverse
+    # order, except for two swapped patches: 1 - 6 * (9 + 1 + 4 + 4) / (4 * 15)
     coarse = torch.tensor([[4.0, 3], [1, 2]]).repeat_interleave(2, 0).repeat_interleave(2, 1)
     assert IDSDS(patches=2)(subject, fixed(coarse.repeat(2, 1, 1), "coarse")).values.tolist() == pytest.approx(
         [-0.8] * 2
@@ -101,8 +101,8 @@ def test_metrics_by_name():
     lower = [name for name, higher in better.items() if not higher]
     assert lower == ["removal_most_zeros", "removal_most_mean", "deletion"]
     assert set(metrics.DEFAULT_METRICS) <= set(METRICS)
-    with pytest.raises(EvaluationError, match="no metric 'fid'; there is grid_localisation, "):
+    with pytest.raises(EvaluationError, match="unknown metric 'fid': choose grid_localisation, "):
         make_metric("fid")
-    # Every 2 pixels of 32 x 32, as in the papers.
+    # Steps of 2 pixels on images of 32 x 32, as in the papers.
     shares = np.linspace(0, 0.25, make_metric("removal_least_zeros").steps + 1)
     assert (shares * 1024).tolist() == list(range(0, 257, 2))

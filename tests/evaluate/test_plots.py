@@ -1,4 +1,4 @@
-"""What an evaluation found, in words and in plots."""
+"""Results of an evaluation, in words and in plots."""
 
 import io
 import json
@@ -28,7 +28,7 @@ def found(values, low, high, **more):
 
 
 def findings_of(folder, explainers, *, higher=True, baseline=None, statistic="mean", labels=None):
-    """Findings of one metric, through files."""
+    """Write the results of one metric, and read them as findings."""
     metric = {"label": "Metric", "about": "", "unit": "points", "higher_is_better": higher, "baseline": baseline}
     metric |= {"explainers": explainers, "statistic": statistic}
     names = {name: {"label": (labels or {}).get(name, name), "about": ""} for name in explainers}
@@ -111,7 +111,7 @@ def test_files(folder):
         start = path.read_bytes()[:8]
         assert start.startswith({".png": b"\x89PNG", ".svg": b"<?xml", ".pdf": b"%PDF"}[path.suffix])
     with Image.open(folder / "plots/grid_localisation.png") as picture:
-        assert picture.width == round(300 * plots.COLUMN), "the printed width at 300 dots an inch"
+        assert picture.width == round(300 * plots.COLUMN), "the printed width at 300 dpi"
 
 
 def test_boxes_show_the_numbers(tmp_path):
@@ -141,7 +141,7 @@ def test_curves_show_the_numbers(folder):
         assert entry.curve and line.get_ydata().tolist() == entry.curve["mean"]
         assert line.get_label() == findings.label(entry.explainer)
     assert [text.get_text() for text in figure.legends[0].get_texts()] == [line.get_label() for line in axes.lines]
-    # The same explainer has the same colour in each plot; no two look the same.
+    # An explainer has the same colour in each plot, and each has its own look.
     boxes = plots.draw_boxes(ranking, findings, plots.LIGHT).axes[0]
     assert [to_rgb(line.get_color()) for line in boxes.lines[::4]] == [to_rgb(line.get_color()) for line in axes.lines]
     assert axes.lines[[entry.explainer for entry in ranking.entries].index("inherent")].get_color() == "#b2182b"
@@ -163,12 +163,12 @@ def test_maps_are_in_their_places(folder):
     side = findings.grid["image"].shape[-1] / 2
     assert frames == [(-0.5, -0.5), (side - 0.5, -0.5), (-0.5, side - 0.5), (side - 0.5, side - 0.5)]
     assert [axes.get_title() for axes in figure.axes[:4]] == ["0", "1", "2", "3"]
-    # One scale for an explainer's maps: the same contribution has the same colour in all of them.
+    # An explainer's maps share one scale: equal contributions have equal colours.
     shown = np.stack([axes.images[0].get_array() for axes in figure.axes[4:8]])
     maps, strongest = findings.grid["maps_inherent"], np.abs(findings.grid["maps_inherent"]).argmax()
     assert shown.reshape(-1, 3)[strongest].tolist() in ([5, 48, 97], [103, 0, 31])
     weak = np.abs(maps) < 0.01 * np.abs(maps).max()
-    assert shown[weak].min() > 225, "next to nothing is next to white in every map"
+    assert shown[weak].min() > 225, "weak contributions are almost white in every map"
 
 
 @pytest.mark.parametrize("theme", [plots.LIGHT, plots.DARK], ids=["light", "dark"])

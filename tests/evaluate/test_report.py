@@ -1,4 +1,4 @@
-"""The HTML report: what is in it, and how it behaves in a real browser."""
+"""The HTML report: its contents, and its behaviour in a real browser."""
 
 import json
 import shutil
@@ -15,7 +15,7 @@ HOSTILE = """<script>window.owned = 1</script>"><img src=x onerror="window.owned
 
 
 class Parsed(HTMLParser):
-    """Tags with their attributes, and all text, whitespace made single."""
+    """Tags with their attributes, and all text with whitespace collapsed."""
 
     def __init__(self, path: Path):
         super().__init__()
@@ -42,7 +42,7 @@ def report(folder) -> Path:
 
 @pytest.fixture
 def visit(browser):
-    """A function that opens a file in a window of that width, in CSS pixels; nothing may be fetched or fail."""
+    """A function that opens a file in a window of a width in CSS pixels; requests and errors fail the test."""
     contexts, faults = [], []
 
     def open_page(path: Path, *, width: int = 1280, dark: bool = False):
@@ -63,13 +63,13 @@ def visit(browser):
 
 
 def roles(page) -> list[tuple[str, str]]:
-    """Role and name of everything that a screen reader meets."""
+    """Role and name of every node that a screen reader reads."""
     nodes = page.context.new_cdp_session(page).send("Accessibility.getFullAXTree")["nodes"]
     return [(node["role"]["value"], node.get("name", {}).get("value", "")) for node in nodes if not node["ignored"]]
 
 
 def changed(folder: Path, target: Path, change) -> Path:
-    """A copy of an evaluation with changed results."""
+    """Copy an evaluation and change its results."""
     shutil.copytree(folder, target)
     results = json.loads((target / "results.json").read_text())
     change(results)
@@ -90,7 +90,7 @@ def test_all_is_in_it(folder, report):
     assert "Kernel SHAP (every metric): ValueError: <b>3 channels" in page.text
     found = results["metrics"]["grid_localisation"]["explainers"]["inherent"]
     assert f"{found['median']:.3f}" in page.text and f"{found['interval'][0]:.3f} to" in page.text
-    # Plots, a key each for examples and grid; 4 examples and the 4 classes of the grid, each with 3 maps and the image.
+    # 3 plots, 2 colour keys (examples and grid), 4 examples and 4 grid classes, each with the image and 3 maps.
     assert sum(tag == "img" for tag, _ in page.tags) == 3 + 2 + 4 * 4 + 4 * 4
     assert not list(folder.glob(".saving*"))
 
@@ -118,7 +118,7 @@ def test_an_evaluation_without_maps_curves_accuracy_or_success(folder, tmp_path)
     page = Parsed(write_report(target))
     assert "Every explainer failed." in page.text and "accuracy" not in page.text
     assert not [tag for tag, _ in page.tags if tag == "img"]
-    assert "not measured" in page.text, "explainers that were asked for and have no entry"
+    assert "not measured" in page.text, "explainers without an entry"
 
 
 def test_no_results(tmp_path):
@@ -141,7 +141,7 @@ def test_in_a_browser(report, visit, width, dark):
 
 @pytest.mark.parametrize("dark", [False, True])
 def test_its_texts_stand_out(report, visit, dark):
-    """WCAG's contrast, at least 4.5 to 1, of every text with the paper or the box it is on."""
+    """Each text has a WCAG contrast of at least 4.5 to 1 with its background."""
     contrasts = visit(report, dark=dark).evaluate("""(() => {
         const light = color => color.match(/[0-9.]+/g).slice(0, 3).map(v => v / 255).map(
             v => v <= 0.03928 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4).reduce(
@@ -173,7 +173,7 @@ def test_for_keyboards_and_screen_readers(report, visit):
     images = [name for role, name in heard if role == "image"]
     assert "Model-inherent: evidence for 1 in image 2" in images and "Gradient: evidence for 3" in images
     assert any(name.startswith("Box plot of Grid localisation; median of each explainer") for name in images)
-    # The first stop of the tab key leads past the contents; tables that scroll can be reached.
+    # The first tab stop skips the table of contents; scrolling tables are reachable by keyboard.
     page.keyboard.press("Tab")
     assert page.evaluate("document.activeElement.textContent") == "To the content"
     stops = page.evaluate("[...document.querySelectorAll('.scroll')].map(n => n.tabIndex)")
@@ -195,11 +195,11 @@ def test_names_cannot_run(folder, visit, tmp_path):
     parsed = Parsed(report)
     assert "script" not in {tag for tag, _ in parsed.tags} and HOSTILE in parsed.text
     assert not [attributes for _, attributes in parsed.tags if "onerror" in attributes]
-    # The texts alone must be harmless, so the policy that forbids scripts goes.
+    # The texts must be harmless without the policy that forbids scripts, so remove it.
     text = report.read_text(encoding="utf-8")
     assert text.count("Content-Security-Policy") == 1
     report.write_text(text.replace("Content-Security-Policy", "x"), encoding="utf-8")
     page = visit(report, width=390)
     assert page.evaluate("typeof window.owned") == "undefined"
     assert page.evaluate("document.title") == f"Explanations of {HOSTILE}, measured"
-    assert page.evaluate("document.documentElement.scrollWidth") <= 390, "a long name is broken"
+    assert page.evaluate("document.documentElement.scrollWidth") <= 390, "long names are wrapped"

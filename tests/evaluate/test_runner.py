@@ -1,4 +1,4 @@
-"""`timm-coda evaluate` as people run it, kill it and run it again."""
+"""`timm-coda evaluate`: complete, resumed after a kill, and with wrong input."""
 
 import json
 import os
@@ -24,7 +24,7 @@ DIGITS = ["evaluate", "--model", "coda_net_xs.digits", "--data", "digits"]
 
 
 def without_times(results: dict) -> dict:
-    """Results without what may differ between two runs of the same."""
+    """Results without the entries that may differ between two equal runs."""
     metrics = json.loads(json.dumps(results["metrics"]))
     for metric in metrics.values():
         for entry in metric["explainers"].values():
@@ -44,7 +44,7 @@ def test_all_explainers(tmp_path, capsys, monkeypatch):
     assert max(map(len, table[:-2])) <= 80
     assert "Model-inherent" in (tmp_path / "a/report.html").read_text()
     assert table[0] == "coda_net_xs.digits on digits: accuracy 99.8%"
-    assert captured.err == "", "no progress bar where no one watches"
+    assert captured.err == "", "no progress bar if stderr is not a terminal"
     assert any(line.startswith("deeplift: DeepLIFT has no rule") for line in table)
     results = json.loads((tmp_path / "a/results.json").read_text())
     assert list(results["explainers"]) == list(EXPLAINERS)
@@ -84,7 +84,7 @@ def test_killed_it_goes_on(tmp_path):
     killed, whole = tmp_path / "killed", tmp_path / "whole"
     command = [sys.executable, "-m", "timm_coda", *words, str(killed)]
     how = {"env": os.environ | {"OMP_NUM_THREADS": "1"}, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    how["preexec_fn"] = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)  # ignored where tests run in background
+    how["preexec_fn"] = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)  # ignored if tests run in background
     for number, at, code in ((signal.SIGINT, 1, 130), (signal.SIGKILL, 4, -9)):
         process = subprocess.Popen(command, text=True, **how)
         while finished(killed) < at and process.poll() is None:
@@ -92,13 +92,13 @@ def test_killed_it_goes_on(tmp_path):
         process.send_signal(number)
         _, said = process.communicate(timeout=60)
         assert process.returncode == code, said
-        assert number != signal.SIGINT or said.endswith(f"{killed}: run the same command to go on\n")
+        assert number != signal.SIGINT or said.endswith(f"{killed}: run the same command to resume\n")
     done = {path: path.stat().st_mtime_ns for path in (killed / "parts").glob("[!.]*.npz")}
     assert 4 <= finished(killed) < 12
     assert not (killed / "results.json").exists()
     for folder in (killed, whole):
         assert cli.main([*words, str(folder)]) == 0
-    assert all(path.stat().st_mtime_ns == time for path, time in done.items()), "what was done is not done again"
+    assert all(path.stat().st_mtime_ns == time for path, time in done.items()), "finished work is not repeated"
     resumed, uninterrupted = (json.loads((folder / "results.json").read_text()) for folder in (killed, whole))
     assert without_times(resumed) == without_times(uninterrupted)
     assert resumed["metrics"]["idsds"]["explainers"]["inherent"]["n"] == 8
@@ -114,9 +114,9 @@ def test_going_on_with_something_else(tmp_path, capsys):
     results = (tmp_path / "a/results.json").read_text()
     assert cli.main([*words, "--seed", "1", "--grids", "5"]) == 2
     error = capsys.readouterr().err
-    assert "other settings (grids was 500, is 5; seed was 42, is 1): take another --output, or --overwrite" in error
+    assert "other settings (grids was 500, is 5; seed was 42, is 1): use another --output, or --overwrite" in error
     assert (tmp_path / "a/results.json").read_text() == results
-    # More of what was asked for is no other evaluation, and another batch size makes no other numbers.
+    # More explainers belong to the same evaluation, and the batch size does not change values.
     assert cli.main([*words, "--explainers", "random", "inherent", "--batch-size", "3"]) == 0
     more = json.loads((tmp_path / "a/results.json").read_text())["metrics"]["idsds"]["explainers"]
     assert more["random"] == json.loads(results)["metrics"]["idsds"]["explainers"]["random"]
@@ -127,32 +127,32 @@ def test_going_on_with_something_else(tmp_path, capsys):
     (tmp_path / "b").mkdir()
     (tmp_path / "b/thesis.tex").touch()
     assert cli.main([*words[:-1], str(tmp_path / "b"), "--overwrite"]) == 2
-    assert "is there and no evaluation: name a new or empty --output" in capsys.readouterr().err
+    assert "exists, but is not an evaluation: use a new or empty --output" in capsys.readouterr().err
     assert (tmp_path / "b/thesis.tex").exists()
 
 
 def test_bad_input(tmp_path, capsys):
     words = [*DIGITS, "--explainers", "random", "--output", str(tmp_path / "a")]
     assert cli.main([*words, "--metrics", "grid_localisation", "--grid-size", "4"]) == 1, "there are ten digits"
-    assert "images of 10 classes with p > 0.5, and a grid of 4 x 4 needs 16" in capsys.readouterr().out.replace(
+    assert "images of 10 classes with p > 0.5, but a grid of 4 x 4 needs 16" in capsys.readouterr().out.replace(
         "\n  ", " "
     )
     results = json.loads((tmp_path / "a/results.json").read_text())
     assert "needs 16" in results["metrics"]["grid_localisation"]["error"]
     assert not (tmp_path / "a/arrays/grid.npz").exists()
     for more, message in (
-        (["--metrics", "accuracy"], "no metric 'accuracy'; there is grid_localisation,"),
-        (["--explainers", "shap"], "no explainer 'shap'; there is inherent,"),
+        (["--metrics", "accuracy"], "unknown metric 'accuracy': choose grid_localisation,"),
+        (["--explainers", "shap"], "unknown explainer 'shap': choose inherent,"),
         (["--model", "coda_net_t"], "no model 'coda_net_t'"),
-        (["--data", "/nowhere"], "nothing is at '/nowhere'"),
-        (["--test-split", "dev"], "--test-split dev: there is no such split"),
+        (["--data", "/nowhere"], "nothing found at '/nowhere'"),
+        (["--test-split", "dev"], "--test-split dev: no such split"),
     ):
         assert cli.main([*words, "--output", str(tmp_path / "b"), *more]) == 2
         assert message in capsys.readouterr().err
         assert not (tmp_path / "b").exists()
     hub.save_model(timm.create_model("test_resnet", num_classes=10), tmp_path / "plain")
     assert cli.main([*words, "--model", str(tmp_path / "plain")]) == 2
-    assert "ResNet cannot explain itself: name one of timm_coda's models" in capsys.readouterr().err
+    assert "ResNet cannot explain itself: use a timm_coda model" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         cli.main([*words, "--grids", "0"])
 

@@ -1,4 +1,4 @@
-"""Sanity metrics: by hand on tiny maps, against other libraries, and on a trained network."""
+"""Sanity metrics: tiny maps by hand, comparison with other libraries, and a trained network."""
 
 import copy
 
@@ -27,7 +27,7 @@ NOTHING = explainer(lambda model, images, targets: torch.zeros(len(images), 1, *
 
 
 def subject_of(images, model=None, **options):
-    """A subject of images (N, C, H, W) in memory, all of class 0."""
+    """A subject of in-memory images (N, C, H, W), all of class 0."""
     model = nn.Linear(1, 1).eval() if model is None else model
     labels = np.zeros(len(images), np.int64)
     options = {"batch_size": 2, "seed": 1} | options
@@ -38,7 +38,7 @@ def subject_of(images, model=None, **options):
 
 @pytest.fixture(scope="module")
 def digits():
-    """The shipped network with its first eight test images."""
+    """The shipped model with its first eight test images."""
     model = timm.create_model("coda_net_xs.digits", pretrained=True).eval()
     test = data.load_data(["digits"]).test
     _, transform = data.create_transforms(timm.data.resolve_model_data_config(model))
@@ -83,7 +83,7 @@ def test_noise_sensitivity_by_hand():
     metric = NoiseSensitivity(radius=0.1, draws=4)
     scores = metric(subject_of(images), IMAGE_ITSELF).values
     expected = []
-    for number in range(3):  # the map is the image, so its change is the noise itself, and |map| = 1
+    for number in range(3):  # the map is the image, so its change is the noise, and |map| = 1
         generator = torch.Generator().manual_seed(data.derive_seed(1, number))
         noise = 0.1 * (2 * torch.rand(4, 1, 2, 2, generator=generator) - 1)
         expected.append(noise.flatten(1).norm(dim=1).max())
@@ -158,14 +158,14 @@ def test_ssim_of_equal_opposite_and_empty_maps():
     torch.testing.assert_close(sanity.ssim(maps, 3 * maps), torch.ones(2))
     assert sanity.ssim(maps, -maps).max() < -0.8
     assert torch.isfinite(sanity.ssim(maps, torch.zeros(2, 8, 8))).all()
-    assert torch.isfinite(sanity.ssim(maps[:, :1, :4], maps[:, :1, 4:])).all()  # smaller than any window
+    assert torch.isfinite(sanity.ssim(maps[:, :1, :4], maps[:, :1, 4:])).all()  # smaller than the default window
 
 
 # Randomisation -------------------------------------------------------------------------------------------------------
 
 
 class Two(nn.Module):
-    """Two layers of one number each, the map is their product times the image."""
+    """Two linear layers of one weight each, and a norm between them."""
 
     def __init__(self):
         super().__init__()
@@ -186,7 +186,7 @@ def test_layers_from_the_classifier_down():
     "order, expected", [("cascading", ["ab", "aB", "AB"]), ("independent", ["ab", "aB", "Ab"])], ids=str
 )
 def test_what_is_initialised_anew(order, expected):
-    """Which of the layers is as learned (small letter) at each step."""
+    """At each step, a layer is as learned (lower case) or reinitialised (upper case)."""
     model = Two().eval()
     learned = {name: getattr(model, name).weight.item() for name in ("first", "second")}
     seen = []
@@ -206,7 +206,7 @@ def test_the_mean_leaves_out_the_trained_network(changed, alike):
     model = Two().eval()
     learned = model.second.weight.item()
 
-    def dependent(net, images, targets):  # another map once the classifier is another
+    def dependent(net, images, targets):  # the map changes if the classifier changes
         values = torch.tensor([1.0, 2, 3, 4] if net.second.weight.item() == learned else changed)
         return values.view(1, 1, 2, 2).expand(len(images), 1, 2, 2)
 
@@ -230,9 +230,9 @@ def test_randomisation_of_a_trained_network(digits, similarity):
         scores = metric(digits, inherent)
         assert scores.values.shape == (4,)
         np.testing.assert_allclose(scores.curve.y[:, 0], 1)
-        assert scores.values.mean() < 0.8  # the maps depend on what was learned
+        assert scores.values.mean() < 0.8  # its maps depend on what was learned
         np.testing.assert_array_equal(metric(digits, inherent).curve.y, scores.curve.y)
-        np.testing.assert_allclose(metric(digits, random).values, 1, rtol=1e-5)  # random maps do not
+        np.testing.assert_allclose(metric(digits, random).values, 1, rtol=1e-5)  # random maps do not depend on it
     assert torch.equal(random_state, torch.get_rng_state())
     assert names == [name for name, _ in digits.model.named_modules()]
     assert all(torch.equal(a, b) for a, b in zip(before.values(), digits.model.state_dict().values(), strict=True))
@@ -253,11 +253,11 @@ def test_a_network_whose_maps_break_is_the_explainers_error():
 
 
 def test_contrast_by_hand():
-    # A grid of 2 x 2 cells of one pixel; class c's map, cells row by row.
+    # A grid of 2 x 2 cells of one pixel each; one map per class, cells row by row.
     maps = torch.tensor([[4.0, 0, 0, 0], [1, 2, 0, 0], [0, 0, 0, 6], [0, 0, 0, 3]]).view(1, 4, 2, 2)
     # 0 - 1: (3, -2, 0, 0): all right, 5 of 5
     # 1 - 2: (1, 2, 0, -6): 2 in cell 1, nothing in cell 2: 2 of 9
-    # 2 - 3: (0, 0, 0, 3): what is in the second's cell speaks for the first: 0 of 3
+    # 2 - 3: (0, 0, 0, 3): evidence for the first class in the second's cell: 0 of 3
     # 3 - 0: (-4, 0, 0, 3): all right, 7 of 7
     assert sanity.contrast_in_cells(maps, 2)[0].tolist() == pytest.approx([1, 2 / 9, 0, 1])
 
@@ -265,7 +265,7 @@ def test_contrast_by_hand():
 def test_contrast_of_perfect_equal_and_random_maps():
     perfect = torch.eye(9).view(1, 9, 3, 3).repeat_interleave(4, 2).repeat_interleave(4, 3)
     torch.testing.assert_close(sanity.contrast_in_cells(perfect, 3), torch.ones(1, 9, dtype=torch.float64))
-    assert (sanity.contrast_in_cells(perfect.roll(3, 1), 3) == 0).all()  # the row below
+    assert (sanity.contrast_in_cells(perfect.roll(3, 1), 3) == 0).all()  # cells of the next row
     assert (sanity.contrast_in_cells(perfect[:, :1].expand(1, 9, 12, 12), 3) == 0).all()
     random = torch.randn(2, 9, 150, 150, generator=torch.Generator().manual_seed(0))
     torch.testing.assert_close(
@@ -274,7 +274,7 @@ def test_contrast_of_perfect_equal_and_random_maps():
 
 
 def test_contrast_is_the_models_own(digits):
-    """The difference of maps is what `explain(versus=)` gives; random maps score the baseline."""
+    """The difference of two maps is the map of `explain(versus=)`; the median exceeds the baseline."""
     metric = ContrastiveLocalisation(grids=2, size=2)
     images, targets = metric.grids.make(digits, metric.grids.choose(digits))
     scores = metric(digits, make_explainer("inherent")).values
@@ -289,7 +289,7 @@ def test_contrast_is_the_models_own(digits):
 
 
 def test_contrast_errors_name_the_mend(digits):
-    with pytest.raises(EvaluationError, match="a grid of 4 x 4 needs 16: take a smaller --grid-size"):
+    with pytest.raises(EvaluationError, match="a grid of 4 x 4 needs 16 classes: use a smaller --grid-size"):
         ContrastiveLocalisation(grids=2, size=4)(digits, make_explainer("random"))
 
 

@@ -1,6 +1,6 @@
-"""Grid localisation of the inherent maps: seconds and memory, beside other ways to the same maps.
+"""Grid localisation of the inherent maps: time and memory, compared with other ways to compute these maps.
 
-`python -m pytest -m slow -rP -n0 tests/test_evaluate_speed.py` prints what it measured.
+`python -m pytest -m slow -rP -n0 tests/evaluate/test_speed.py` prints the measurements.
 """
 
 import os
@@ -23,7 +23,7 @@ GRID, TARGETS = 3, 9
 
 
 def make_subject():
-    """4,500 images of 32 x 32 pixels, noise that the model is said to recognise: enough for 500 grids."""
+    """5,000 noise images of 32 x 32 pixels with logits as if they were recognised: enough for 500 grids."""
     torch.manual_seed(0)
     model = timm.create_model("coda_net_xs.cifar10").eval()
     images, labels = torch.rand(5000, 3, 32, 32), np.arange(5000) % 10
@@ -44,7 +44,7 @@ def test_against_a_forward_and_backward_for_each_target():
         with use_backend(backend):
             return torch.cat([model.explain(images, targets[:, t]).contributions for t in range(TARGETS)])[None]
 
-    def gradients():  # of another quantity: no layer's dynamics are frozen
+    def gradients():  # for comparison: of the logit itself, without frozen dynamics
         x = model.encoding(images).requires_grad_()
         with use_backend("torch"):
             return [torch.autograd.grad(model(x)[0, goal], x)[0] for goal in targets[0].tolist()]
@@ -63,7 +63,7 @@ def test_against_a_forward_and_backward_for_each_target():
             way()
             seconds[name].append(time.process_time() - start)
     ours = seconds["explain(), 9 targets at once"]
-    # Printed and not asserted: time depends on the machine and on what else it does.
+    # Printed, not asserted: times depend on the machine and its load.
     for name, times in seconds.items():
         ratio = statistics.median(t / o for t, o in zip(times, ours, strict=True))
         print(f"{name:40}{statistics.median(times):8.2f} s of CPU a grid, {ratio:5.1f} x")
@@ -82,7 +82,7 @@ for grids in (14, 210):
 
 @pytest.mark.slow
 def test_memory_does_not_grow_with_the_grids():
-    """In a process of its own, whose peak is that of nothing else."""
+    """Measured in a separate process, so that nothing else affects the peak."""
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
     run = subprocess.run([sys.executable, "-c", _MEMORY], env=environment, check=True, capture_output=True, text=True)
     few, many = map(float, run.stdout.split())

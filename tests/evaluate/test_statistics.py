@@ -1,4 +1,4 @@
-"""Intervals and rank correlation, against what is known of them."""
+"""Bootstrap intervals and rank correlation: comparison with SciPy, and known properties."""
 
 import numpy as np
 import pytest
@@ -21,7 +21,7 @@ def test_intervals_against_scipy():
 
 
 def test_intervals_draw_what_belongs_together():
-    grids = np.repeat(np.random.default_rng(0).normal(size=(50, 1)), 9, axis=1)  # nine times the same
+    grids = np.repeat(np.random.default_rng(0).normal(size=(50, 1)), 9, axis=1)  # nine equal values per row
     together = bootstrap_interval(grids, "mean", seed=0)
     alone = bootstrap_interval(grids.reshape(-1), "mean", seed=0)
     assert together[1] - together[0] > 2.5 * (alone[1] - alone[0])

@@ -1,4 +1,4 @@
-"""Grid localisation while a model is trained."""
+"""Grid localisation during training."""
 
 import json
 import os
@@ -24,7 +24,7 @@ from timm_coda.hub.card import make_card
 
 @pytest.fixture(scope="module")
 def digits():
-    """The shipped model and some test images, enough for a few grids."""
+    """The shipped model with enough test images for a few grids."""
     model = timm.create_model("coda_net_xs.digits", pretrained=True).eval()
     _, transform = data.create_transforms(timm.data.resolve_model_data_config(model))
     test = data.load_data("digits").test
@@ -71,7 +71,7 @@ def test_no_number_is_said_once_and_stops_nothing(digits, capsys):
     fresh = timm.create_model("coda_net_xs", num_classes=10, rank=2)
     assert localisation.after_epoch(fresh, 1) == localisation.after_epoch(fresh, 2) == {"localisation": None}
     assert localisation.at_end(fresh) == {"localisation": None}
-    note = "note: no localisation: the model is not yet sure of 9 classes, as many as a grid has"
+    note = "note: no localisation: the model is not yet confident of 9 classes, which a grid needs"
     assert capsys.readouterr().out.split("\n") == [note, ""]
 
     other = timm.create_model("test_resnet", num_classes=10)
@@ -81,12 +81,12 @@ def test_no_number_is_said_once_and_stops_nothing(digits, capsys):
     assert TrainingLocalisation(dataset, 3, every=1).after_epoch(fresh, 1) == {"localisation": None}
     assert localisation.after_epoch(fresh, 4) == {"localisation": None}
     out = capsys.readouterr().out
-    assert "ResNet cannot explain itself" in out and "there are 3 classes, and grids need 4" in out
+    assert "ResNet cannot explain itself" in out and "there are 3 classes, but grids need 4" in out
 
 
 @pytest.fixture(scope="module")
 def patches(tmp_path_factory) -> Path:
-    """A data set of four classes that is easy to learn: noise with one bright corner."""
+    """A dataset of four classes that is easy to learn: noise with one bright corner."""
     folder, rng = tmp_path_factory.mktemp("patches"), np.random.default_rng(0)
     for split, count in (("train", 96), ("test", 24)):
         for row in range(count):
@@ -101,7 +101,7 @@ def patches(tmp_path_factory) -> Path:
 
 
 def start(patches: Path, folder: Path, *options, processes: int = 1) -> subprocess.Popen:
-    """train.py on the patches."""
+    """Start train.py on the patches."""
     command = [sys.executable, str(ROOT / "train.py"), "--data", str(patches), "--output", str(folder), "--epochs", "3"]
     command += ["--model", "coda_net_xs", "--model-args", "rank=2", "logit_temperature=20", "--img-size", "8"]
     command += ["--batch-size", str(8 // processes), "--workers", "0", "--lr", "0.01", "--hflip", "0"]
@@ -113,7 +113,7 @@ def start(patches: Path, folder: Path, *options, processes: int = 1) -> subproce
 
 
 def test_in_a_run(patches, tmp_path):
-    """Measured every two epochs and at the end; the weights are those of a run without."""
+    """It is measured every two epochs and at the end, and does not change the trained weights."""
     with (
         start(patches, tmp_path / "without") as without,
         start(patches, tmp_path / "with", "--eval-explanations", 2) as measured,

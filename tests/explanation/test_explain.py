@@ -1,3 +1,5 @@
+"""`explain`: exactness, arguments, side effects, precision, threads, wrapped models and errors."""
+
 import copy
 import pickle
 import threading
@@ -33,14 +35,14 @@ def images():
 
 
 def layer_matrices(model, x):
-    """Every DAU layer at one image as an explicit matrix, made of the dynamic weights that reference.py writes out."""
+    """Explicit matrix of every DAU layer at one image, built from the dynamic weights of reference.py."""
     x = model.encoding(x[None])
     matrices = []
     for layer in (m for m in model.modules() if isinstance(m, DAUConv2d)):
         geometry = {"stride": layer.stride, "padding": layer.padding, "dilation": layer.dilation}
         factors = (layer.down.weight, layer.up.weight, layer.up.bias)
         w = reference.dynamic_weights(x, *factors, **geometry, activation=layer.activation)[0]  # (D, K, H, W)
-        # Where each number of a patch comes from: unfold the input's own indices, 0 for padding.
+        # Find the origin of each patch entry: unfold the input's own indices, with 0 for padding.
         index = torch.arange(1, x.numel() + 1, dtype=torch.float64).view_as(x)
         origin = torch.nn.functional.unfold(index, layer.kernel_size, layer.dilation, layer.padding, layer.stride)
         origin = origin[0].long()  # (K, L)
@@ -240,7 +242,7 @@ def test_low_precision(model, images):
 
 
 def test_eight_threads_at_once(model, images):
-    """Half of them nested in explanation_mode, one class each, while another thread takes ordinary gradients."""
+    """Eight threads explain one class each, half of them inside explanation_mode; a ninth takes ordinary gradients."""
     x = images.clone().requires_grad_()
     free = torch.autograd.grad(model(x).sum(), x)[0]
     every = model.explain(images, torch.arange(CLASSES).expand(3, -1)).contributions
@@ -344,31 +346,31 @@ def test_whole_model_survives_pickling_and_copying(model, images):
         ({"target": 4}, ValueError, "target=4: the model's classes are 0 to 3"),
         ({"target": [0, 1, -1]}, ValueError, "target=-1: the model's classes are 0 to 3"),
         ({"target": [0, 1]}, ValueError, r"target has shape \[2\] for 3 images"),
-        ({"target": 1.5}, TypeError, "target is torch.float32: give class indices"),
+        ({"target": 1.5}, TypeError, "target has dtype torch.float32: give class indices"),
         ({"versus": 7}, ValueError, "versus=7"),
-        ({"target": 1, "top": 2}, ValueError, "target=1 and top=2: give one of them"),
+        ({"target": 1, "top": 2}, ValueError, "target=1 and top=2 exclude each other: give only one"),
         ({"top": 5}, ValueError, "top=5: the model has 4 classes"),
         ({"batch_size": 0}, ValueError, "batch_size=0"),
         (
             {"layer": "stages.9"},
             ValueError,
-            r"layer='stages.9': no such layer; among the model's are stages.0.0, .*head",
+            r"layer='stages.9': no such layer; choose for example one of stages.0.0, .*head",
         ),
         (
             {"layer": "logits"},
             ValueError,
-            r"layer='logits' gives \[\[3, 4\]\] in a forward pass, expected one \(B, C, H, W\)",
+            r"layer='logits' outputs \[\[3, 4\]\] in a forward pass: choose a layer that outputs one map \(B, C, H",
         ),
-        ({"layer": "head.down"}, ValueError, "layer='head.down' gives nothing"),
-        ({"unit": 1}, ValueError, "unit= goes with layer="),
+        ({"layer": "head.down"}, ValueError, "layer='head.down' outputs nothing"),
+        ({"unit": 1}, ValueError, "unit= needs layer="),
         (
             {"layer": "head", "unit": 4},
             ValueError,
-            r"unit=\(4,\): layer 'head' has \(channel, row, column\) of \[4, 4, 3\]",
+            r"unit=\(4,\): layer 'head' has size \[4, 4, 3\]",
         ),
         ({"layer": "head", "unit": (0, 4, 0)}, ValueError, r"unit=\(0, 4, 0\)"),
-        ({"layer": "head", "unit": (0, 1)}, ValueError, "give a channel or all"),
-        ({"layer": "head", "unit": 1, "target": 2}, ValueError, "without target="),
+        ({"layer": "head", "unit": (0, 1)}, ValueError, "give a channel, or"),
+        ({"layer": "head", "unit": 1, "target": 2}, ValueError, "excludes target="),
     ],
 )
 def test_bad_input_is_named_and_harmless(model, images, change, error, message):
@@ -397,7 +399,7 @@ def test_explanation_is_a_batch(model, images, tmp_path):
     assert torch.equal(explanation[1:].value, explanation.value[1:])
     assert torch.equal(explanation[[2, 0]].images, images[[2, 0]])
     assert explanation[0].bias == model.logits.bias
-    with pytest.raises(IndexError, match="image 3 of an explanation of 3"):
+    with pytest.raises(IndexError, match="image index 3 is out of range: the explanation has 3 images"):
         explanation[3]
     with pytest.raises(AttributeError):
         explanation.bias = 1

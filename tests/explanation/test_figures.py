@@ -1,3 +1,5 @@
+"""Heat maps, overlays, coloured explanations and figures, and writing them to files."""
+
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -17,7 +19,7 @@ FOR, AGAINST = [103, 0, 31], [5, 48, 97]
 
 
 def explained(batch=2, targets=2, classes=10, height=16, width=16, bias=-2.2, seed=0):
-    """Arguments of `figure` with maps whose sums are exact, the most probable classes being explained."""
+    """Arguments of `figure`: the most probable classes are explained, by maps whose sums are exact."""
     rng = np.random.default_rng(seed)
     logits = rng.normal(-2, 2, (batch, classes)).round(2)
     order = np.argsort(-logits, 1)[:, :targets]
@@ -37,7 +39,7 @@ def strings(figure):
 
 
 def test_import_needs_no_matplotlib():
-    code = "import sys, timm_coda.visualize; assert 'matplotlib' not in sys.modules"
+    code = "import sys, timm_coda.explanation; assert 'matplotlib' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
@@ -347,10 +349,10 @@ def test_figure_is_the_same_in_threads_and_under_any_settings(tmp_path):
 
 
 def test_figure_leaves_pyplot_alone():
-    """In a process of its own: other tests' libraries import it."""
+    """Uses a separate process, because libraries of other tests import pyplot."""
     code = (
-        "import sys, numpy; from timm_coda import visualize; images = numpy.zeros((1, 3, 8, 8)); "
-        "visualize.figure(images, contributions=images[:, 0], values=[[0.0]], titles=[['']], bias=0.0); "
+        "import sys, numpy; from timm_coda.explanation import figure; images = numpy.zeros((1, 3, 8, 8)); "
+        "figure(images, contributions=images[:, 0], values=[[0.0]], titles=[['']], bias=0.0); "
         "sys.exit('matplotlib.pyplot' in sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

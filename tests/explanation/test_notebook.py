@@ -1,4 +1,4 @@
-"""What a notebook shows of an explanation."""
+"""HTML of an explanation in notebooks, and its arrays."""
 
 import re
 import sys
@@ -22,7 +22,7 @@ def explanation():
 
 
 def cells(html: str) -> list[list[str]]:
-    """The rows of the table; fails if the HTML is not well-formed."""
+    """Rows of the table; fails if the HTML is not well-formed."""
     closed = re.sub("<img ([^>]*)>", r"<img \1/>", html)
     page = ElementTree.fromstring(f"<div>{closed}</div>")
     return [["".join(cell.itertext()) for cell in row] for row in page.iter("tr")]
@@ -84,5 +84,5 @@ def test_arrays(explanation, tmp_path):
         assert np.allclose(total, arrays["value"], atol=1e-4)
     half = replace(explanation, logits=explanation.logits.bfloat16())
     assert half.arrays()["logits"].dtype == np.float32
-    with pytest.raises(TypeError, match="max_rows: for a figure alone"):
+    with pytest.raises(TypeError, match="max_rows: only figures take options"):
         explanation.save(tmp_path / "all.npz", max_rows=3)

@@ -1,4 +1,4 @@
-"""The tutorial, run from its first cell to its last in a kernel of its own."""
+"""Run all cells of the tutorial in a separate kernel."""
 
 import re
 from pathlib import Path
@@ -7,7 +7,7 @@ import pytest
 
 import timm_coda
 
-TUTORIAL = Path(timm_coda.__file__).parent / "notebooks" / "tutorial.ipynb"
+TUTORIAL = Path(timm_coda.__file__).parent / "explanation" / "tutorial.ipynb"
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning:jupyter_client", "ignore::DeprecationWarning:zmq")
@@ -30,7 +30,7 @@ def test_the_tutorial_finds_the_mark(tmp_path, monkeypatch):
 
 
 def test_the_tutorial_is_published_with_what_it_shows():
-    """GitHub shows the outputs of the last run: there are some, of every cell that prints, and no error or warning."""
+    """GitHub shows the saved outputs: every cell that prints has some, and none is an error or warning."""
     nbformat = pytest.importorskip("nbformat", reason="needs the test extra")
     notebook = nbformat.read(TUTORIAL, as_version=4)
     cells = [cell for cell in notebook.cells if cell.cell_type == "code"]

@@ -1,4 +1,4 @@
-"""Files, folders and links that a person names."""
+"""Resolve files, folders and URLs, and download."""
 
 import http.server
 import threading

@@ -1,4 +1,4 @@
-"""The legend that is drawn into pictures."""
+"""The legend drawn into images."""
 
 import sys
 
@@ -12,7 +12,7 @@ GREY = np.full((480, 640, 3), 90, np.uint8)
 
 
 def changed(picture: np.ndarray) -> tuple[int, int, int, int]:
-    """Top, bottom, left and right of what differs from the grey."""
+    """Top, bottom, left and right of the region that is not grey."""
     rows, columns = np.nonzero((picture != 90).any(-1))
     return rows.min(), rows.max(), columns.min(), columns.max()
 

@@ -1,4 +1,4 @@
-"""Where in a picture lies what a model sees: compared with timm's own transform."""
+"""Location of the part of an image that a model sees, compared with timm's own transform."""
 
 import numpy as np
 import pytest
@@ -26,7 +26,7 @@ BASE = {"interpolation": "bilinear", "mean": (0, 0, 0), "std": (1, 1, 1), "crop_
 def test_seen_box_is_what_the_transform_keeps(config, size):
     config = BASE | config
     width, height = size
-    # Red says how far right a pixel lies, green how far down; blue 255, which borders have not.
+    # Red encodes the column of a pixel and green its row. Blue is 255 inside the image and 0 in borders.
     across, down = np.meshgrid(np.linspace(0, 255, width), np.linspace(0, 255, height))
     picture = np.stack([across, down, np.full_like(across, 255)], -1).round().astype(np.uint8)
     seen = create_transform(**config, is_training=False)(Image.fromarray(picture))
@@ -39,7 +39,7 @@ def test_seen_box_is_what_the_transform_keeps(config, size):
     assert inside[0].sum() > 10 and inside[1].sum() > 10
     middle = rows // 2, columns // 2
     shown = seen.numpy()
-    step = max(x[1] - x[0], y[1] - y[0])  # one pixel of what the model sees, in pixels of the picture
+    step = max(x[1] - x[0], y[1] - y[0])  # one pixel of the model's input, in pixels of the original image
     assert np.abs(shown[0, middle[0]][inside[0]] * width - x[inside[0]]).max() < 1.5 * step + 3
     assert np.abs(shown[1, :, middle[1]][inside[1]] * height - y[inside[1]]).max() < 1.5 * step + 3
     beyond = (x < -3) | (x > width + 3)

@@ -1,4 +1,4 @@
-"""Videos with the evidence drawn over them: real files written and read with PyAV."""
+"""Explained videos: real files, written and read with PyAV."""
 
 import csv
 import os
@@ -35,7 +35,7 @@ def digits() -> list[np.ndarray]:
 
 
 def write_video(file: Path, pictures, *, rate=25, times=None, rotation=None, aspect=None, codec="h264") -> Path:
-    """Pictures (H, W, 3) uint8 as a video; `times` in milliseconds."""
+    """Write frames, uint8 (H, W, 3), to a video; `times` are in milliseconds."""
     with av.open(str(file), "w") as container:
         stream = None
         for number, picture in enumerate(pictures):
@@ -64,7 +64,7 @@ def read_video(file: Path) -> tuple[list[np.ndarray], list[float]]:
 
 
 def faded(digits: list[np.ndarray], frames: int) -> list[np.ndarray]:
-    """From a faint picture of a digit to a strong one, with a grey strip on the left that the model does not see."""
+    """A digit that fades in, with grey strips at both sides that the model does not see."""
     pictures = []
     for strength in np.linspace(0.1, 1, frames):
         picture = np.full((96, 128, 3), 60, np.uint8)
@@ -87,7 +87,7 @@ def test_a_color_means_the_same_in_all_frames(tmp_path, model, digits):
         for limit, results in ((found.limit, differences), (color_limit(one.contributions), others)):
             expected = placement.overlay_whole(picture, one.contributions[0], box=box, limit=limit)
             results.append(np.abs(seen.astype(int) - expected).mean())
-    assert max(differences) < 3  # levels: H.264 has half the resolution for colours, and rounds
+    assert max(differences) < 3  # grey levels of 255: H.264 rounds, and halves the resolution of colours
     assert max(np.divide(others, differences)) > 2, "a scale for each frame would be seen"
 
 
@@ -118,7 +118,7 @@ def test_times_sizes_and_turns_are_kept(tmp_path, model, digits):
         assert container.streams.video[0].sample_aspect_ratio == Fraction(4, 3)
         assert container.streams.video[0].average_rate == 30
     tall = np.zeros((64, 96, 3), np.uint8)
-    tall[:32, :32] = 255  # upper left; turned clockwise it is upper right
+    tall[:32, :32] = 255  # upper left; after a clockwise turn, upper right
     turned = write_video(tmp_path / "turned.mp4", [tall] * 2, rotation=-90)
     found = video.explain_video(model, turned, tmp_path / "out.mp4")
     assert (found.width, found.height) == (64, 96)
@@ -172,14 +172,14 @@ def cut(file: Path) -> None:
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda file: file.write_text("hello"), "no video, or a damaged one"),
-        (lambda file: file.touch(), "no video, or a damaged one"),
-        (lambda file: file.write_text("#EXTM3U\n#EXTINF:1,\nother.mp4\n"), "no video, or a damaged one"),
-        (lambda file: file.write_text("ffconcat version 1.0\nfile other.mp4\n"), "no video, or a damaged one"),
+        (lambda file: file.write_text("hello"), "not a video, or damaged"),
+        (lambda file: file.touch(), "not a video, or damaged"),
+        (lambda file: file.write_text("#EXTM3U\n#EXTINF:1,\nother.mp4\n"), "not a video, or damaged"),
+        (lambda file: file.write_text("ffconcat version 1.0\nfile other.mp4\n"), "not a video, or damaged"),
         (lambda file: None, "cannot be opened: No such file"),
-        (sound, "there is no picture in this video"),
-        (frameless, "there is no picture|has no frames"),
-        (damaged, "no video, or a damaged one"),
+        (sound, "the file has no video stream"),
+        (frameless, "has no video stream|has no frames"),
+        (damaged, "not a video, or damaged"),
         (cut, "damaged"),
     ],
     ids=["text", "empty", "playlist", "list of files", "no file", "sound", "no frames", "damaged", "cut"],
@@ -202,7 +202,7 @@ def test_a_video_that_ends_early_says_so(tmp_path, model, digits):
 
 def test_wrong_arguments(tmp_path, model, digits, monkeypatch):
     source = write_video(tmp_path / "in.mp4", [digits[0]])
-    with pytest.raises(ValueError, match=r"out.avi: the name of a video to write must end in .mp4"):
+    with pytest.raises(ValueError, match=r"out.avi: the output name must end in .mp4"):
         video.explain_video(model, source, tmp_path / "out.avi")
     with pytest.raises(ValueError, match="target=10: the model's classes are 0 to 9"):
         video.explain_video(model, source, tmp_path / "out.mp4", target=10)
@@ -225,12 +225,12 @@ def test_nothing_is_left_after_an_error(tmp_path, model, digits, monkeypatch):
     assert (tmp_path / "out.mp4").read_text() == "of before"
 
 
-@pytest.mark.skipif(not CLEAR_REFS.exists(), reason="the peak of memory is read as Linux tells it")
+@pytest.mark.skipif(not CLEAR_REFS.exists(), reason="the peak of memory is read from Linux's /proc")
 def test_memory_does_not_grow_with_length(tmp_path):
-    """Four times as many frames take no more memory."""
+    """Four times as many frames need no more memory."""
     code = """
 import pathlib, re, sys, timm, torch, timm_coda
-from timm_coda.video import explain_video
+from timm_coda.gallery import explain_video
 torch.set_num_threads(1)
 model = timm.create_model("coda_net_xs.digits", pretrained=True).eval()
 for file in [sys.argv[1], *sys.argv[1:]]:  # the first time fills caches

@@ -1,4 +1,4 @@
-"""Toy models and subjects whose right answers are known by hand."""
+"""Toy models and subjects whose correct results are computed by hand."""
 
 import numpy as np
 import torch
@@ -8,7 +8,7 @@ from timm_coda.evaluate import Explainer, Subject
 
 
 class Linear(nn.Module):
-    """logits = sum over pixels of weight * x, and a bias; weight (classes, C, H, W). No encoding."""
+    """Linear model without encoding: logits = bias + sum over pixels of weight * x, weight (classes, C, H, W)."""
 
     def __init__(self, weight: Tensor, bias: float = 0.0) -> None:
         super().__init__()
@@ -20,7 +20,7 @@ class Linear(nn.Module):
 
 
 def make_subject(model: nn.Module, images: Tensor, labels: list[int], **settings) -> Subject:
-    """A subject of images in memory; its logits are the model's."""
+    """Create a subject of in-memory images, with the model's logits."""
     with torch.no_grad():
         logits = model(images).numpy()
     settings = {"count": len(images), "batch_size": 2} | settings
@@ -28,7 +28,7 @@ def make_subject(model: nn.Module, images: Tensor, labels: list[int], **settings
 
 
 def fixed(maps: Tensor, name: str = "fixed") -> Explainer:
-    """An explainer that gives these maps (N, H, W), whatever it is asked; images carry their number in their corner."""
+    """Create an explainer that returns these maps (N, H, W); an image's index is the value of its top left pixel."""
 
     def method(model: nn.Module, images: Tensor, targets: Tensor) -> Tensor:
         return torch.stack([maps[int(image[0, 0, 0].round())] for image in images])[:, None].expand(

@@ -1,4 +1,4 @@
-"""A small, real evaluation of the digits model, in the format of `timm-coda evaluate`, for tests of what reads it."""
+"""A small, real evaluation of the digits model in the format of `timm-coda evaluate`, to test code that reads it."""
 
 import json
 from pathlib import Path
@@ -10,12 +10,12 @@ import torch
 import timm_coda  # noqa: F401
 from timm_coda import data, hub
 
-SIDE = 2  # cells a side of a grid
+SIDE = 2  # cells per side of a grid
 EXPLAINERS = {"inherent": "Model-inherent", "gradient": "Gradient", "random": "Random"}
 
 
 def explain(name: str, model, images: torch.Tensor, targets: torch.Tensor) -> np.ndarray:
-    """Signed maps (N, H, W) for one target an image."""
+    """Return signed maps (N, H, W) for one target per image."""
     if name == "inherent":
         return model.explain(images, targets).contributions.numpy()
     if name == "gradient":
@@ -26,14 +26,14 @@ def explain(name: str, model, images: torch.Tensor, targets: torch.Tensor) -> np
 
 
 def localise(maps: np.ndarray) -> list[float]:
-    """Share of the positive evidence in a class's own cell: maps (SIDE * SIDE, H, W), cells row by row."""
+    """Return the share of positive evidence in each class's own cell: maps (SIDE * SIDE, H, W), cells row by row."""
     positive = np.maximum(maps, 0)
     cells = positive.reshape(len(maps), SIDE, maps.shape[1] // SIDE, SIDE, -1).sum((2, 4)).reshape(len(maps), -1)
     return (np.diagonal(cells) / cells.sum(1)).tolist()
 
 
 def remove(model, images: torch.Tensor, targets: torch.Tensor, maps: np.ndarray, *, shares: list[float]) -> np.ndarray:
-    """Probability of the target (N, len(shares)) as the most important pixels turn grey."""
+    """Return the target's probability (N, len(shares)) while the most important pixels become grey."""
     order = np.argsort(-maps.reshape(len(maps), -1), axis=1)
     found = []
     for share in shares:
@@ -55,7 +55,7 @@ def summarise(values: list[float], statistic: str, curve: dict | None = None) ->
 
 
 def write_evaluation(folder: Path, *, explainers=EXPLAINERS, explain=explain, count: int = 24) -> Path:
-    """Evaluate on `count` test images; a further explainer fails, as on models it does not fit."""
+    """Evaluate on `count` test images, and add an explainer that failed."""
     model = timm.create_model("coda_net_xs.digits", pretrained=True).eval()
     source = data.load_data("digits")
     _, transform = data.create_transforms(timm.data.resolve_model_data_config(model))

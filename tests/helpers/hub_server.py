@@ -1,10 +1,10 @@
-"""A small Hugging Face Hub on loopback: the routes that huggingface_hub's plain client uses to push and to pull.
+"""A small local Hugging Face Hub server with the routes that huggingface_hub uses to upload and download without Xet.
 
-Repositories live in memory. Faults are switched on one by one, to see what a client makes of them:
+Repositories are kept in memory. Tests switch on single faults to see how a client handles them:
 
     with HubServer() as hub:
-        hub.fail("PUT", "/lfs/", "drop")  # the next upload breaks off in its middle
-        ...  # processes with hub.environment(home)
+        hub.fail("PUT", "/lfs/", "drop")  # the next upload breaks off in the middle
+        ...  # start processes with hub.environment(home)
 """
 
 import base64
@@ -31,7 +31,7 @@ class File:
 
     @property
     def oid(self) -> str:
-        """What the Hub names it by: SHA-256 of a large file, git's SHA-1 of a small one."""
+        """The Hub's id of the file: SHA-256 for a large file, git's SHA-1 for a small one."""
         if self.lfs:
             return hashlib.sha256(self.content).hexdigest()
         return hashlib.sha1(b"blob %d\0" % len(self.content) + self.content).hexdigest()
@@ -59,13 +59,13 @@ class Repo:
 @dataclass
 class Fault:
     method: str
-    route: str  # regular expression for the path
+    route: str  # regular expression, searched in the path
     kind: int | str
     times: int
 
 
 class Refusal(Exception):
-    """An answer that is an error."""
+    """An error response."""
 
     def __init__(self, status: int, message: str, code: str = ""):
         super().__init__(message)
@@ -73,7 +73,7 @@ class Refusal(Exception):
 
 
 class HubServer:
-    """The server; `repos`, `objects` (large files) and `log` (method, path) are for tests to look at."""
+    """The server. Tests may inspect `repos`, `objects` (large files) and `log` (method, path)."""
 
     def __init__(self) -> None:
         self.repos: dict[str, Repo] = {}
@@ -93,14 +93,15 @@ class HubServer:
         self.http.server_close()
 
     def fail(self, method: str, route: str, kind: int | str, *, times: int = 1) -> None:
-        """Let the next requests of a method and path go wrong.
+        """Make the next requests with this method and path fail.
 
         Args:
             method: Such as GET.
             route: Regular expression that is searched in the path.
-            kind: A status to answer with; `"drop"`: break off in the middle of what the client sends or gets; `"lost"`:
-                do it and break off without an answer; `"damage"`: other bytes, as many.
-            times: How often.
+            kind: A status to respond with; or `"drop"`: close the connection in the middle of the request or response;
+                or `"lost"`: handle the request and close the connection without a response; or `"damage"`: send other
+                bytes of the same length.
+            times: Number of requests.
         """
         self.faults.append(Fault(method, route, kind, times))
 
@@ -113,12 +114,12 @@ class HubServer:
         return None
 
     def environment(self, home: Path, token: str | None = "hf_ada") -> dict[str, str]:
-        """Variables that send a process of its own here, with an empty cache if `home` is new."""
+        """Environment variables that make another process use this server; its cache is empty if `home` is new."""
         variables = {"HF_ENDPOINT": self.endpoint, "HF_HOME": str(home), "HF_HUB_DISABLE_XET": "1"}
         return variables | {"HF_HUB_DISABLE_PROGRESS_BARS": "1"} | ({"HF_TOKEN": token} if token else {})
 
     def count(self, method: str, route: str) -> int:
-        """Requests there were."""
+        """Return the number of such requests so far."""
         return sum(1 for seen, path in self.log if seen == method and re.search(route, path))
 
     def head(self, repo_id: str, branch: str = "main") -> Commit:
@@ -131,7 +132,7 @@ class HubServer:
         return commits[-1]
 
     def add_repo(self, repo_id: str, files: dict[str, bytes] | None = None, *, private: bool = False) -> None:
-        """A repository as the website makes it, or with files."""
+        """Create a repository, empty as the website creates it or with files."""
         self.repos[repo_id] = Repo(private)
         content = {".gitattributes": b"*.safetensors filter=lfs\n"} | (files or {})
         made = {name: File(data, is_large(name)) for name, data in content.items()}
@@ -190,7 +191,7 @@ class Handler(BaseHTTPRequestHandler):
         return b"".join(parts)
 
     def answer(self, content: Any, status: int = 200, headers: dict[str, str] | None = None) -> None:
-        """JSON, or bytes as they are; broken off where the fault says so."""
+        """Send JSON or raw bytes; break off if the fault is "lost" or "drop"."""
         data = content if isinstance(content, bytes) else json.dumps(content).encode()
         if self.fault == "lost":
             self.close_connection = True
@@ -204,7 +205,7 @@ class Handler(BaseHTTPRequestHandler):
         self.close_connection = self.close_connection or self.fault == "drop"
 
     def user(self) -> str | None:
-        """Whose token it is; a wrong one is refused as the Hub does it."""
+        """Return the token's user, or None without a token; reject a wrong token as the Hub does."""
         scheme, _, token = self.headers.get("Authorization", "").partition(" ")
         if not scheme:
             return None

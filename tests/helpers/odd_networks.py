@@ -1,21 +1,23 @@
-"""A program: train.py, its options, and a network or tracker that fails on purpose."""
+"""Run as a script: train.py with a network (NaN logits) and a tracker that fail on purpose."""
 
 import os
 import runpy
 import sys
+from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate.tracking import GeneralTracker, on_main_process, register_tracker_class
 from timm.models import register_model
 
-from helpers import ROOT
 from timm_coda.models.coda_net import CodaNet, coda_net_xs
+
+ROOT = Path(__file__).parents[2]
 
 
 @register_model
 def coda_net_with_gaps(pretrained: bool = False, **kwargs: Any) -> CodaNet:
-    """coda_net_xs, with NaN logits in the training steps of GAPS, in the process of GAP_RANK only."""
+    """Return coda_net_xs with NaN logits in the training steps listed in GAPS, only in the process GAP_RANK."""
     model = coda_net_xs(pretrained, **kwargs)
     gaps = [int(step) for step in os.environ["GAPS"].split()]
     steps = 0
@@ -33,7 +35,7 @@ def coda_net_with_gaps(pretrained: bool = False, **kwargs: Any) -> CodaNet:
 
 
 class Unplugged(GeneralTracker):
-    """A tracker whose server goes away after the second message."""
+    """A tracker that fails after the second message, as if its server were unreachable."""
 
     name = "unplugged"
     requires_logging_directory = False

@@ -1,4 +1,4 @@
-"""train.py as a process of its own, on a small data set, and whether two runs were the same."""
+"""Helpers that run train.py in a separate process on a small dataset, and compare two runs."""
 
 import io
 import json
@@ -34,7 +34,7 @@ def image_file(rng: np.random.Generator, label: int) -> bytes:
 def start(
     *options, cwd: Path, script: str = "train.py", processes: int = 1, environment: dict[str, str] | None = None, **more
 ) -> subprocess.Popen:
-    """train.py as one process, or several that Accelerate launches, in a group of their own."""
+    """Start train.py as one process, or several launched by Accelerate, in a new process group."""
     environment = os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"} | (environment or {})
     command = [str(ROOT / script), *map(str, options)]
     if processes > 1:
@@ -46,26 +46,26 @@ def start(
 
 
 def finish(run: subprocess.Popen, code: int = 0) -> str:
-    """What it printed when it ended, with that exit code."""
+    """Wait until a run ends, check its exit code, and return what it printed."""
     out, err = run.communicate(timeout=180)
     assert run.returncode == code, (run.returncode, out, err)
     return out + err
 
 
 def signal_group(run: subprocess.Popen, number: signal.Signals) -> None:
-    """As a terminal or a scheduler does: to the run and to all processes that it has started."""
+    """Send a signal to a run and its child processes, as a terminal or a scheduler does."""
     os.killpg(run.pid, number)
 
 
 def kill(run: subprocess.Popen) -> None:
-    """SIGKILL to a run and all processes it has started, those in groups of their own, too."""
+    """Kill a run and all its child processes, including those in other process groups."""
     for process in (*psutil.Process(run.pid).children(recursive=True), run):
         process.kill()
     run.communicate()
 
 
 def wait_for_state(run: subprocess.Popen, folder: Path, update: int) -> None:
-    """Wait until a training state of that update, or a later one, is there."""
+    """Wait until a checkpoint of this update or a later one exists."""
     limit = time.monotonic() + 60
     while time.monotonic() < limit and run.poll() is None:
         for state in states.find_states(folder / "checkpoints"):
@@ -75,11 +75,11 @@ def wait_for_state(run: subprocess.Popen, folder: Path, update: int) -> None:
             except FileNotFoundError:  # just deleted
                 pass
         time.sleep(0.005)
-    raise AssertionError(f"no state of update {update}: {run.communicate()}")
+    raise AssertionError(f"no checkpoint of update {update}: {run.communicate()}")
 
 
 def assert_same_run(one: Path, other: Path) -> None:
-    """The same curve, the same weights, optimiser and average, bit for bit, and the same model to publish."""
+    """Assert that curves, weights, optimiser states, averages and published models are equal bit for bit."""
     summaries = [json.loads((folder / "summary.json").read_text()) for folder in (one, other)]
     assert summaries[0]["curve"] == summaries[1]["curve"]
     for epochs in zip(*(summary["history"] for summary in summaries), strict=True):

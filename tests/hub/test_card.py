@@ -1,4 +1,4 @@
-"""Model cards say what is known, and nothing else."""
+"""Model cards contain all known facts and leave out the unknown ones."""
 
 import json
 
@@ -72,7 +72,7 @@ def test_what_was_measured():
     for said in (
         "](explanation.png)",
         "| accuracy | 98.77% of 450 test images of me/animals |",
-        "| loss on them | 0.1235 |",
+        "| loss on the same images | 0.1235 |",
         "| localisation, grid 3x3 | 0.9123 |",
         "| localisation, chance | 0.11 |",
         "| removal | 0.912 (95 % interval 0.900 to 0.920) |",
@@ -83,7 +83,7 @@ def test_what_was_measured():
         "- parameters: 2,034,960\n",
         "- time: 67 min on Voodoo 2, 2 processes\n",
         "- commit of timm_coda: `abc1234`\n",
-        "- with timm_coda 0.1.0, torch 2.15.0\n",
+        "- versions: timm_coda 0.1.0, torch 2.15.0\n",
         "python train.py --data me/animals --epochs 3\n",
     ):
         assert said in made.text, said
@@ -107,12 +107,12 @@ def test_a_licence_with_conditions():
     data = made.data.to_dict()
     assert (data["license"], data["license_name"]) == ("other", "non-commercial-research")
     assert data["license_link"] == "https://example.org/weights"
-    assert "Of the weights of `coda_net_xs`: Weights of the authors." in made.text
+    assert "About the weights of `coda_net_xs`: Weights of the authors." in made.text
     said = "Weights: Non-commercial research. They come from https://example.org/weights. Ask them for more. The code"
     assert said in made.text
     tuned = {"options": {"pretrained": True, "model": "coda_net_xs.old", "data": ["digits"]}}
     tuned_text = make(CONFIG | {"pretrained_cfg": source}, summary=tuned).text
-    assert "Fine-tuned from `coda_net_xs.old`." in tuned_text and "They started from https://example.org" in tuned_text
+    assert "Fine-tuned from `coda_net_xs.old`." in tuned_text and "They were fine-tuned from https://" in tuned_text
     scratch = {"options": {"pretrained": False, "model": "coda_net_xs.old", "data": ["digits"]}}
     made = make(CONFIG | {"pretrained_cfg": source}, summary=scratch)
     assert not {"authors", "Licence", "example.org", "Fine-tuned"} & set(made.text.replace(".", " ").split())
@@ -141,7 +141,7 @@ def test_a_model_and_its_folder_have_the_same_card(tmp_path):
     written = hub.card_of_folder(tmp_path, "me/x")
     assert "50.00%" in written and "](explanation.png)" in written
     (tmp_path / "summary.json").write_text('{"accuracy": "good"}')
-    with pytest.raises(folder.HubError, match=r"no model card can be made of .*summary\.json"):
+    with pytest.raises(folder.HubError, match=r"cannot make a model card from .*summary\.json"):
         hub.card_of_folder(tmp_path, "me/x")
     (tmp_path / "summary.json").write_text("{")
     with pytest.raises(folder.HubError, match=r"summary\.json is not JSON"):

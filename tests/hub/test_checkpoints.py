@@ -1,6 +1,6 @@
-"""Published weights in: the authors' format, downloads that fail, other classes and colours, the command, ours.
+"""Loading published weights: the authors' format, failing downloads, other classes and colours, and `convert`.
 
-Links are those of a small server of this file's own, in the shape of the authors': all end in /download.
+Downloads come from a small local server, whose links look like the authors': all end in /download.
 """
 
 import http.server
@@ -41,7 +41,7 @@ def authors_weights(model, seed: int = 0) -> dict[str, torch.Tensor]:
 
 
 def assert_converted(model, authors) -> None:
-    """Index by index: row k D + d of the authors' second map is input k of unit d."""
+    """Compare single indices: row k D + d of the authors' second map is input k of unit d."""
     layers = [module for module in model.modules() if isinstance(module, timm_coda.DAUConv2d)]
     assert len(layers) * 3 == len(authors)
     for i, layer in enumerate(layers):
@@ -93,7 +93,7 @@ def test_authors_format_however_it_is_wrapped(wrapping, prefix, suffix, tmp_path
 
 
 class Server(http.server.ThreadingHTTPServer):
-    """Sends `files[path]`; a missing one is 404, and of a path in `broken` only the first half comes."""
+    """Send `files[path]`: 404 if it is missing, and only the first half if the path is in `broken`."""
 
     def __init__(self):
         self.files: dict[str, bytes] = {}
@@ -146,7 +146,7 @@ def cache(tmp_path, monkeypatch):
 
 
 def create(name: str, url: str, **arguments):
-    """A tag as it is, but for the link."""
+    """Create a pretrained model with its tag's own configuration, except for the link."""
     overlay = {"url": (url, timm.get_pretrained_cfg_value(name, "url")[1])}
     return timm.create_model(name, pretrained=True, pretrained_cfg_overlay=overlay, **SMALL | arguments)
 
@@ -160,7 +160,7 @@ def test_download_of_the_authors_weights(server, cache, tmp_path, caplog):
     for seed, name in enumerate(("coda_net_s.mpi_t10_cifar10", "coda_net_s.mpi_t50_cifar10")):
         weights[name] = authors_weights(layout, seed)
         url = server.put(f"token{seed}", weights[name], folder=tmp_path)
-        for _ in range(2):  # the second comes from the cache
+        for _ in range(2):  # the second time from the cache
             model = create(name, url)
             assert_converted(model, weights[name])
             assert f"mpi_t{model.logits.temperature:g}_cifar10" in name
@@ -234,7 +234,7 @@ def test_downloads_that_fail(kind, message, server, cache, tmp_path):
     with pytest.raises(checkpoints.ConvertError, match=message) as error:
         create("coda_net_s.mpi_t1000_cifar10", url)
     assert not (tmp_path / "harm").exists()
-    if kind != "other network":  # that file is whole, and its name says which it is
+    if kind != "other network":  # that file is complete, so it stays in the cache
         assert url in str(error.value)
         assert "timm-coda convert FILE --model coda_net_s.mpi_t1000_cifar10 --output FOLDER" in str(error.value)
         assert "\n" not in str(error.value)
@@ -266,10 +266,10 @@ def test_checkpoints_that_do_not_fit(tmp_path):
         coda_net.checkpoint_filter_fn({k: v for k, v in weights.items() if not k.startswith("6.") or "0.w" in k}, small)
     with pytest.raises(checkpoints.ConvertError, match=r"^9\.weight_mod\S* is not one of the 9 layers"):
         coda_net.checkpoint_filter_fn(weights | {"9.weight_mod.weighting_f.1.bias": torch.ones(9)}, small)
-    with pytest.raises(checkpoints.ConvertError, match=r"^3\.weight_mod\S*, \[5\], does not go with the rest"):
+    with pytest.raises(checkpoints.ConvertError, match=r"^3\.weight_mod\S*, \[5\], does not fit the rest"):
         coda_net.checkpoint_filter_fn(weights | {"3.weight_mod.weighting_f.1.bias": torch.ones(5)}, small)
     torch.save(weights, tmp_path / "ten.pt")
-    overlay = {"file": str(tmp_path / "ten.pt"), "num_classes": 4}  # a wrong word about the file is found out
+    overlay = {"file": str(tmp_path / "ten.pt"), "num_classes": 4}  # the wrong number is detected
     with pytest.raises(checkpoints.ConvertError, match=r"size mismatch: head\.up\.weight \[20, .* \[8, "):
         timm.create_model("coda_net_s", pretrained=True, num_classes=4, pretrained_cfg_overlay=overlay, **SMALL)
 
@@ -304,7 +304,7 @@ def test_command_from_a_link(server, tmp_path, capsys):
     assert_converted(timm.create_model(f"local-dir:{tmp_path}/again", pretrained=True), weights)
     url = server.put("page", PAGE, folder=tmp_path)
     error = run(url, *base, "--output", tmp_path / "page", code=2, capsys=capsys)
-    assert f"what {url} sends is no checkpoint: it is a web page" in error
+    assert f"the response of {url} is not a checkpoint: it is a web page" in error
 
 
 def test_command_with_ones_own_classes(tmp_path, capsys):
@@ -321,7 +321,7 @@ def test_command_with_ones_own_classes(tmp_path, capsys):
     errors = {
         r"size mismatch: head.up.weight [6, ": ["--output", tmp_path / "d"],
         r"2 label names (cat, dog, ...) for 3 classes": ["--num-classes", 3, "--label-names", "cat", "dog"],
-        r"is in use: name another folder": ["--num-classes", 3, "--output", tmp_path / "a"],
+        r"is in use: choose another folder": ["--num-classes", 3, "--output", tmp_path / "a"],
     }
     for message, more in errors.items():
         more = more if "--output" in more else [*more, "--output", tmp_path / "d"]
@@ -354,13 +354,13 @@ def test_command_overwrites_only_what_it_is_told_to(tmp_path, capsys):
         (["nowhere.pt", "--model", "coda_net_s"], "nowhere.pt cannot be read as a checkpoint: "),
         (["page.pt", "--model", "coda_net_s"], "page.pt is a web page"),
         (["page.pt", "--model", "coda_net_t"], "timm has no model 'coda_net_t'"),
-        (["page.pt", "--model", "coda_net_s.mars"], "cannot make the model coda_net_s.mars: Invalid pretrained tag"),
-        (["page.pt", "--model", "test_resnet"], "test_resnet is no model of timm_coda"),
+        (["page.pt", "--model", "coda_net_s.mars"], "cannot create the model coda_net_s.mars: Invalid pretrained tag"),
+        (["page.pt", "--model", "test_resnet"], "test_resnet is not a timm_coda model"),
         (["ftp://a/b.pt", "--model", "coda_net_s"], "ftp://a/b.pt: only https:// and http://"),
         (["cut.safetensors", "--model", "coda_net_s"], "cut.safetensors cannot be read as a checkpoint"),
-        (["harm.pt", "--model", "coda_net_s"], "mkdir), and to load these would run code in it"),
-        (["old_harm.pt", "--model", "coda_net_s"], "mkdir), and to load these would run code in it"),
-        (["harm.pickle", "--model", "coda_net_s"], "and to load these would run code in it"),
+        (["harm.pt", "--model", "coda_net_s"], "mkdir), and loading these would run code in it"),
+        (["old_harm.pt", "--model", "coda_net_s"], "mkdir), and loading these would run code in it"),
+        (["harm.pickle", "--model", "coda_net_s"], "and loading these would run code in it"),
         (["empty.pt", "--model", "coda_net_s"], "empty.pt is empty"),
     ],
 )

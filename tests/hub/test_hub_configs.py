@@ -1,6 +1,6 @@
-"""hub_configs/<arch>.<tag>/: one folder for each tag, with the package's own configuration and card, and a recipe.
+"""hub_configs/<arch>.<tag>/: one folder per tag, with the configuration and card that the package writes, and a recipe.
 
-After a change of default_cfgs, this writes every config.json and card.md anew:
+After a change of default_cfgs or of the card's text, this command rewrites every config.json and card.md:
 
     PYTHONPATH=tests python tests/hub/test_hub_configs.py
 """
@@ -26,7 +26,7 @@ TAGS = [name for model in MODELS for name in timm.list_models(f"{model}.*", incl
 
 
 def config_of(name: str) -> str:
-    """config.json as `hub.save_model` writes it."""
+    """The text of config.json as written by `hub.save_model`."""
     return json.dumps(model_config(timm.create_model(name, device="meta")), indent=2) + "\n"
 
 
@@ -61,7 +61,7 @@ def test_card_is_what_the_package_writes(name):
         assert "import timm_coda  # registers the architecture" in card and f'create_model("{name}"' in card
     else:
         assert (
-            f"no weights yet. In a clone of timm_coda:\n\n```bash\npython train.py --config hub_configs/{name}/" in card
+            f"To train them, in a clone of timm_coda:\n\n```bash\npython train.py --config hub_configs/{name}/" in card
         )
     assert ("non-commercial" in card) == (".mpi_" in name)
 
@@ -82,7 +82,7 @@ def test_recipe_is_what_train_py_takes(name, train_module, tmp_path, monkeypatch
     args = options.parse_options(train_module.make_parser(), ["--config", str(file)], train_module.DEFAULT_RECIPE)
     assert args.output == f"runs/{name}"
     assert f"python train.py --config hub_configs/{name}/recipe.yaml" in file.read_text()
-    # What is trained here is ours: the tag of the authors' weights would put their licence on it.
+    # The recipe trains new weights: with the tag of the authors' weights they would get the authors' licence.
     tag = timm.get_pretrained_cfg_value(args.model, "tag")
     assert args.model == name or (".mpi_" in name and not tag.startswith("mpi_"))
     for option, value in yaml.safe_load(file.read_text()).items():

@@ -1,4 +1,4 @@
-"""Names of classes, and the class that a word means."""
+"""Class names of models, and finding the class that a word names."""
 
 import pytest
 import timm
@@ -31,11 +31,11 @@ def test_a_word_means_a_class(word, index):
 @pytest.mark.parametrize(
     ("word", "message"),
     [
-        ("cats", "no class is called 'cats'; near are cat: give a name, or a number from 0 to 5"),
-        ("crane", r"class 'crane': 2 classes are called so, give a number: \[2, 4\]"),
+        ("cats", "no class is named 'cats'; similar: cat: give a name, or a number from 0 to 5"),
+        ("crane", r"class 'crane': 2 classes have this name, give a number: \[2, 4\]"),
         ("6", "class 6: the model's classes are 0 to 5"),
-        ("-1", "no class is called '-1'"),
-        ("", "no class is called ''"),
+        ("-1", "no class is named '-1'"),
+        ("", "no class is named ''"),
     ],
 )
 def test_a_word_that_means_none(word, message):

@@ -1,4 +1,4 @@
-"""B-cos operations and layers against the literal formula, itself against a derivation of its own, in float64."""
+"""B-cos operations and layers against `reference.py`, and `reference.py` against explicit loops, in float64."""
 
 import copy
 
@@ -54,7 +54,7 @@ def by_hand(
     unit_norm=True,
     norm_eps=1e-6,
 ):
-    """One position, one unit at a time."""
+    """Compute one position and one unit at a time."""
     candidates, channels, kh, kw = weight.shape
     units = candidates // max_out
     x = F.pad(x, (padding[1], padding[1], padding[0], padding[0]))
@@ -162,7 +162,7 @@ def test_bfloat16_and_autocast_keep_their_precision(case, frozen):
 
 
 def test_norm_is_not_rounded_to_bfloat16():
-    x = torch.full((1, 4096, 1, 1), 0.5, dtype=torch.bfloat16)  # 4096 equal squares: a bfloat16 sum stops at 64
+    x = torch.full((1, 4096, 1, 1), 0.5, dtype=torch.bfloat16)  # 4096 equal squares: a bfloat16 sum would stall at 64
     weight = torch.ones(1, 4096, 1, 1, dtype=torch.bfloat16)
     assert bcos_conv2d(x, weight).item() == 32, "w^T p = |p| = 32 for w along p"
 

@@ -1,3 +1,5 @@
+"""DAU layers, the switch for frozen dynamic weights, image encoding, pooling and logits."""
+
 import _thread
 import copy
 import pickle
@@ -122,7 +124,7 @@ def test_what_checkpointing_computes_again_in_a_thread_of_autograds_is_frozen_to
                     done.set()
 
             if in_thread:
-                _thread.start_new_thread(backward, ())  # unknown to `threading`, as autograd's own are
+                _thread.start_new_thread(backward, ())  # not registered with `threading`, like autograd's threads
                 assert done.wait(60)
             else:
                 backward()

@@ -1,4 +1,4 @@
-"""The factorised computation against reference.py: values, all gradients, frozen mode, precisions, edges."""
+"""The factorised computation against `reference.py`: values, all gradients, frozen mode, dtypes, edge cases."""
 
 import pytest
 import torch
@@ -70,7 +70,7 @@ def test_low_precision(dtype, bound, activation):
 
 
 def test_norm_stays_float32_under_autocast():
-    """A weight of length 1e-3 squared is lost among bfloat16 products of size 1, not among float32 ones."""
+    """The square of a weight of length 1e-3 is rounded away among bfloat16 products of size 1, but not in float32."""
     tensors, geometry = problem("3x3", torch.float32)
     expected, wanted = value_and_gradients(
         dau_conv2d, [t.detach().double().requires_grad_() for t in tensors], **geometry

@@ -1,4 +1,4 @@
-"""The stated truth against a derivation of its own: patches cut by slicing, weights by outer sums, in float64."""
+"""The reference implementation against explicit loops: sliced patches, weights summed over the rank, in float64."""
 
 import pytest
 import torch
@@ -9,7 +9,7 @@ from timm_coda.layers import reference
 
 
 def by_hand(x, down, up, up_bias, stride, padding, dilation, activation):
-    """One position, one unit at a time."""
+    """Compute one position and one unit at a time."""
     units, _, kh, kw = up_bias.shape
     rank = down.shape[0]
     x = torch.nn.functional.pad(x, (padding[1], padding[1], padding[0], padding[0]))

@@ -1,4 +1,4 @@
-"""B-cos models: the authors' numbers, exactness on a second input, timm's contract."""
+"""B-cos ResNets: the authors' numbers, exactness on a second input, timm's suite."""
 
 from math import log
 
@@ -23,7 +23,7 @@ GOLDEN = {"bcosv2_resnet18_64px": "bcos_resnet18", "bcosv2_resnet50_64px": "bcos
 
 
 def published_file(case, folder):
-    """The case's weights as the authors publish theirs, in a file of the published name."""
+    """Write the case's weights in the authors' format, under the published file name."""
     config = timm.get_pretrained_cfg(GOLDEN[case])
     path = folder / config.url.rsplit("/", 1)[1]
     torch.save(golden.state_dict(case), path)
@@ -31,7 +31,7 @@ def published_file(case, folder):
 
 
 def tiny(**arguments):
-    """A residual network of all the parts, with weights and statistics that are not those of the start."""
+    """A small ResNet with all kinds of parts; norm weights and statistics differ from their initial values."""
     torch.manual_seed(0)
     block = timm.models.resnet.BasicBlock
     model = timm_coda.BcosResNet(block, (1, 1, 1, 1), **{"num_classes": 4} | arguments)
@@ -87,7 +87,7 @@ def test_timm_loads_the_published_file(tmp_path):
     ids=["tiny", "grouped", "small_images"],
 )
 def test_map_is_that_of_the_frozen_network_on_any_other_image(arguments):
-    """At the image itself the sum test alone would pass for plain input x gradient, too."""
+    """Other images are needed, because at the image itself the sum also holds for plain input x gradient."""
     model = tiny(output_stride=16, logit_temperature=0.5, logit_bias=-1.25)
     if arguments:
         torch.manual_seed(0)
@@ -227,7 +227,7 @@ def test_gradient_checkpointing_changes_nothing():
 
 @pytest.mark.parametrize(("name", "blocks"), [("bcos_resnet20", 3), ("bcos_resnet56", 9)])
 def test_layout_for_small_images(name, blocks):
-    """Two convolutions a block, one in front and the classifier: 6n + 2; and a shortcut's where channels grow."""
+    """6n + 2 layers: two per block, the first one and the classifier. Plus a shortcut each time the channels grow."""
     model = timm.create_model(name, device="meta")
     layers = [module for module in model.modules() if isinstance(module, BcosConv2d)]
     shortcuts = [layer for layer in layers[1:-1] if layer.kernel_size == (1, 1)]
@@ -240,7 +240,7 @@ def test_layout_for_small_images(name, blocks):
 
 @pytest.mark.parametrize("name", ["bcos_resnet18", "bcos_resnet20"])
 def test_timm_suite(name, tmp_path):
-    """timm's own tests, unchanged, with a file of the published name where timm would download to."""
+    """timm's own tests, unchanged; a file with the published name is in timm's download cache."""
     folder = tmp_path / "hub" / "checkpoints"
     folder.mkdir(parents=True)
     published_file("bcosv2_resnet18_64px", folder)

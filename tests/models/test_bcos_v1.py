@@ -1,4 +1,4 @@
-"""B-cos v1 networks: the authors' numbers, exactness on a second input, tags, timm's contract."""
+"""B-cos v1 networks: the authors' numbers, exactness on a second input, tags, timm's suite."""
 
 import os
 import sys
@@ -20,7 +20,7 @@ from timm_coda import cli, hub
 from timm_coda.hub.checkpoints import ConvertError
 from timm_coda.layers.bcos import BcosConv2d, EncodedBcosConv2d
 
-IMAGENET = {"resnet34": 100, "densenet121": 100, "vgg11": 1000, "inception_v3": 200}  # what sqrt(inputs) / s is
+IMAGENET = {"resnet34": 100, "densenet121": 100, "vgg11": 1000, "inception_v3": 200}  # sqrt(inputs of a unit) / s
 
 # golden case: tag
 GOLDEN = {
@@ -94,7 +94,7 @@ def test_another_networks_checkpoint_is_named():
 
 
 def freeze(model, x):
-    """The network with the weights, candidates and cosines it has at `x` written in, by the formulas alone."""
+    """Fix the network's weights, candidates and cosines to their values at `x`, computed from the formulas."""
     for layer, p in layers_and_inputs(model, x, BcosConv2d):
         encoded = isinstance(layer, EncodedBcosConv2d) and p.shape[1] == 3
         p = torch.cat([p, 1 - p], 1) if encoded else p
@@ -117,7 +117,7 @@ def freeze(model, x):
 
 
 def tiny(kind, b=2.0):
-    """A small network of all the parts, with numbers in it that float64 can tell from rounding."""
+    """A small network with all kinds of parts, whose values are large enough to differ from rounding in float64."""
     torch.manual_seed(0)
     options = {"b": b, "num_classes": 4, "logit_temperature": 0.001, "dtype": torch.float64}
     if kind == "resnet":
@@ -137,7 +137,7 @@ def tiny(kind, b=2.0):
     [("resnet", 2), ("densenet", 2), ("vgg", 2), ("inception", 2), ("conv", 1.0), ("conv", 1.75), ("conv", 2.5)],
 )
 def test_map_is_that_of_the_frozen_network_on_any_other_image(kind, b):
-    """At the image itself the sum test alone would pass for plain input x gradient, too."""
+    """Other images are needed, because at the image itself the sum also holds for plain input x gradient."""
     model = tiny(kind, b).eval()
     size = (75, 91) if kind == "inception" else (33, 40)
     x, other = torch.rand(2, 1, 3, *size, dtype=torch.float64)
@@ -197,7 +197,7 @@ def test_nine_layers_as_published():
             assert all(m.scale == pytest.approx(10 ** (1.75 - 1.5 * b)) for m in layers)
             assert model.logits.temperature == temperature
     assert timm.create_model("bcos_v1_conv9", b=1.6, scale=2, logit_temperature=3, device="meta").head.scale == 2
-    with pytest.raises(ValueError, match=r"b=1\.6: there is no published temperature for it \(only for 1, 1\.25, "):
+    with pytest.raises(ValueError, match=r"b=1\.6 has no published temperature \(only 1, 1\.25, "):
         timm.create_model("bcos_v1_conv9", b=1.6)
     with pytest.raises(ValueError, match=r"3 layers .* need as many channels and strides: got 2 and 3"):
         timm_coda.BcosConvNet((1, 2), (8, 8), (1, 2, 1))
@@ -222,10 +222,10 @@ def test_registered_with_the_published_files():
         size = {"conv9": (32, 32), "inception": (341, 299)}.get(tag.split(".")[0].split("_")[2], (256, 224))
         assert (steps["Resize"].size, steps["CenterCrop"].size[0]) == size
         assert (steps["Normalize"].mean.tolist(), steps["Normalize"].std.tolist()) == ([0, 0, 0], [1, 1, 1])
-    for name in names:  # the authors' weights come only when they are named
+    for name in names:  # the authors' weights are used only if their tag is given
         ours = timm.get_pretrained_cfg(name)
         assert (ours.tag, ours.license) == ("b2_cifar10" if "conv9" in name else "in1k", "apache-2.0")
-        with pytest.raises(hub.HubError, match=rf"{name}\.\w+ has no weights yet \(there are: {name}\.mpi_"):
+        with pytest.raises(hub.HubError, match=rf"{name}\.\w+ has no weights yet \(available: {name}\.mpi_"):
             timm.create_model(name, pretrained=True)
     assert timm.get_pretrained_cfg_value("bcos_v1_conv9", "label_names")[9] == "truck"
 
@@ -283,11 +283,11 @@ LARGE = ("bcos_v1_resnet34", "bcos_v1_inception_v3", "bcos_v1_vgg11")
 
 @pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow if n in LARGE else []) for n in SUITE])
 def test_timm_suite(name, tmp_path):
-    """timm's own tests, unchanged, with files of the published names where downloads are kept."""
+    """timm's own tests, unchanged; files with the published names are in the download cache."""
     folder = tmp_path / "hub" / "checkpoints"
     folder.mkdir(parents=True)
     torch.save(golden.state_dict(SUITE[name]), tmp_path / "published.pt")
     for tag in timm.list_pretrained(f"{name}.*"):
         os.link(tmp_path / "published.pt", folder / timm.get_pretrained_cfg_value(tag, "url")[1])
-    # timm leaves out a test of networks above 100 million parameters
+    # timm skips one test for networks above 100 million parameters
     run_timm_suite(name, home=tmp_path, skips=name == "bcos_v1_vgg11")

@@ -1,4 +1,4 @@
-"""B-cos DenseNets, VGG and ConvNeXts: the authors' numbers, exactness on a second input, timm's contract."""
+"""B-cos DenseNets, VGG and ConvNeXts: the authors' numbers, exactness on a second input, timm's suite."""
 
 import sys
 from math import log
@@ -18,14 +18,14 @@ from timm_coda.hub.checkpoints import ConvertError
 from timm_coda.layers.bcos import BatchNormUncentered2d, PositionNorm2d
 from timm_coda.models import bcos_convnext, bcos_densenet, bcos_vgg
 
-# golden case: model, its file
+# golden case: model, its module
 GOLDEN = {
     "bcosv2_densenet121_64px": ("bcos_densenet121", bcos_densenet),
     "bcosv2_vgg11_bnu_64px": ("bcos_vgg11", bcos_vgg),
     "bcosv2_convnext_tiny_64px": ("bcos_convnext_tiny", bcos_convnext),
 }
 
-# model: golden case whose weights timm's suite finds in the place of the published ones, or its own
+# model: golden case whose weights replace the published file in timm's suite; None for the model's own weights
 SUITE = {model: case for case, (model, _) in GOLDEN.items()} | dict.fromkeys(
     (
         "bcos_densenet161",
@@ -38,7 +38,7 @@ SUITE = {model: case for case, (model, _) in GOLDEN.items()} | dict.fromkeys(
 )
 QUICK = ("bcos_densenet121", "bcos_convnext_tiny")
 
-# name: network of all the parts of its family
+# name: small network with all kinds of parts of its family
 TINY = {
     "densenet": (BcosDenseNet, {"growth_rate": 4, "block_config": (2, 1, 1, 2)}),
     "vgg": (BcosVGG, {"cfg": [8, "M", 12, 10, "M"], "mlp_ratio": 1 / 128}),
@@ -51,7 +51,7 @@ TINY = {
 
 
 def tiny(name, **arguments):
-    """A small network whose norms' weights and statistics are not those of the start."""
+    """A small network whose norm weights and statistics differ from their initial values."""
     torch.manual_seed(0)
     kind, options = TINY[name]
     model = kind(**options | {"num_classes": 4} | arguments)
@@ -114,7 +114,7 @@ def test_a_file_of_another_model_is_named(name, tmp_path):
     weights = {"other.linear.weight": torch.rand(4, 6, 3, 3), "features.0.weight": torch.rand(4, 6, 1, 1)}
     torch.save({"state_dict": weights}, tmp_path / "other.pth")
     overlay = {"file": str(tmp_path / "other.pth")}
-    with pytest.raises(ConvertError, match=r"is not of this Bcos.*: missing: .*; only in the checkpoint: other\.w"):
+    with pytest.raises(ConvertError, match=r"does not fit this Bcos.*: missing: .*; only in the checkpoint: other\.w"):
         timm.create_model(name, pretrained=True, pretrained_cfg_overlay=overlay)
 
 
@@ -136,7 +136,7 @@ def test_saved_and_loaded(name, arguments, tmp_path):
 
 
 def test_exported_explanation_equals_eager(tmp_path):
-    """The backward pass through poolings that leave pixels over, as an ONNX graph."""
+    """The ONNX graph includes the backward pass through poolings that do not cover all pixels."""
     model = tiny("densenet", logit_temperature=0.1).float()
     model.pretrained_cfg = {"input_size": (3, 70, 77), "num_classes": 4}
     path = export_model(model, tmp_path / "model.onnx", explain=True, img_size=(70, 77))
@@ -144,7 +144,7 @@ def test_exported_explanation_equals_eager(tmp_path):
 
 
 def freeze_position_norms(model, x):
-    """The variances that position norms have at `x`, written into them."""
+    """Fix the variances of position norms to their values at `x`."""
     seen = {}
     norms = [m for m in model.modules() if isinstance(m, PositionNorm2d)]
     hooks = [m.register_forward_hook(lambda module, args, output: seen.update({module: args[0]})) for m in norms]
@@ -165,7 +165,7 @@ def freeze_position_norms(model, x):
 @torch.no_grad()
 @pytest.mark.parametrize("name", TINY)
 def test_map_is_that_of_the_frozen_network_on_any_other_image(name):
-    """At the image itself the sum test alone would pass for plain input x gradient, too."""
+    """Other images are needed, because at the image itself the sum also holds for plain input x gradient."""
     model = tiny(name, logit_temperature=0.5, logit_bias=-1.25, global_pool="sum")
     x, other = torch.rand(2, 1, 3, 70, 64, dtype=torch.float64)
     explanation = model.explain(x, torch.arange(4)[None])
@@ -273,7 +273,7 @@ def test_unknown_norm():
 
 @pytest.mark.parametrize("name", TINY)
 def test_cut_short_and_given_a_new_head(name):
-    """A network whose last layers are pruned votes from the layers left."""
+    """A pruned network with a new head classifies from the remaining layers."""
     model = tiny(name)
     x = torch.rand(1, 3, 64, 64, dtype=torch.float64)
     features = model.forward_intermediates(x, indices=[1], intermediates_only=True)[0]
@@ -303,7 +303,7 @@ def test_gradient_checkpointing_changes_nothing(name):
     "name", [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in SUITE]
 )
 def test_timm_suite(name, tmp_path):
-    """timm's own tests, unchanged, with files of the published names where timm would download to."""
+    """timm's own tests, unchanged; files with the published names are in timm's download cache."""
     folder = tmp_path / "hub" / "checkpoints"
     folder.mkdir(parents=True)
     case = SUITE[name]

@@ -1,4 +1,4 @@
-"""B-cos vision transformers: the authors' numbers, exactness on other images, tokens, timm's contract."""
+"""B-cos vision transformers: the authors' numbers, exactness on other images, explanations by tokens, timm's suite."""
 
 from itertools import pairwise
 from math import log
@@ -31,7 +31,7 @@ STEMS = {"patches": {"patch_size": 8}, "stem": {"patch_size": 2, "stem": (8, 8, 
 
 
 def tiny(stem, **arguments):
-    """A transformer of all the parts, with norms that are not those of the start."""
+    """A small transformer with all kinds of parts, and with norm weights that differ from their initial values."""
     torch.manual_seed(0)
     sizes = {"img_size": 32, "embed_dim": 16, "depth": 2, "num_heads": 2, "num_classes": 4}
     model = timm_coda.BcosVisionTransformer(**sizes | STEMS[stem] | arguments)
@@ -46,7 +46,7 @@ def image(*shape):
 
 
 def published_file(case, folder):
-    """The case's weights as the authors publish theirs, in a file of the published name."""
+    """Write the case's weights in the authors' format, under the published file name."""
     path = folder / timm.get_pretrained_cfg(GOLDEN[case]).url.rsplit("/", 1)[1]
     torch.save(golden.state_dict(case), path)
     return path
@@ -73,7 +73,7 @@ def test_published_file_fits_other_colours_and_classes(case, tmp_path):
 
 
 def freeze(model, x):
-    """The network with the weights, variances and attention it has at `x` written into it, by the formulas alone."""
+    """Fix the network's weights, variances and attention to their values at `x`, computed from the formulas."""
     kinds = BcosConv2d, BcosLinear, DynamicLayerNorm, DynamicGroupNorm2d, Attention
     for layer, p in layers_and_inputs(model, x, kinds):
         if isinstance(layer, BcosConv2d):
@@ -159,7 +159,7 @@ def test_nothing_is_left_behind_the_position_embedding(stem):
         assert relative_error(explanation.contributions.sum((1, 2)), explanation.value - explanation.bias) < 1e-12
     before = model.explain(x, target=2, layer="patch_embed.proj").residual
     assert relative_error(before, model.explain(x, target=2).residual) < 1e-11
-    with pytest.raises(ValueError, match=r"layer='fc_norm' gives \[\[2, 16\]\]"):
+    with pytest.raises(ValueError, match=r"layer='fc_norm' outputs \[\[2, 16\]\]"):
         model.explain(x, layer="fc_norm")
 
 
@@ -376,7 +376,7 @@ def test_saved_model_comes_back(tmp_path):
 
 @pytest.mark.parametrize("size", ["tiny", *(pytest.param(s, marks=pytest.mark.slow) for s in list(SIZES.values())[1:])])
 def test_timm_suite(size, tmp_path):
-    """timm's own tests, unchanged, with files of the published names where timm would download to."""
+    """timm's own tests, unchanged; files with the published names are in timm's download cache."""
     folder = tmp_path / "hub" / "checkpoints"
     folder.mkdir(parents=True)
     models = [name for name in MODELS if size in name]

@@ -1,7 +1,7 @@
-"""B-cosification on real images: as accurate as plain fine-tuning of the same weights in as many epochs.
+"""B-cosification on real images: as accurate as plain fine-tuning of the same weights for the same number of epochs.
 
-`python -m pytest -m slow -rP tests/test_bcosification.py` prints the accuracies; TIMM_CODA_OUTPUT=FOLDER keeps a
-picture of the maps there.
+`python -m pytest -m slow -rP tests/models/test_bcosification.py` prints the accuracies. TIMM_CODA_OUTPUT=FOLDER saves a
+figure of the maps there.
 """
 
 import os
@@ -22,7 +22,7 @@ MEAN = STD = 0.5
 
 
 def digits(split, classes):
-    """The split's digits of these classes, doubled to (N, 3, 16, 16) in [0, 1], and their class numbers."""
+    """The split's digits of these classes, upsampled to (N, 3, 16, 16) in [0, 1], and their class numbers."""
     rows = [row for row, label in enumerate(split.labels) if label in classes]
     pixels = torch.from_numpy(np.stack([np.asarray(split.image(row)) for row in rows])).permute(0, 3, 1, 2) / 255
     labels = torch.tensor([classes.index(split.labels[row]) for row in rows])
@@ -30,7 +30,7 @@ def digits(split, classes):
 
 
 class Normalised(torch.nn.Module):
-    """A plain model behind the normalisation that its B-cos version takes up itself."""
+    """A plain model after the normalisation that its B-cos version includes."""
 
     def __init__(self, model):
         super().__init__()
@@ -41,13 +41,13 @@ class Normalised(torch.nn.Module):
 
 
 def uniform_off_targets(logits, labels):
-    """The B-cos recipe's binary cross entropy, with 1 / classes for what an image is not."""
+    """The B-cos recipe's binary cross-entropy, with 1 / classes as the target of all other classes."""
     classes = logits.shape[1]
     return F.binary_cross_entropy_with_logits(logits, F.one_hot(labels, classes).float().clamp_min(1 / classes))
 
 
 def train(model, images, labels, epochs, loss, batch=32):
-    """Adam, one cycle, shifts by up to two pixels; for any model the same images in the same order."""
+    """Train with Adam, a one-cycle schedule and shifts of up to two pixels; all models see the same batches."""
     generator = torch.Generator().manual_seed(0)
     optimizer = torch.optim.Adam(model.parameters())
     steps = len(images) // batch

@@ -1,4 +1,4 @@
-"""B-cos versions of timm's architectures: exact on other images, trained, saved, refused where that cannot be."""
+"""B-cos versions of timm's architectures: exact on other images, training, saving, and errors for unsupported ones."""
 
 from types import MethodType
 
@@ -35,7 +35,7 @@ both = pytest.mark.parametrize("from_pretrained", [False, True], ids=["scratch",
 
 
 def settled(architecture, from_pretrained=False, **arguments):
-    """A B-cos version in float64 whose running statistics are those of some images, as after training."""
+    """A B-cos version in float64 whose running statistics come from images, as after training."""
     torch.manual_seed(0)
     original = timm.create_model(architecture, num_classes=4, **ARCHITECTURES.get(architecture, {}), **arguments)
     model = timm_coda.bcosify(original, from_pretrained=from_pretrained).double()
@@ -51,7 +51,7 @@ def settled(architecture, from_pretrained=False, **arguments):
 
 
 def frozen_forward(module, seen):
-    """`module` with the input-dependent factors it has at `seen`, by the formulas alone."""
+    """Forward function of `module` with its input-dependent factors at `seen`, computed from the formulas."""
     if isinstance(module, (BcosConv2d, BcosLinear)):
         conv = isinstance(module, BcosConv2d)
         axes = tuple(range(1, module.weight.dim()))
@@ -96,7 +96,7 @@ DYNAMIC = (
 
 
 def freeze(model, x):
-    """The network as a linear one: each layer with the factors it has at `x`."""
+    """Make the network linear: fix the factors of each layer to their values at `x`."""
     inputs = {}
 
     def note(module, args):
@@ -124,7 +124,7 @@ def test_map_is_that_of_the_frozen_network_on_any_other_image(architecture, from
     x, other = torch.rand(2, 1, 3, 64, 64, dtype=torch.float64)
     explanation = model.explain(x, torch.arange(4)[None])
     logits = model(x)
-    added = model.logits.bias + explanation.residual  # what is no pixel's
+    added = model.logits.bias + explanation.residual  # not contributed by any pixel
     unexplained = relative_error(explanation.contributions.sum((2, 3)) + model.logits.bias, logits)
     if architecture.startswith("vit"):
         assert unexplained > 1e-6, "positions are added"
@@ -207,7 +207,7 @@ def test_weights_are_carried_over_and_the_original_is_left():
 
 
 class Outside(nn.Module):
-    """A part with a non-linearity outside its modules."""
+    """A module that calls a non-linearity as a function."""
 
     def forward(self, x):
         return F.gelu(x)
@@ -228,11 +228,11 @@ def test_a_hidden_non_linearity_is_found(monkeypatch):
 @pytest.mark.parametrize(
     ("architecture", "message"),
     [
-        ("swin_tiny_patch4_window7_224", r"no B-cos version: layers.0.blocks.0.attn \(WindowAttention\) weighs"),
+        ("swin_tiny_patch4_window7_224", r"no B-cos version: layers.0.blocks.0.attn \(WindowAttention\) has input"),
         ("convnextv2_atto", r"stages.0.blocks.0.mlp.grn \(GlobalResponseNorm\) has no B-cos counterpart"),
         ("tf_efficientnet_b0", r"conv_stem \(Conv2dSame"),
-        ("coda_net_xs", "explains itself already"),
-        ("bcos_resnet18", "explains itself already"),
+        ("coda_net_xs", "already has exact explanations"),
+        ("bcos_resnet18", "already has exact explanations"),
     ],
 )
 def test_what_cannot_be_converted_says_why(architecture, message):
@@ -243,13 +243,13 @@ def test_what_cannot_be_converted_says_why(architecture, message):
 def test_what_cannot_be_made():
     with pytest.raises(ValueError, match="timm has no such architecture"):
         timm.create_model("bcosified", base="resnet17")
-    with pytest.raises(ValueError, match="was not made by timm"):
+    with pytest.raises(ValueError, match="Sequential has no architecture name"):
         timm_coda.bcosify(nn.Sequential(nn.Conv2d(3, 4, 3)))
-    with pytest.raises(ValueError, match="which no saved file can hold"):
+    with pytest.raises(ValueError, match="which cannot be saved as JSON"):
         timm_coda.bcosify(timm.create_model("resnet18", act_layer=nn.SiLU))
-    with pytest.raises(ValueError, match="in_chans is an argument of its own"):
+    with pytest.raises(ValueError, match="give in_chans as a separate argument"):
         timm.create_model("bcosified", base_args={"in_chans": 3})
-    with pytest.raises(ValueError, match="go with a name"):
+    with pytest.raises(ValueError, match="only for a model name"):
         timm_coda.bcosify(timm.create_model("resnet18", num_classes=2), base_args={"output_stride": 8})
     with pytest.raises(TypeError, match="unexpected"):
         timm.create_model("bcosified", temperature=2.0)
@@ -277,7 +277,7 @@ def test_grey_images_of_a_saved_colour_model(tmp_path):
 def test_frozen_layer_is_linear_with_the_same_value(layer, shape):
     torch.manual_seed(0)
     layer = layer.double()
-    x = (6 * torch.randn(shape, dtype=torch.float64)).requires_grad_()  # beyond ReLU6's end, too
+    x = (6 * torch.randn(shape, dtype=torch.float64)).requires_grad_()  # some values are above 6, where ReLU6 saturates
     plain = layer(x.clone())
     with timm_coda.explanation_mode(layer):
         frozen = layer(x)

@@ -1,3 +1,5 @@
+"""CoDA-Nets: the authors' numbers, published sizes, arguments, compiled and exported models, timm's suite."""
+
 import pytest
 import timm
 import torch
@@ -110,7 +112,7 @@ def test_gradient_checkpointing_changes_nothing(channels_last):
 
 
 def test_compiled_model_follows_explanation_mode():
-    """The switch must be seen by compiled code, in both directions."""
+    """Compiled code must follow the switch, on and off."""
     torch.manual_seed(0)
     model = timm_coda.CodaNet(**TINY).double()
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
@@ -141,7 +143,7 @@ def test_export_and_state_dict():
 
 @pytest.mark.parametrize("name", ["coda_net_xs", "bcos_v1_conv9"])
 def test_a_second_backbone_is_as_the_first(name):
-    """timm takes keys out of the feature_cfg that it is given."""
+    """timm removes keys from the feature_cfg that it receives."""
     first, second = (timm.create_model(name, features_only=True) for _ in range(2))
     assert type(first) is type(second)
     assert first.feature_info.channels() == second.feature_info.channels()
@@ -149,5 +151,5 @@ def test_a_second_backbone_is_as_the_first(name):
 
 def test_timm_suite():
     """timm's own tests, unchanged, on every model."""
-    # The authors' weights would be downloaded.
+    # Skip tests that would download the authors' weights.
     run_timm_suite("coda*", "-k", "not (mpi_t and pretrained)")

@@ -1,4 +1,4 @@
-"""Pretrained weights by tag: what a tag brings, the weights that ship, other classes, colours and features on load."""
+"""Pretrained weights by tag: arguments of a tag, shipped weights, loading with other classes, colours or outputs."""
 
 import json
 import logging
@@ -139,7 +139,7 @@ def test_other_colours_on_load(in_chans, digits, test_set, caplog):
 
 @pytest.mark.parametrize("in_chans", [1, 6])
 def test_a_grey_image_gives_the_same_code_and_product(in_chans, digits):
-    """z = B p and z^T A p stay as they were; only the norm of the weight has other terms."""
+    """z = B p and z^T A p do not change; only the norm of the weight sums other terms."""
     model = timm.create_model("coda_net_xs.digits", pretrained=True, in_chans=in_chans).double()
     grey = torch.rand(2, 1, 8, 8, dtype=torch.float64)
     for weight in ("down", "up"):

@@ -1,4 +1,4 @@
-"""Losses and limits for gradients, against what they say."""
+"""Tests of losses, Mixup, evaluation, gradient clipping and skipped updates."""
 
 from types import SimpleNamespace
 
@@ -24,7 +24,7 @@ def test_uniform_targets():
     assert torch.allclose(loss(logits, target), expected / 12)
     mixed = torch.tensor([[0.5, 0.5, 0, 0]] * 3, dtype=torch.float64)
     assert torch.allclose(loss(logits, mixed), loss(logits, mixed.clamp(min=0.25)))
-    # At the bias -log(classes - 1), an image without evidence pulls at no wrong class.
+    # At the bias -log(classes - 1), an image without evidence has no gradient at wrong classes.
     silent = torch.full((1, 4), -torch.tensor(3.0).log().item(), requires_grad=True)
     loss(silent, torch.tensor([2])).backward()
     assert silent.grad is not None and silent.grad[0, [0, 1, 3]].abs().max() < 1e-7 < -silent.grad[0, 2]
@@ -56,7 +56,7 @@ def test_gradients_are_limited_unit_by_unit():
 
 
 def test_an_update_without_a_finite_gradient_is_skipped_whole():
-    """Weights, the optimiser's memory and running variances stay as they were, and the next update is as if first."""
+    """Weights, optimiser state and running variances are unchanged, and the next update is made normally."""
     accelerator = Accelerator(cpu=True)
     torch.manual_seed(0)
     network = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4))

@@ -1,4 +1,4 @@
-"""The linear map to learn with: that of the explanations, with the derivatives that finite differences have."""
+"""Tests of the differentiable linear map: it equals the explanations' map; its gradients match finite differences."""
 
 import pytest
 import timm
@@ -35,7 +35,7 @@ def test_it_is_the_map_of_the_explanation(options, backend):
 @pytest.mark.parametrize("backend", ["cpu", "torch"])
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_its_derivatives_are_those_of_finite_differences(backend, checkpointing):
-    """Of loss and penalty together, in each parameter, along a random direction."""
+    """Check the gradient of loss plus penalty for each parameter, along a random direction."""
     model, labels = small(), torch.tensor([3, 0, 2])
     model.set_grad_checkpointing(checkpointing)
     penalty = MapPenalty(model, 3.0)
@@ -80,11 +80,11 @@ def test_the_classes_are_the_true_one_and_another():
 
 
 def test_only_that_of_coda_nets():
-    with pytest.raises(ValueError, match="the linear map of a ResNet: only that of a CoDA-Net"):
+    with pytest.raises(ValueError, match="a ResNet is not supported: choose a CoDA-Net"):
         MapPenalty(timm.create_model("test_resnet"), 1.0)
     with pytest.raises(ValueError, match="with pooled classes"):
         MapPenalty(small(num_classes=0), 1.0)
-    with pytest.raises(ValueError, match="leave out --mixup"):
+    with pytest.raises(ValueError, match="remove --mixup"):
         MapPenalty(small(), 1.0, mixed=True)
     assert MapPenalty(timm.create_model("test_resnet"), 0.0, mixed=True)(torch.zeros(1)) == 0
 

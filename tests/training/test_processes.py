@@ -1,4 +1,4 @@
-"""Runs of two processes against runs of one, streamed or not, killed or not."""
+"""Tests of runs with two processes against runs with one, streamed or not, killed or not."""
 
 import json
 
@@ -16,7 +16,7 @@ SHARED = [*SMALL, *QUIET, "--epochs", 3, "--hflip", 0.5]
 
 @pytest.fixture(scope="module")
 def shards(tmp_path_factory) -> str:
-    """The colours as three parquet files to train on, in row groups of seven, one of which is broken."""
+    """Write images of three colours as three parquet files for training; one of their row groups of 7 is broken."""
     folder = tmp_path_factory.mktemp("shards")
     rng = np.random.default_rng(0)
     features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(num_classes=3)})
@@ -35,9 +35,9 @@ def shards(tmp_path_factory) -> str:
 
 @pytest.mark.parametrize("streaming", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["files", "streaming"])
 def test_two_processes_are_one_with_twice_the_accumulation(colours, shards, tmp_path, streaming):
-    """And two that are killed go on bit for bit as if they had not been."""
+    """Also, two processes that are killed resume bit for bit as if they had not been."""
     source = ["--data", shards, "--streaming", 32, "--batch-size", 4] if streaming else ["--data", colours]
-    # Random numbers of their own: mixtures of images, the penalty's other classes.
+    # Options that draw random numbers in each process: Mixup, the penalty's other classes.
     source += ["--epochs", 2, "--map-penalty", 0.5] if streaming else ["--batch-size", 6, "--mixup", 0.2]
     options = [*SHARED, *source, "--save-every", 1, "--workers", 1 if streaming else 0]
     one = start(*options, "--grad-accum", 2, "--output", "one", cwd=tmp_path)
@@ -55,7 +55,7 @@ def test_two_processes_are_one_with_twice_the_accumulation(colours, shards, tmp_
     wait_for_state(run, tmp_path / "killed", 4)
     kill(run)
     out = finish(start("--resume", "killed", "--workers", 0, cwd=tmp_path, processes=2))
-    assert "going on with killed after update" in out
+    assert "resuming killed after update" in out
     assert_same_run(tmp_path / "two", tmp_path / "killed")
 
 
@@ -66,5 +66,5 @@ def test_a_streaming_run_that_is_killed_goes_on_bit_for_bit(shards, tmp_path):
     wait_for_state(run, tmp_path / "killed", 7)
     kill(run)
     out = finish(start("--resume", "killed", "--workers", 0, cwd=tmp_path))
-    assert "going on with killed after update" in out
+    assert "resuming killed after update" in out
     assert_same_run(tmp_path / "whole", tmp_path / "killed")

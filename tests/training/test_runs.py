@@ -1,4 +1,4 @@
-"""Recipes, folders and progress of runs."""
+"""Tests of recipes, output folders and progress of runs."""
 
 import argparse
 import json
@@ -48,9 +48,9 @@ def test_defaults_then_the_recipe_then_the_command_line(folder):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("learning-rate: 1", "there is no option 'learning-rate': there are data, lr"),
-        ("scales: 1", r"no option 'scales': did you mean scale\?"),
-        ("output: x", "no option 'output'"),
+        ("learning-rate: 1", "unknown option 'learning-rate': choose from data, lr"),
+        ("scales: 1", r"unknown option 'scales': did you mean scale\?"),
+        ("output: x", "unknown option 'output'"),
         ("lr 1", "expected lines such as 'lr: 0.001', got 'lr 1'"),
         ("a: [", "not YAML"),
     ],
@@ -77,7 +77,7 @@ def test_the_output_folder(folder):
     (folder / "runs/net/mine.txt").write_text("")
     with pytest.raises(states.RunError, match=r"runs/net is in use.*--resume runs/net.*--overwrite"):
         parse("--data", "x", "--output", "runs/net")
-    with pytest.raises(states.RunError, match="in use"):  # no run of ours to go on with
+    with pytest.raises(states.RunError, match="in use"):  # the folder has no run to resume
         parse("--data", "x", "--output", "runs/net", "--resume")
     assert parse("--data", "x", "--output", "runs/net", "--overwrite").overwrite
     with pytest.raises(states.RunError, match=r"mine\.txt is in use"):
@@ -96,9 +96,9 @@ def test_resuming_takes_the_recipe_of_the_run(folder):
     runs.start_folder(folder / "run", {"lr": 1e-5, "data": ["a b", "c"], "model": "net", "scale": None})
     args = parse("--resume", "run")
     assert (args.lr, args.data, args.output, args.config) == (1e-5, ["a b", "c"], "run", "run/recipe.yaml")
-    with pytest.raises(states.RunError, match="--resume nowhere: no run is there"):
+    with pytest.raises(states.RunError, match="--resume nowhere: no run found"):
         parse("--resume", "nowhere")
-    with pytest.raises(states.RunError, match="--resume goes on with a run and --overwrite replaces it"):
+    with pytest.raises(states.RunError, match="--resume continues a run, but --overwrite deletes it"):
         parse("--resume", "run", "--overwrite")
 
 
@@ -128,7 +128,7 @@ def test_skipped_images_are_named_once(capsys):
 
 def test_text_is_replaced_all_or_nothing(folder):
     (folder / "a.txt").write_text("old")
-    with pytest.raises(runs.SaveError, match=r"a.txt could not be written"):
+    with pytest.raises(hub.SaveError, match=r"a.txt could not be written"):
         hub.write_text(folder / "a.txt", "\ud800")  # no such character
     assert [path.name for path in folder.iterdir()] == ["a.txt"]
     assert (folder / "a.txt").read_text() == "old"
@@ -171,4 +171,4 @@ def test_a_picture_that_cannot_be_written_is_no_reason_to_stop(folder, capsys):
     places = [folder / "file/picture.png", folder / "picture.png"]
     saved = [runs.save_picture(explanation, place, label_names="0123456789", true_labels=[3]) for place in places]
     assert saved == [False, True] and places[1].stat().st_size > 1000
-    assert "there is no picture" in capsys.readouterr().out
+    assert "could not write the figure" in capsys.readouterr().out

@@ -1,4 +1,4 @@
-"""What a run survives, or ends well from: signals, gradients that are no numbers, a tracker that goes away."""
+"""Tests of runs that survive or end cleanly: signals, gradients that are not finite, a failing tracker."""
 
 import json
 import signal
@@ -16,17 +16,17 @@ ODD = ["--model", "coda_net_with_gaps", "--report-to", "unplugged"]
 
 @pytest.mark.parametrize("processes", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_a_scheduler_stops_a_run(colours, tmp_path, processes):
-    """SIGTERM to all of its processes, workers too: it saves and all is well, and it goes on as if never stopped."""
+    """SIGTERM to all processes, including workers: the run saves, exits with 0, and resumes as if never stopped."""
     options = ["--data", colours, *SMALL, *QUIET, "--epochs", 6, "--workers", 1]
     run = start(*options, "--output", "run", cwd=tmp_path, processes=processes)
     wait_for_state(run, tmp_path / "run", 1)
     signal_group(run, signal.SIGTERM)
     out, err = run.communicate(timeout=60)
     assert "stopped and saved; resume with: python train.py --resume run" in out.splitlines(), (out, err)
-    assert run.returncode == 0 or processes > 1, err  # a launcher of several says by which signal it ended
+    assert run.returncode == 0 or processes > 1, err  # with several processes, the launcher reports the signal
     whole = start(*options, "--output", "whole", cwd=tmp_path, processes=processes)
     out = finish(start("--resume", "run", cwd=tmp_path, processes=processes))
-    assert "going on with run after update" in out
+    assert "resuming run after update" in out
     finish(whole)
     assert_same_run(tmp_path / "whole", tmp_path / "run")
 
@@ -34,12 +34,12 @@ def test_a_scheduler_stops_a_run(colours, tmp_path, processes):
 def test_some_gradients_are_no_numbers_and_the_tracker_goes_away(colours, tmp_path):
     options = ["--data", colours, *SMALL, *QUIET, *ODD, "--epochs", 3, "--output", "run", "--log-every", 3]
     options += ["--mixed-precision", "bf16", "--grad-accum", 2]
-    gaps = {"GAPS": "2 7 8 13"}  # steps; updates 1, 4 and 7 of 15 (an epoch of 9 steps has 5)
+    gaps = {"GAPS": "2 7 8 13"}  # steps; they belong to updates 1, 4 and 7 of 15 (an epoch has 9 steps, 5 updates)
     out = finish(start(*options, cwd=tmp_path, script="tests/helpers/odd_networks.py", environment=gaps))
     assert [line for line in out.splitlines() if "skipped update" in line] == [
         f"skipped update {update}: its gradient is not finite" for update in (1, 4, 7)
     ]
-    assert out.count("the tracker unplugged failed, the run goes on without it: the server is gone") == 1
+    assert out.count("the tracker unplugged failed, training continues without it: the server is gone") == 1
     assert "3 updates were skipped" in out
     summary = json.loads((tmp_path / "run/summary.json").read_text())
     assert summary["skipped_updates"] == 3 and summary["accuracy"] > 0.5
@@ -49,12 +49,12 @@ def test_some_gradients_are_no_numbers_and_the_tracker_goes_away(colours, tmp_pa
 
 
 def test_no_gradient_is_a_number_any_more(colours, tmp_path):
-    """After ten in a row the run stops; the weights before them are saved, and good to go on from."""
+    """The run stops after ten skipped updates in a row; the weights before them are saved and can be resumed."""
     options = ["--data", colours, *SMALL, *QUIET, *ODD, "--epochs", 3, "--output", "run", "--save-every", 1]
     gaps = {"GAPS": " ".join(map(str, range(12, 99)))}
     run = start(*options, cwd=tmp_path, script="tests/helpers/odd_networks.py", environment=gaps)
     out = finish(run, code=1)
-    assert "the gradient is not finite, the 10th time in a row, at update 21 (epoch 3): try a lower --lr" in out
+    assert "the gradient was not finite 10 times in a row at update 21 (epoch 3): try a lower --lr" in out
     assert "Traceback" not in out
     state = states.find_states(tmp_path / "run/checkpoints")[-1]
     progress = json.loads((state / "record.json").read_text())["progress"]
@@ -66,7 +66,7 @@ def test_no_gradient_is_a_number_any_more(colours, tmp_path):
 
 @pytest.mark.slow
 def test_one_process_has_a_gradient_that_is_no_number(colours, tmp_path):
-    """The other one skips the update, too: else they would wait for each other, or have different weights."""
+    """The other process also skips the update: otherwise they would deadlock or have different weights."""
     options = ["--data", colours, *SMALL, *QUIET, "--model", "coda_net_with_gaps", "--epochs", 2, "--output", "run"]
     gaps = {"GAPS": "3", "GAP_RANK": "1"}
     out = finish(start(*options, cwd=tmp_path, script="tests/helpers/odd_networks.py", processes=2, environment=gaps))

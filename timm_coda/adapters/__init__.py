@@ -1,7 +1,7 @@
-"""Our explanations in the shapes that other libraries of explanations expect.
+"""Adapters that make exact explanations usable in Captum, Quantus and pytorch-grad-cam.
 
-`adapters.captum`, `adapters.quantus` and `adapters.grad_cam` meet models only through `explain`; a library is needed
-only where its own classes are.
+`adapters.captum`, `adapters.quantus` and `adapters.grad_cam` use models only through `explain`. Only `adapters.captum`
+imports its library.
 """
 
 from .colors import ValidColors

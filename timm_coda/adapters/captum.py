@@ -1,4 +1,4 @@
-"""Captum: the model's own contributions as an attribution method, for NoiseTunnel, infidelity and sensitivity_max."""
+"""Captum adapter: exact contributions as an attribution method, for NoiseTunnel, infidelity and sensitivity_max."""
 
 from collections.abc import Sequence
 
@@ -18,13 +18,14 @@ Target = int | Sequence[int] | Tensor | None
 
 
 class InherentAttribution(Attribution):
-    """Contributions of each channel of each pixel: (N, C, H, W), whose sum is logit - bias.
+    """Exact contribution of each channel of each pixel, (N, C, H, W). The contributions sum to logit - bias.
 
-    With colours, channel c has the share of both of its encodings, W_c x_c + W_{1-c} (1 - x_c), so that the sum over
-    channels is `Explanation.contributions`. With encoded inputs, (N, 2C, H, W), each has its own.
+    For colours, channel c gets the contributions of both of its encodings, W_c x_c + W_{1-c} (1 - x_c), so that the sum
+    over channels is `Explanation.contributions`. For encoded inputs, (N, 2C, H, W), each encoded channel has its own.
 
     Args:
-        model: one of ours, or `ValidColors` of one, which noise needs: a plain model warns of colours outside [0, 1]
+        model: a timm_coda model, or `ValidColors` around one. Methods that add noise need `ValidColors`: a plain model
+            warns about colours outside [0, 1].
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -38,7 +39,7 @@ class InherentAttribution(Attribution):
     def has_convergence_delta(self) -> bool:
         return True
 
-    @log_usage()  # NoiseTunnel calls what this wraps
+    @log_usage()  # NoiseTunnel calls attribute.__wrapped__, which this sets
     def attribute(
         self,
         inputs: Tensor | tuple[Tensor],
@@ -46,20 +47,20 @@ class InherentAttribution(Attribution):
         additional_forward_args: None = None,
         return_convergence_delta: bool = False,
     ) -> Tensor | tuple[Tensor] | tuple[Tensor | tuple[Tensor], Tensor]:
-        """Attributions shaped as `inputs`, a tensor or a tuple of one; with `return_convergence_delta`, the delta too.
+        """Return attributions of the shape of `inputs`, as a tensor, or as a tuple of one if `inputs` is a tuple.
 
         Args:
-            inputs: colours in [0, 1], (N, C, H, W), or encoded ones, (N, 2C, H, W)
-            target: class, or N classes; None for the prediction
-            additional_forward_args: None, as our models take nothing but images
-            return_convergence_delta: see `compute_convergence_delta`
+            inputs: colours in [0, 1], (N, C, H, W), or encoded images, (N, 2C, H, W)
+            target: a class, N classes, or None for the prediction
+            additional_forward_args: must be None, because the models take only images
+            return_convergence_delta: return (attributions, delta), see `compute_convergence_delta`
 
         Raises:
-            ValueError: several inputs, additional arguments, what `explain` refuses.
+            ValueError: more than one input, additional arguments, or an argument that `explain` rejects.
         """
         images = _only(inputs)
         if additional_forward_args is not None:
-            raise ValueError(f"additional_forward_args={additional_forward_args!r}: our models take images alone")
+            raise ValueError(f"additional_forward_args={additional_forward_args!r}: the models take only images")
         explanation = explain_colors(self.model, images, _classes(target))
         weights, colors = explanation.weights, explanation.images
         if images.shape[1] == weights.shape[1]:
@@ -79,12 +80,13 @@ class InherentAttribution(Attribution):
         target: Target = None,
         additional_forward_args: None = None,
     ) -> Tensor:
-        """(N,): sum of the attributions - (logit at `end_point` - logit where all encoded channels are 0).
+        """Return sum of the attributions - (logit at `end_point` - logit with all encoded channels 0), (N,).
 
-        0 up to rounding, but where the architecture leaves a residual (`Explanation.residual`).
+        The delta is 0 up to rounding, unless the architecture leaves a residual (`Explanation.residual`).
 
         Raises:
-            ValueError: a start point: no picture has all encoded channels 0, so it cannot be given as colours.
+            ValueError: `start_point` is given. The baseline cannot be given as colours: no image has all encoded
+                channels 0.
         """
         if start_point is not None:
             raise ValueError("start_point must be None: contributions are relative to all encoded channels being 0")
@@ -102,10 +104,10 @@ class InherentAttribution(Attribution):
 def _only(inputs: Tensor | tuple[Tensor, ...]) -> Tensor:
     tensors = inputs if isinstance(inputs, tuple) else (inputs,)
     if len(tensors) != 1:
-        raise ValueError(f"{len(tensors)} inputs: our models take one, the images")
+        raise ValueError(f"{len(tensors)} inputs: expected one, the images")
     return tensors[0]
 
 
 def _classes(target: Target) -> Target:
-    """Captum writes one class for all images also as a tensor of one number."""
+    """Convert a tensor with one element, which Captum also uses for one class for all images, to an int."""
     return int(target.item()) if isinstance(target, Tensor) and target.numel() == 1 else target

@@ -1,4 +1,4 @@
-"""Perturbed images as valid colours, and the one call of `explain` that all adapters share."""
+"""Clamp perturbed images to valid colours, and call `explain` for all adapters."""
 
 from collections.abc import Sequence
 
@@ -9,14 +9,14 @@ from ..explanation import Explanation, explain
 
 
 class ValidColors(nn.Module):
-    """The model behind a clamp to [0, 1], for libraries that add noise or fill images with values of their own.
+    """Clamp images to [0, 1] before the model, for libraries that add noise or fill images with their own values.
 
-    A model encodes colours as (c, 1 - c), which means nothing outside [0, 1]: without the clamp a metric measures how
-    the model does on impossible colours. Inside [0, 1] it changes neither values nor gradients. The adapters explain
-    it as what it is: the model at the clamped images.
+    Models encode colours as (c, 1 - c), which is meaningless outside [0, 1]: without the clamp, a metric measures the
+    model on impossible colours. Inside [0, 1] the clamp changes neither values nor gradients. The adapters explain the
+    model at the clamped images.
 
     Args:
-        model: one of ours, also inside DDP or torch.compile; takes colours (N, C, H, W).
+        model: a timm_coda model, also inside DDP or torch.compile; takes colours (N, C, H, W)
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -29,10 +29,10 @@ class ValidColors(nn.Module):
 
 
 def explain_colors(model: nn.Module, images: Tensor, target: int | Sequence[int] | Tensor | None) -> Explanation:
-    """`explain(model, images, target)`, where the model may be `ValidColors`."""
+    """Return `explain(model, images, target)`, at the clamped images if the model is `ValidColors`."""
     return explain(model, _clamped(images) if isinstance(model, ValidColors) else images, target)
 
 
 def _clamped(images: Tensor) -> Tensor:
-    # Not Tensor.clamp: at exactly 0 and 1, that is in black and white pixels, its gradient is 0 in some releases.
+    # Not Tensor.clamp: in some releases its gradient is 0 at exactly 0 and 1, that is, for black and white pixels.
     return torch.where(images < 0, 0, torch.where(images > 1, 1, images))

@@ -1,4 +1,4 @@
-"""pytorch-grad-cam: the model's own contributions behind the calling convention of its CAM classes."""
+"""pytorch-grad-cam adapter: exact contributions with the interface of its CAM classes."""
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
@@ -11,28 +11,28 @@ from .colors import explain_colors
 
 
 class InherentCAM(AbstractContextManager):
-    """`cam(input_tensor, targets)` as `GradCAM(...)`, without a target layer to choose: exact, at full resolution.
+    """Exact maps at full resolution, called as `cam(input_tensor, targets)` like `GradCAM(...)`; no target layer.
 
-    Like the library's own maps these show only what speaks for the class, each scaled to [0, 1]; for signed ones in
-    logits call `model.explain`. Holds no hooks; `with InherentCAM(model) as cam:` works for code that is written so.
+    Like the library's own maps, these show only evidence for the class, each map scaled to [0, 1]. For signed maps in
+    logits, call `model.explain`. No hooks are registered; `with InherentCAM(model) as cam:` works, but is not needed.
 
     Args:
-        model: one of ours, or `ValidColors` of one
+        model: a timm_coda model, or `ValidColors` around one
     """
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
 
     def __call__(self, input_tensor: Tensor, targets: Sequence[Callable[[Tensor], Tensor]] | None = None) -> np.ndarray:
-        """float32 maps in [0, 1], (N, H, W); all 0 where nothing speaks for the class.
+        """Return float32 maps in [0, 1], (N, H, W); a map without evidence for the class is all 0.
 
         Args:
             input_tensor: colours in [0, 1], (N, C, H, W)
-            targets: N of pytorch-grad-cam's ClassifierOutputTarget; None for the prediction
+            targets: N of pytorch-grad-cam's `ClassifierOutputTarget`, or None for the prediction
 
         Raises:
-            TypeError: another kind of target.
-            ValueError: what `explain` refuses.
+            TypeError: a target is of another class.
+            ValueError: an argument that `explain` rejects.
         """
         classes = None if targets is None else [_category(target) for target in targets]
         maps = explain_colors(self.model, input_tensor, classes).contributions.clamp_min(0)
@@ -44,7 +44,7 @@ class InherentCAM(AbstractContextManager):
 
 
 def _category(target: Any) -> int:
-    # Other targets of the library have a `category` as well, but are not linear in the logits.
+    # Other target classes of the library also have a `category`, but are not linear in the logits.
     if type(target).__name__ != "ClassifierOutputTarget":
-        raise TypeError(f"target {target!r}: only a logit has an exact explanation, give ClassifierOutputTarget(class)")
+        raise TypeError(f"target {target!r}: only logits have exact explanations: use ClassifierOutputTarget(class)")
     return int(target.category)

@@ -1,4 +1,4 @@
-"""Quantus: the model's own contributions as its `explain_func`."""
+"""Quantus adapter: exact contributions as an `explain_func`."""
 
 import numpy as np
 import torch
@@ -10,17 +10,18 @@ from .colors import explain_colors
 def explain_func(
     model: nn.Module, inputs: np.ndarray, targets: np.ndarray | int, *, device: str | torch.device | None = None
 ) -> np.ndarray:
-    """Signed contributions in logits, (N, 1, H, W), for `metric(..., explain_func=explain_func)`.
+    """Return signed contributions in logits, (N, 1, H, W), for `metric(..., explain_func=explain_func)`.
 
-    Give the metric `ValidColors(model).eval()` as model: its perturbations then stay valid colours.
+    Pass `ValidColors(model).eval()` to the metric as its model, so that perturbed images stay valid colours.
 
     Args:
-        inputs: colours, (N, C, H, W)
-        targets: N classes, or one for all
-        device: what Quantus passes on; the model's own device is used either way
+        model: a timm_coda model, or `ValidColors` around one
+        inputs: colours in [0, 1], (N, C, H, W)
+        targets: N classes, or one class for all images
+        device: passed by Quantus; the model's own device is used either way
 
     Raises:
-        ValueError: a device that is not the model's, what `explain` refuses.
+        ValueError: `device` is not of the type of the model's device, or an argument that `explain` rejects.
     """
     parameter = next(model.parameters())
     if device is not None and torch.device(device).type != parameter.device.type:

@@ -1,4 +1,4 @@
-"""Speed and memory: against the published formulation, against an ordinary model, and as images grow."""
+"""Measure speed and memory: against the published formulation, against an ordinary model, and by image size."""
 
 from .comparison import compare
 from .macs import Macs, count_macs

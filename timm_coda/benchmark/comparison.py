@@ -1,7 +1,8 @@
-"""Time and memory of a model that explains itself against those of an ordinary timm model, such as B-cos ResNets'.
+"""Compare time and memory of a model that explains itself with an ordinary timm model: a B-cos ResNet and a ResNet.
 
-Both are measured side by side: a round takes every operation of both once, in random order, and a ratio is formed
-within a round before its median over the rounds is taken. An explanation is compared with the other's forward pass.
+Both are measured side by side: each round runs every operation of both models once, in random order. Ratios are
+computed within each round; reported are their medians over rounds. An explanation is compared with the forward pass of
+the ordinary model.
 """
 
 import functools
@@ -25,7 +26,7 @@ _SIDES = ("", "against_")
 
 
 class _Pair:
-    """Both models, on the same images."""
+    """Both models and the images that both are run on."""
 
     def __init__(self, setup: Setup, against: str) -> None:
         config = timm.get_pretrained_cfg(setup.model) if timm.is_model(setup.model) else None
@@ -49,23 +50,24 @@ class _Pair:
 
 
 def compare(setup: Setup, against: str) -> dict[str, Any]:
-    """Measure both models, and report it as JSON knows it.
+    """Measure both models and return a JSON-serialisable report.
 
-    Of every row: `seconds` of a batch and `against_seconds`, `ratio` of the two, each with `median`, the quartiles
-    `low` and `high`, and `samples`, one a round; `extra_bytes` and `against_extra_bytes` as `benchmark.measure`.
+    Each row has `seconds` and `against_seconds` (seconds per batch), and `ratio`, the first divided by the second. Each
+    of them has `median`, the quartiles `low` and `high`, and `samples`, one per round. `extra_bytes` and
+    `against_extra_bytes` are as in `benchmark.measure`.
 
     Args:
-        setup: the model to measure; one dtype, no backends, layers or compilation
+        setup: the model to measure; one dtype, no layers, no compilation; its backends are ignored
         against: name of the ordinary model in timm's registry
 
     Raises:
-        BenchmarkError: a setup of which part is not for comparisons.
-        ValueError: no such model.
+        BenchmarkError: the setup has several dtypes, layers or compilation.
+        ValueError: a model is unknown.
     """
     if len(setup.dtypes) != 1 or setup.layers or setup.compile:
         raise BenchmarkError(
-            f"dtypes={setup.dtypes}, layers={setup.layers}, compile={setup.compile}: a comparison with {against} is of "
-            "whole models, uncompiled, in one dtype"
+            f"dtypes={setup.dtypes}, layers={setup.layers}, compile={setup.compile}: comparing with {against} needs "
+            "one dtype, without layers and compile"
         )
     with conditions(setup):
         pair = _Pair(setup, against)

@@ -1,4 +1,4 @@
-"""Multiply-accumulates: how many a model needs an image, and how many a second this machine does."""
+"""Multiply-accumulates (MACs): how many a model needs per image, and how many this machine does per second."""
 
 import contextlib
 import functools
@@ -18,14 +18,14 @@ __all__ = ["SAMPLE_SECONDS", "Call", "GemmRate", "Macs", "count_macs", "layer_ca
 
 _Key = TypeVar("_Key")
 
-SAMPLE_SECONDS = 0.1  # what is shorter is repeated until a sample lasts as long
+SAMPLE_SECONDS = 0.1  # shorter calls are repeated until a sample lasts this long
 
 
 @dataclass(frozen=True)
 class Macs:
-    """Multiply-accumulates of an image in matrix products, by factor of the factorised form (`functional.py`).
+    """Multiply-accumulates per image in the matrix products of the factorised form (`functional.py`).
 
-    Left out is what costs less by a factor of the rank or more: the contraction with z, the cross term 2 c^T z.
+    Not counted are terms that are cheaper by a factor of the rank or more: the contraction with z, and 2 c^T z.
     """
 
     down: int = 0
@@ -37,7 +37,7 @@ class Macs:
     quadratic: int = 0
     """z^T G_d z: positions * D * r * r."""
     per_forward: int = 0
-    """Gram matrices G_d, D * r * r * K: once a forward pass whatever the batch, so part of no other number here."""
+    """Gram matrices G_d, D * r * r * K: once per forward pass for any batch size, so not part of any other number."""
 
     def __add__(self, other: "Macs") -> "Macs":
         return Macs(*(a + b for a, b in zip(vars(self).values(), vars(other).values(), strict=True)))
@@ -48,27 +48,27 @@ class Macs:
 
     @property
     def train(self) -> int:
-        """By convention three forward passes: the two gradients of a product cost two such products."""
+        """Three forward passes by convention: the two gradients of a product cost as much as two products."""
         return 3 * self.forward
 
     def explain(self, targets: int = 1) -> int:
-        """A forward pass and, a target, one product with `up` and one with its bias."""
+        """A forward pass and, per target, one product with `up` and one with its bias."""
         return self.forward + targets * (self.up + self.bias)
 
     def counts(self, targets: int) -> dict[str, int]:
-        """All there is to count, by name; `explain-all` is the explanation of so many targets."""
+        """Return all counts by name; `explain-all` explains `targets` classes."""
         found = {"forward": self.forward, "train": self.train, "explain": self.explain()}
         return {**asdict(self), **found, "explain-all": self.explain(targets), "published": self.published}
 
     @property
     def published(self) -> int:
-        """Forward pass of the published formulation: z, A_d^T z, and w_d^T p, which costs as much as the bias here."""
+        """Forward pass of the published formulation: z, A_d^T z, and w_d^T p, which costs as much as `bias`."""
         return self.down + self.up + self.bias
 
 
 @dataclass(frozen=True)
 class Call:
-    """What one image makes of a layer in a forward pass."""
+    """One call of a layer in a forward pass of one image."""
 
     name: str
     layer: Any
@@ -82,7 +82,7 @@ class Call:
 
 
 def layer_calls(model: Any, image_size: int | tuple[int, int]) -> list[Call]:
-    """Calls of dynamic alignment layers, in order, from a forward pass on tensors without data."""
+    """Return the calls of dynamic alignment layers in order, from a forward pass on the meta device."""
     calls = []
 
     def note(name: str, layer: Any, args: Any, output: Tensor) -> None:
@@ -95,8 +95,8 @@ def layer_calls(model: Any, image_size: int | tuple[int, int]) -> list[Call]:
     ]
     if not handles:
         raise ValueError(
-            f"{type(model).__name__} has no dynamic alignment layer: choose a CoDA-Net; a B-cos network has an "
-            "ordinary counterpart to be measured with (timm-coda benchmark bcos_resnet50 --against resnet50)"
+            f"{type(model).__name__} has no dynamic alignment layer: choose a CoDA-Net; compare a B-cos network "
+            "with its ordinary counterpart (timm-coda benchmark bcos_resnet50 --against resnet50)"
         )
     try:
         state = [*model.named_parameters(), *model.named_buffers()]
@@ -112,14 +112,16 @@ def layer_calls(model: Any, image_size: int | tuple[int, int]) -> list[Call]:
 
 
 def count_macs(model: nn.Module, image_size: int | tuple[int, int]) -> dict[str, Macs]:
-    """Multiply-accumulates an image of each dynamic alignment layer, by name; in all, `sum(....values(), Macs())`.
+    """Count multiply-accumulates per image of each dynamic alignment layer, by name.
+
+    `sum(count_macs(...).values(), Macs())` is the total.
 
     Args:
-        model: one of ours; its weights do not matter, so it may live on the meta device
-        image_size: pixels, of each side or (height, width)
+        model: a CoDA-Net; its weights do not matter, so it may be on the meta device
+        image_size: pixels, one number for both sides or (height, width)
 
     Raises:
-        ValueError: the model has no such layer, or the image is smaller than its stride.
+        ValueError: the model has no such layer, or the image is smaller than the model's stride.
     """
     counts: dict[str, Macs] = {}
     for call in layer_calls(model, image_size):
@@ -128,7 +130,7 @@ def count_macs(model: nn.Module, image_size: int | tuple[int, int]) -> dict[str,
 
 
 def seconds(run: Callable[[], object], calls: int, device: str) -> float:
-    """Time of a call, the mean of some."""
+    """Return the seconds per call, as the mean over `calls` calls."""
     wait = torch.cuda.synchronize if device == "cuda" else int
     wait()
     start = time.perf_counter()
@@ -141,7 +143,7 @@ def seconds(run: Callable[[], object], calls: int, device: str) -> float:
 def seconds_in_rounds(
     runs: Mapping[_Key, Callable[[], object]], repeats: int, seed: int, device: str
 ) -> dict[_Key, list[float]]:
-    """Time of a call of each, one a round; a round takes each once, in random order."""
+    """Return seconds per call of each function, one sample per round. A round runs each once, in random order."""
     jobs = []
     for key, run in tqdm(runs.items(), "warming up", disable=None, leave=False):
         seconds(run, 1, device)  # fills caches
@@ -156,16 +158,16 @@ def seconds_in_rounds(
 
 
 class GemmRate:
-    """The rate of this machine's square matrix products in a dtype: the best of some sizes in each round."""
+    """Rate of square matrix products (GEMM) on this machine in a dtype: the best of several sizes in each round."""
 
     def __init__(self, dtype: torch.dtype, device: str) -> None:
         self.device = device
-        # Of torch.mm, and of oneDNN, which convolutions use: twice as fast where MKL does not know the processor.
+        # torch.mm, and oneDNN, which convolutions use: it is twice as fast on processors that MKL does not support.
         kinds = ["mm"] + ["onednn"] * (
             device == "cpu" and dtype == torch.float32 and torch.backends.mkldnn.is_available()
         )
         self.rates: dict[str, list[float]] = {kind: [] for kind in kinds}
-        """Multiply-accumulates a second, one a round."""
+        """Multiply-accumulates per second, one sample per round."""
         self.products: list[tuple[str, int, Callable[[], object], int]] = []
         with self._precision():
             for kind in kinds:
@@ -177,12 +179,12 @@ class GemmRate:
                     seconds(run, 1, device)
                     once = seconds(run, 1, device)
                     self.products.append((kind, size, run, math.ceil(SAMPLE_SECONDS / once)))
-                    if once > SAMPLE_SECONDS:  # the next size takes a second
+                    if once > SAMPLE_SECONDS:  # the next size would take a second
                         break
 
     @contextlib.contextmanager
     def _precision(self) -> Iterator[None]:
-        """CUDA convolutions round float32 to TF32 unless PyTorch is told not to; so does what they are measured by."""
+        """Use TF32 for float32 products on CUDA if convolutions do, so that both are measured alike."""
         if self.device == "cpu":
             yield
             return
@@ -201,5 +203,5 @@ class GemmRate:
 
     @property
     def best(self) -> list[float]:
-        """One a round."""
+        """Rate of the faster kind of product, one sample per round."""
         return [max(rates) for rates in zip(*self.rates.values(), strict=True)]

@@ -1,7 +1,7 @@
-"""Speed and memory of a model against the published formulation and against the machine's own matrix products.
+"""Measure speed and memory of a model against the published formulation and this machine's matrix products.
 
-What is compared is measured side by side: a round takes every (dtype, backend, operation) and a square matrix product
-(GEMM) once, in random order, and a ratio is formed within a round before its median over the rounds is taken.
+All are measured side by side: each round runs every (dtype, backend, operation) and a square matrix product (GEMM)
+once, in random order. Ratios are computed within each round; reported are their medians over rounds.
 """
 
 import contextlib
@@ -30,13 +30,13 @@ __all__ = ["BenchmarkError", "Macs", "Setup", "count_macs", "measure"]
 OPERATIONS = ("forward", "train", "explain", "explain-all")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 PUBLISHED = "reference"
-# What the published formulation holds at its peak, as measured, in arrays of the size of a layer's dynamic weights: of
-# its largest layer always, of all layers where a backward pass follows.
+# Measured peak memory of the published formulation, in arrays of the size of a layer's dynamic weights: copies of the
+# largest layer's always, and copies of all layers' if a backward pass follows.
 _LARGEST_COPIES, _KEPT_COPIES = 3, {"forward": 0, "train": 2, "explain": 1, "explain-all": 1}
 
 
 class BenchmarkError(ValueError):
-    """A benchmark that cannot be run as asked; the message says how to mend it."""
+    """A benchmark that cannot be run as requested; the message gives the remedy."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,27 +44,27 @@ class Setup:
     """What to measure.
 
     Raises:
-        BenchmarkError: a number or a name that makes no sense, or a device that is not there.
+        BenchmarkError: a number is too small, a name is unknown, or the device is not available.
     """
 
     model: str
     model_args: tuple[str, ...] = ()
-    """NAME=JSON, arguments of the model."""
+    """Arguments of the model, each as NAME=JSON."""
     batch_size: int = 16
     img_size: int | None = None
-    """Pixels a side; None for the model's own."""
+    """Pixels per side; None for the model's default."""
     num_classes: int | None = None
     dtypes: tuple[str, ...] = ("float32",)
-    """Of `DTYPES`; model and images are cast to it, there is no autocast."""
+    """Names in `DTYPES`. Model and images are cast to each of them; autocast is not used."""
     device: str = "cpu"
     channels_last: bool = False
     compile: bool = False
-    """torch.compile forward and training, but not of the published formulation."""
+    """Use torch.compile for forward and train, except for the published formulation."""
     backends: tuple[str, ...] = ()
-    """Empty: the device's best and the published formulation."""
+    """Names in `BACKENDS`; empty: the device's best and the published formulation."""
     operations: tuple[str, ...] = OPERATIONS
     repeats: int = 5
-    """Rounds."""
+    """Number of rounds."""
     threads: int | None = None
     seed: int = 0
     memory: bool = True
@@ -76,9 +76,9 @@ class Setup:
             if value is not None and value < least:
                 raise BenchmarkError(f"{name}={value}: must be at least {least}")
         if ":" in self.model and self.num_classes is None:
-            raise BenchmarkError(f"num_classes=None: {self.model} is in no registry, so say how many classes it has")
+            raise BenchmarkError(f"num_classes=None: {self.model} is not in timm's registry, give num_classes")
         if self.device not in ("cpu", "cuda"):
-            raise BenchmarkError(f"device={self.device!r}: choose cpu or cuda (CUDA_VISIBLE_DEVICES says which)")
+            raise BenchmarkError(f"device={self.device!r}: choose cpu or cuda (CUDA_VISIBLE_DEVICES selects the GPU)")
         if self.device == "cuda" and not torch.cuda.is_available():
             raise BenchmarkError(f"device='cuda': PyTorch {torch.__version__} finds no CUDA device; choose cpu")
         defaults = {"dtypes": (), "backends": (BEST_BACKEND[self.device], PUBLISHED), "operations": OPERATIONS}
@@ -86,13 +86,13 @@ class Setup:
             values = tuple(dict.fromkeys(getattr(self, name) or defaults[name]))
             for value in values or (None,):
                 if value not in choices:
-                    raise BenchmarkError(f"{name}: there is no {value!r}; choose among {', '.join(choices)}")
+                    raise BenchmarkError(f"{name}: unknown value {value!r}, choose from {', '.join(choices)}")
             object.__setattr__(self, name, values)
 
 
 @contextlib.contextmanager
 def conditions(setup: Setup) -> Iterator[None]:
-    """The setup's threads inside; afterwards those, and the random state, that there were."""
+    """Use the setup's number of threads inside the block; restore it and the random state afterwards."""
     threads = torch.get_num_threads()
     torch.set_num_threads(setup.threads or threads)
     try:
@@ -110,7 +110,7 @@ class Problem:
         torch.manual_seed(setup.seed)
         with wrap_errors(f"no pretrained configuration of {setup.model}", BenchmarkError):
             config = timm.get_pretrained_cfg(setup.model) if timm.is_model(setup.model) else None
-        classes = setup.num_classes or (config.num_classes if config else 1)  # create_model says it if there is none
+        classes = setup.num_classes or (config.num_classes if config else 1)  # create_model rejects unknown models
         model: Any = create_model(setup.model, num_classes=classes, model_args=setup.model_args)
         size = setup.img_size or model.pretrained_cfg["input_size"][-1]
         self.calls = layer_calls(model, size)
@@ -125,17 +125,17 @@ class Problem:
         return x.contiguous(memory_format=self.format) if x.dim() == 4 else x
 
     def operation(self, name: str, backend: str, *, keep_gradients: bool = False) -> Callable[[], object]:
-        """What is timed, as a function; without an optimiser, and with parameter gradients set to None."""
+        """Return the function to time, without an optimiser. It resets parameter gradients, unless they are kept."""
         run = torch.compile(self.model) if self.setup.compile and backend != PUBLISHED else self.model
         return model_operation(name, self.model, self.images, self.targets, run=run, keep_gradients=keep_gradients)
 
     def layer_operation(self, name: str, call: Call) -> Callable[[], object]:
-        """The same for one layer alone, on random input of its shape; backward as in the model."""
+        """Return the function to time for one layer alone, on random input of its shape; backward as in the model."""
         layer, parameters = call.layer, list(call.layer.parameters())
         x = self.random(self.setup.batch_size, *call.input_shape[1:]).requires_grad_()
         with torch.no_grad():
             grad = torch.rand_like(layer(x))
-        inner = x if call is not self.calls[0] else x.detach()  # training needs no gradient of the images
+        inner = x if call is not self.calls[0] else x.detach()  # training needs no gradient for the images
 
         def forward() -> None:
             with torch.no_grad():
@@ -151,7 +151,7 @@ class Problem:
         return {"forward": forward, "train": train, "explain": explain}[name]
 
     def cells(self) -> list["_Cell"]:
-        """All that is to be timed."""
+        """Return everything to time."""
         setup, cells = self.setup, []
         for backend in setup.backends:
             for name in setup.operations:
@@ -163,8 +163,8 @@ class Problem:
         return cells
 
     def _too_large(self, operation: str) -> str:
-        """Why the published formulation is not run: the memory it would need and what is free; empty if it fits."""
-        sizes = [call.macs.bias for call in self.calls]  # as many dynamic weights as products with the bias
+        """Return why the published formulation does not fit into memory (bytes needed and free); empty if it fits."""
+        sizes = [call.macs.bias for call in self.calls]  # also the number of dynamic weights
         copies = _KEPT_COPIES[operation] * sum(sizes) + _LARGEST_COPIES * max(sizes)
         needed = copies * self.setup.batch_size * DTYPES[self.dtype].itemsize
         free = free_memory(self.setup.device)
@@ -180,9 +180,15 @@ def model_operation(
     run: Callable[..., Any] | None = None,
     keep_gradients: bool = False,
 ) -> Callable[[], object]:
-    """One of `OPERATIONS` as a function; `run` is what computes the logits, if not the model as it is.
+    """Return one of `OPERATIONS` as a function without arguments.
 
-    `targets` is how many classes "explain-all" explains.
+    Args:
+        name: the operation
+        model: the model
+        images: (B, C, H, W)
+        targets: number of classes that "explain-all" explains
+        run: computes the logits instead of `model`, for example its compiled version
+        keep_gradients: whether "train" adds to parameter gradients instead of resetting them first
     """
     compute: Callable[..., Any] = model if run is None else run
     truth = F.one_hot(torch.arange(len(images)) % model.num_classes, model.num_classes).float().to(images.device)
@@ -206,7 +212,7 @@ def model_operation(
 
 @dataclass
 class _Cell:
-    """One thing to time in every round: an operation of the model, or of one layer of it."""
+    """One operation to time in every round, of the whole model or of one of its layers."""
 
     problem: Problem
     operation: str
@@ -215,9 +221,9 @@ class _Cell:
     call: Call | None = None
     calls: int = 1
     samples: list[float] = field(default_factory=list)
-    """Seconds of one call, one a round."""
+    """Seconds per call, one sample per round."""
     missing: str = ""
-    """Why there are none."""
+    """Why there are no samples; empty if there are."""
 
     def time(self) -> float:
         with use_backend(self.backend):
@@ -225,18 +231,18 @@ class _Cell:
 
     def warm_up(self) -> None:
         try:
-            once = self.time()  # compiles, tunes, fills caches
+            once = self.time()  # compile, autotune, fill caches
             if once < 10 * SAMPLE_SECONDS or self.problem.setup.compile:
                 once = self.time()
             self.calls = math.ceil(min(SAMPLE_SECONDS / once, 1000))
-        except (RuntimeError, ValueError) as error:  # out of memory, or a backend that cannot do this
+        except (RuntimeError, ValueError) as error:  # out of memory, or not supported by the backend
             self.missing = (str(error).strip().splitlines() or [repr(error)])[0]
 
     def sample(self) -> None:
         self.samples.append(self.time())
 
     def extra_memory(self) -> dict[str, Any]:
-        """`extra_bytes` of the operation, or `memory_missing`, why it is unknown."""
+        """Return `extra_bytes` of the operation, or `memory_missing`, the reason why it is unknown."""
         setup, dtype = self.problem.setup, self.problem.dtype
         how = {"operation": self.operation, "backend": self.backend}
         return extra_memory(
@@ -244,7 +250,7 @@ class _Cell:
         )
 
     def row(self, cells: list["_Cell"], gemms: dict[str, GemmRate]) -> dict[str, Any]:
-        """What the report says of it."""
+        """Return this operation's row of the report."""
         batch, macs = self.problem.setup.batch_size, self.call.macs if self.call else self.problem.macs
         count = batch * macs.counts(self.problem.targets)[self.operation]
         row = {"dtype": self.problem.dtype, "backend": self.backend, "operation": self.operation, "macs": count}
@@ -268,18 +274,22 @@ def spread(samples: list[float]) -> dict[str, Any]:
 
 
 def measure(setup: Setup) -> dict[str, Any]:
-    """Time the setup's operations in rounds, measure their memory, and report it all as JSON knows it.
+    """Time the setup's operations in rounds, measure their memory, and return a JSON-serialisable report.
 
-    Of every number: `median`, the quartiles `low` and `high`, and `samples`, one a round. Seconds are of a batch;
-    `gemm_fraction` is the factorised count over time over the rate of the faster matrix product, for every backend;
-    `times_published` the published formulation's time over this one, by the former's dtype; `extra_bytes` the peak
-    memory beyond what stood there before, the model, its parameter gradients and the images (on a CPU: resident).
+    Numbers measured in rounds have `median`, the quartiles `low` and `high`, and `samples`, one per round:
+
+    - `seconds`: per batch
+    - `gemm_fraction`: multiply-accumulates per second divided by the rate of the faster matrix product; for every
+      backend, the multiply-accumulates are those of the factorised form
+    - `times_published`: time of the published formulation divided by this time, by the published formulation's dtype
+
+    `extra_bytes` is the peak memory beyond the model, its parameter gradients and the images (on a CPU: resident).
 
     Raises:
         BenchmarkError: nothing could be measured.
-        ValueError: no such model, or the image is too small for it.
+        ValueError: the model is unknown, or the image is too small for it.
     """
-    # Beyond the limit torch.compile falls back to plain PyTorch; there is one compilation a cell.
+    # Each cell is compiled once. Beyond its recompile limit, torch.compile would fall back to plain PyTorch.
     limit = torch._dynamo.config.patch(recompile_limit=64) if setup.compile else contextlib.nullcontext()
     with conditions(setup):
         with limit:

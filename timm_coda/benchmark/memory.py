@@ -1,4 +1,4 @@
-"""Memory that an operation needs at its peak: on a CPU measured in a process of its own."""
+"""Measure the peak memory of an operation; on a CPU, in a separate process."""
 
 import contextlib
 import gc
@@ -22,22 +22,22 @@ _CLEAR_REFS = Path("/proc/self/clear_refs")
 
 
 def extra_memory(device: str, peak: Callable[[], int], measure: Callable[..., int], **order: Any) -> dict[str, Any]:
-    """`extra_bytes`, the memory of an operation at its peak, or `memory_missing`, why it is unknown.
+    """Return `extra_bytes`, the peak memory of an operation, or `memory_missing`, the reason why it is unknown.
 
     Args:
         device: "cuda" or "cpu"
-        peak: measures in this process, for CUDA
-        measure: does the same in a process of its own, for a CPU; a function of a module, called with `order`
-        order: can be written as JSON
+        peak: measures the peak in this process; used for CUDA
+        measure: measures the peak in a separate process; used for the CPU. A module-level function, called with `order`
+        order: JSON-serialisable keyword arguments
     """
     if device == "cuda":
         try:
             return {"extra_bytes": peak()}
         except torch.OutOfMemoryError:
-            return {"memory_missing": "out of memory beside the parameter gradients"}
+            return {"memory_missing": "out of memory with parameter gradients in memory"}
     message = {"module": measure.__module__, "name": measure.__name__, "order": order}
     message["threads"] = torch.get_num_threads()
-    # Large blocks leave the process when they are freed. What glibc keeps of them otherwise varies from run to run.
+    # Return large blocks to the system when they are freed: what glibc would retain varies from run to run.
     variables = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "131072"}
     command = [sys.executable, "-c", f"from {__name__} import _process; _process()"]
     done = subprocess.run(command, input=json.dumps(message), capture_output=True, text=True, env=variables)
@@ -56,16 +56,16 @@ def _process() -> None:
 
 
 def peak_of(run: Callable[[], object], model: nn.Module, device: str) -> int:
-    """`peak_growth` of an operation of the model, beside parameter gradients that are there."""
+    """Return `peak_growth` of an operation of the model, with parameter gradients already allocated."""
     for parameter in model.parameters():
-        parameter.grad = torch.ones_like(parameter)  # a page of zeros would take its place only once it is written to
+        parameter.grad = torch.ones_like(parameter)  # ones, because pages of zeros become resident only when written to
     if device == "cuda" or _CLEAR_REFS.exists():
-        run()  # sets libraries up, compiles
+        run()  # initialise libraries, compile
     return peak_growth(run, device)
 
 
 def peak_growth(run: Callable[[], object], device: str) -> int:
-    """Bytes by which a call's peak exceeds what is there before it: allocated on CUDA, resident on a CPU."""
+    """Return the bytes by which memory grows at the peak of a call: allocated on CUDA, resident on a CPU."""
     gc.collect()
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
@@ -73,8 +73,8 @@ def peak_growth(run: Callable[[], object], device: str) -> int:
         run()
         return torch.cuda.max_memory_allocated() - before
     try:
-        _CLEAR_REFS.write_text("5")  # the peak starts anew
-    except OSError:  # not Linux: the growth of the peak of the process's whole life
+        _CLEAR_REFS.write_text("5")  # resets the peak
+    except OSError:  # not Linux: use the growth of the peak since the process started
         import resource
 
         before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -87,13 +87,13 @@ def peak_growth(run: Callable[[], object], device: str) -> int:
 
 
 def free_memory(device: str) -> float:
-    """Bytes; infinite where nobody says."""
+    """Return the free memory in bytes; infinity if unknown."""
     if device == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     free = math.inf
     with contextlib.suppress(OSError):
         free = _kilobytes("/proc/meminfo", "MemAvailable") * 1024
-    with contextlib.suppress(OSError, ValueError):  # a container's own limit; no number if it has none
+    with contextlib.suppress(OSError, ValueError):  # limit of the container; "max", not a number, if it has no limit
         limit, used = (int(Path(f"/sys/fs/cgroup/memory.{name}").read_text()) for name in ("max", "current"))
         free = min(free, limit - used)
     return free

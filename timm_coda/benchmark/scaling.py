@@ -1,7 +1,7 @@
-"""How a model's time grows with the batch and with the image.
+"""Measure how a model's time grows with batch size and image size.
 
-Batches from the largest down to one image, images from the smallest up: a round takes every operation on each of them
-once, in random order, and a ratio is formed within a round before its median over the rounds is taken.
+Batch sizes go from the largest down to 1, image sizes from the smallest up. Each round runs every operation once on
+each of them, in random order. Ratios are computed within each round; reported are their medians over rounds.
 """
 
 from collections.abc import Iterator
@@ -18,7 +18,10 @@ __all__ = ["measure_scaling"]
 
 
 def cases(batch_size: int, size: int) -> Iterator[tuple[int, int]]:
-    """(images, pixels a side): quarters of the batch down to one, twice the side, never more pixels than at first."""
+    """Yield pairs (images, pixels per side), none with more pixels in total than the first.
+
+    The side is 1, 2 and 4 times `size`; for each, the batch is divided by 4 until it is 1.
+    """
     for factor in (1, 2, 4):
         batch = batch_size // factor**2
         while batch > 1:
@@ -29,24 +32,24 @@ def cases(batch_size: int, size: int) -> Iterator[tuple[int, int]]:
 
 
 def measure_scaling(setup: Setup) -> dict[str, Any]:
-    """Time the setup's operations on smaller batches and larger images than its own, and report it as JSON knows it.
+    """Time the setup's operations on smaller batches and larger images too; return a JSON-serialisable report.
 
-    Of every row: `seconds` of a batch, and `relative`, the time an image and pixel in parts of that in the setup's own
-    batch and image size, each with `median`, the quartiles `low` and `high`, and `samples`, one a round.
+    Each row has `seconds` per batch, and `relative`: the time per image and pixel, divided by that of the setup's own
+    batch and image size. Both have `median`, the quartiles `low` and `high`, and `samples`, one per round.
 
     Args:
-        setup: the largest batch and the smallest image; one backend besides the published formulation, no layers or
-            compilation
+        setup: its batch size is the largest, its image size the smallest; one backend besides the published
+            formulation (which is ignored), no layers, no compilation
 
     Raises:
-        BenchmarkError: a setup of which part is not for this, or an image size that the model does not take.
-        ValueError: no such model.
+        BenchmarkError: the setup has several backends, layers or compilation, or the model rejects an image size.
+        ValueError: the model is unknown.
     """
     backends = [name for name in setup.backends if name != PUBLISHED]
     if len(backends) != 1 or setup.layers or setup.compile:
         raise BenchmarkError(
-            f"backends={setup.backends}, layers={setup.layers}, compile={setup.compile}: how time grows is measured of "
-            "whole models, uncompiled, with one backend that is not the published formulation"
+            f"backends={setup.backends}, layers={setup.layers}, compile={setup.compile}: scaling needs one backend "
+            "other than the published formulation, without layers and compile"
         )
     runs = {}
     with conditions(setup), use_backend(backends[0]):

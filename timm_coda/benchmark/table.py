@@ -1,4 +1,4 @@
-"""What `benchmark` reports as text, 80 columns wide."""
+"""Format benchmark reports as text tables, 80 columns wide."""
 
 from typing import Any
 
@@ -6,7 +6,7 @@ __all__ = ["benchmark_table", "comparison_table", "scaling_table"]
 
 
 def benchmark_table(report: dict[str, Any]) -> str:
-    """Of `benchmark.measure`."""
+    """Format a report of `benchmark.measure`."""
     setup, environment, macs = report["setup"], report["environment"], report["macs_an_image"]["model"]
     size, machine = "x".join(map(str, report["image"])), "gpus" if setup["device"] == "cuda" else "cpu"
     options = [word for word in ("channels_last", "compile") if setup[word]]
@@ -15,14 +15,14 @@ def benchmark_table(report: dict[str, Any]) -> str:
         " ".join([setup["model"], *setup["model_args"]]) + f", {report['classes']} classes",
         ", ".join([f"batches of {setup['batch_size']} images {size}", *options]),
         f"{setup['device']}: {environment[machine]}",
-        f"million multiply-accumulates an image: {', '.join(counts)}",
+        f"million multiply-accumulates per image: {', '.join(counts)}",
         f"{setup['repeats']} rounds: median (quartiles)",
     ]
     for dtype, rates in report["gemm_macs_per_second"].items():
         unit, name = (1e12, "TFLOP/s") if rates["mm"]["median"] > 5e11 else (1e9, "GFLOP/s")
         reached = [f"{kind} {_with_quartiles(rate, 2 / unit)}" for kind, rate in rates.items()]
         lines += ["", f"{dtype}; GEMM in {name}: {', '.join(reached)}"]
-        lines.append(_row("backend", "operation", "ms a batch", "images/s", "x published", "GEMM", "+ MB"))
+        lines.append(_row("backend", "operation", "ms/batch", "images/s", "x published", "GEMM", "+ MB"))
         for row in (row for row in report["rows"] if row["dtype"] == dtype):
             lines.append(_benchmark_row(row))
             if "memory_missing" in row:
@@ -33,7 +33,7 @@ def benchmark_table(report: dict[str, Any]) -> str:
 
 
 def comparison_table(report: dict[str, Any]) -> str:
-    """What `compare.compare` reports as text, 80 columns wide."""
+    """Format a report of `comparison.compare`."""
     setup, environment = report["setup"], report["environment"]
     machine = "gpus" if setup["device"] == "cuda" else "cpu"
     size = "x".join(map(str, report["image"]))
@@ -43,7 +43,7 @@ def comparison_table(report: dict[str, Any]) -> str:
         f"{setup['device']}: {environment[machine]}",
         f"{setup['repeats']} rounds: median (quartiles)",
         "",
-        _comparison_row("operation", "ms a batch", "ordinary", "x ordinary", "+ MB", "x"),
+        _comparison_row("operation", "ms/batch", "ordinary", "x ordinary", "+ MB", "x"),
     ]
     for row in report["rows"]:
         numbers = [_with_quartiles(row[name], 1000) for name in ("seconds", "against_seconds")]
@@ -56,18 +56,18 @@ def comparison_table(report: dict[str, Any]) -> str:
 
 
 def scaling_table(report: dict[str, Any]) -> str:
-    """What `scaling.measure_scaling` reports as text, 80 columns wide."""
+    """Format a report of `scaling.measure_scaling`."""
     setup, environment, rows = report["setup"], report["environment"], report["rows"]
     machine = "gpus" if setup["device"] == "cuda" else "cpu"
     lines = [
         f"{' '.join([setup['model'], *setup['model_args']])}, {report['classes']} classes, backend {report['backend']}",
         f"{setup['device']}: {environment[machine]}",
         f"{setup['repeats']} rounds: median (quartiles)",
-        f"relative: time an image and pixel, 1 in batches of {setup['batch_size']} images {rows[0]['img_size']} px",
+        f"relative: time per image and pixel, 1 for batches of {setup['batch_size']} images {rows[0]['img_size']} px",
     ]
     for dtype, name in dict.fromkeys((row["dtype"], row["operation"]) for row in rows):
         mine = [row for row in rows if (row["dtype"], row["operation"]) == (dtype, name)]
-        lines += ["", f"{name}, {dtype}", _scaling_row("px", "images", "ms a batch", "images/s", "relative")]
+        lines += ["", f"{name}, {dtype}", _scaling_row("px", "images", "ms/batch", "images/s", "relative")]
         for row in mine:
             numbers = _with_quartiles(row["seconds"], 1000), _short(row["batch_size"] / row["seconds"]["median"])
             relative = "1" if row is mine[0] else _with_quartiles(row["relative"], digits=2)
@@ -103,12 +103,12 @@ def _benchmark_row(row: dict[str, Any]) -> str:
 
 
 def _layer_table(rows: list[dict[str, Any]], counts: dict[str, dict[str, int]]) -> list[str]:
-    """For each backend a line a layer."""
+    """Format the times of layers alone: for each backend, one line per layer."""
     lines = []
     for backend in dict.fromkeys(row["backend"] for row in rows):
         mine = [row for row in rows if row["backend"] == backend]
         operations = list(dict.fromkeys(row["operation"] for row in mine))
-        lines += ["", f"layers alone, {backend}: forward MMAC an image; ms, part of all layers' ms, GEMM"]
+        lines += ["", f"layers alone, {backend}: forward MMAC per image; ms, share of all layers' ms, GEMM"]
         lines.append(f"{'layer':12}{'MMAC':>8}" + "".join(f"{name:>20}" for name in operations))
         total = {name: sum(_milliseconds(row) for row in mine if row["operation"] == name) for name in operations}
         for layer in dict.fromkeys(row["layer"] for row in mine):
@@ -137,5 +137,5 @@ def _with_quartiles(spread: dict[str, float], unit: float = 1, digits: int = 3) 
 
 
 def _short(number: float, digits: int = 3) -> str:
-    """As many digits or more, never an exponent, at most two behind the point of what is 1 or more."""
+    """Format as an integer from 100, with 3 significant digits from 1, else with `digits` significant digits."""
     return f"{number:.0f}" if number >= 100 else f"{number:#.3g}" if number >= 1 else f"{number:.{digits}g}"

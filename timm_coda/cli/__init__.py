@@ -1,7 +1,7 @@
-"""The `timm-coda` command: parses, calls, prints.
+"""The `timm-coda` command: parse arguments, run a command, print its results.
 
-A command is a file here with `add(subcommands)`, which names its options and the function that does it; that one
-imports what it needs itself, so that `--help` is quick, and returns the exit code.
+Each command is a module here with a function `add(subcommands)`, which defines its options and the function that runs
+it. That function imports what it needs itself, so that `--help` is fast, and returns the exit code.
 """
 
 import argparse
@@ -14,13 +14,14 @@ from . import benchmark, convert, demo, evaluate, explain, export, push
 
 __all__ = ["main", "make_parser"]
 
-_COMMANDS = (explain, demo, evaluate, benchmark, convert, push, export)  # in the order of --help
+_COMMANDS = (explain, demo, evaluate, benchmark, convert, push, export)  # in the order shown by --help
 
 
 def make_parser() -> argparse.ArgumentParser:
+    """Create the parser of all commands; parsed arguments have the function of the command as `run`."""
     parser = argparse.ArgumentParser(
         "timm-coda",
-        description="Image classifiers that explain themselves, exactly. timm-coda COMMAND --help says more.",
+        description="Image classifiers with exact explanations. See timm-coda COMMAND --help for details.",
         allow_abbrev=False,
     )
     parser.add_argument("--version", action="version", version=f"timm_coda {__version__}")
@@ -31,7 +32,7 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the command; returns its exit code: 2 for what the user can mend, 130 for Ctrl-C."""
+    """Run a command and return its exit code: 2 for errors that the user can fix, 130 for Ctrl-C."""
     argv = sys.argv[1:] if argv is None else argv
     try:
         args = make_parser().parse_args(argv)
@@ -40,7 +41,7 @@ def main(argv: list[str] | None = None) -> int:
     except BrokenPipeError:  # as in `timm-coda ... | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
-    except (ValueError, OSError) as error:  # our own errors say what is wrong and how to mend it
+    except (ValueError, OSError) as error:  # our own errors name the problem and the remedy
         print(f"timm-coda: error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

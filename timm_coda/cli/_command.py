@@ -1,4 +1,4 @@
-"""What commands share."""
+"""Helpers shared by the commands."""
 
 import argparse
 from collections.abc import Callable
@@ -10,7 +10,7 @@ __all__ = ["choose_device", "new_command"]
 def new_command(
     subcommands: Any, name: str, help: str, description: str, run: Callable[[argparse.Namespace], int]
 ) -> argparse.ArgumentParser:
-    """A command's parser: `help` is its line in the list, `description` is printed as it stands, `run` does it."""
+    """Create a command's parser: `help` is its line in the list, `description` is not re-wrapped, `run` executes it."""
     parser = subcommands.add_parser(
         name,
         help=help,
@@ -23,15 +23,15 @@ def new_command(
 
 
 def choose_device(name: str | None) -> str:
-    """What --device names, or the best there is.
+    """Return the device named by --device; by default cuda if available, else cpu.
 
     Raises:
-        ValueError: it is neither cpu nor cuda, or there is no CUDA device.
+        ValueError: the name is neither cpu nor cuda, or no CUDA device is available.
     """
     import torch
 
     if name not in (None, "cpu", "cuda"):
-        raise ValueError(f"--device {name}: choose cpu or cuda (CUDA_VISIBLE_DEVICES says which)")
+        raise ValueError(f"--device {name}: choose cpu or cuda (CUDA_VISIBLE_DEVICES selects the GPU)")
     if name == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"--device cuda: PyTorch {torch.__version__} finds no CUDA device; choose cpu")
     return name or ("cuda" if torch.cuda.is_available() else "cpu")

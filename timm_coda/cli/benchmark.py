@@ -1,4 +1,4 @@
-"""`timm-coda benchmark`: speed and memory, side by side."""
+"""`timm-coda benchmark`: measure speed and memory side by side."""
 
 import argparse
 import json
@@ -9,42 +9,46 @@ from typing import Any
 from ._command import new_command
 
 _DESCRIPTION = """\
-Time and memory of a model, side by side with the published formulation of its
-layers (which writes every dynamic weight to memory) and with this machine's own
-matrix products.
+Measure time and memory of a model, side by side with the published formulation
+of its layers (which writes every dynamic weight to memory) and with this
+machine's matrix products (GEMM).
 
   timm-coda benchmark coda_net_s                       # the CIFAR-10 network
   timm-coda benchmark coda_net_s --repeats 7 --output s.json
-  timm-coda benchmark coda_net_s --layers --no-memory  # who takes the time?
+  timm-coda benchmark coda_net_s --layers --no-memory  # time per layer
   timm-coda benchmark coda_net_s --batch-size 256 --dtype float32 bfloat16
   timm-coda benchmark coda_net_l --batch-size 1 --operations explain
   timm-coda benchmark bcos_resnet50 --against resnet50 --batch-size 8
   timm-coda benchmark coda_net_s --scaling --batch-size 64 --operations forward
 
-A round takes every operation of every backend once, in random order, so that a
-busy machine disturbs all of them alike; still, stop other work for numbers to
-publish. The table has medians over the rounds and, in brackets, quartiles.
+Each round runs every operation of every backend once, in random order, so that
+a busy machine disturbs all of them alike. Still, stop other work if you publish
+the numbers. The table shows medians over rounds, with quartiles in brackets.
 
-  forward      without gradients, in eval mode
-  train        forward, binary cross entropy, backward; no optimiser
-  explain      explain() the highest class; explain-all: the 10 highest (or all)
-  x published  times as fast as the published formulation, in the same dtype and
-               the same round
-  x ordinary   with --against, for networks that have no published formulation
-               to compare with (B-cos): times as long as the ordinary model
-               takes in the same round, an explanation against its forward
-  relative     with --scaling: time an image and pixel in parts of the time they
-               take in the largest batch of the smallest images; 1 throughout
-               would be time that grows with batch and pixels and nothing else
-  GEMM         counted multiply-accumulates a second, in parts of what the
-               faster square matrix product reaches in that round: torch.mm or,
-               for float32 on a CPU, oneDNN's, which convolutions use. What is
-               counted is the factorised form, for the published one too; a
-               training step counts as three forwards, an explanation of T
-               classes as one and T products with the large weight
+Operations:
+  forward      forward pass in eval mode, without gradients
+  train        forward pass, binary cross entropy, backward pass; no optimiser
+  explain      explain() the highest class
+  explain-all  explain() the 10 highest classes (or all, if there are fewer)
+
+Columns:
+  x published  speed relative to the published formulation, in the same dtype
+               and round
+  GEMM         multiply-accumulates per second, relative to the faster square
+               matrix product in that round: torch.mm or, for float32 on a CPU,
+               that of oneDNN, which convolutions use. The factorised form is
+               counted for all backends; a training step counts as three forward
+               passes, an explanation of T classes as one forward pass and T
+               products with the large weight
   + MB         peak memory beyond the model, its parameter gradients and the
-               images; on a CPU resident memory of a process of its own, which
-               gives back what it frees at once (glibc by default keeps some)
+               images. On a CPU: resident memory of a separate process that
+               returns freed memory at once (by default, glibc retains some)
+  x ordinary   --against, for models without a published formulation (B-cos):
+               time relative to the ordinary model in the same round; an
+               explanation is compared with its forward pass
+  relative     --scaling: time per image and pixel, relative to the largest
+               batch of the smallest images; 1 everywhere if time is
+               proportional to batch and pixels
 """
 
 
@@ -52,52 +56,50 @@ def add(subcommands: Any) -> None:
     parser = new_command(
         subcommands,
         "benchmark",
-        "speed and memory against the published formulation and the machine's limit",
+        "compare speed and memory with the published formulation and matrix products",
         _DESCRIPTION,
         _run,
     )
     what = parser.add_argument_group("what")
     add = what.add_argument
-    add("model", help="a name in timm's registry, such as coda_net_s; weights do not change the time, so none are read")
-    add("--model-args", nargs="+", default=[], metavar="NAME=JSON", help="of its constructor, as rank=16")
+    add("model", help="name of a timm model, such as coda_net_s; its weights are random: they do not affect the time")
+    add("--model-args", nargs="+", default=[], metavar="NAME=JSON", help="model arguments, such as rank=16")
     instead = what.add_mutually_exclusive_group()
-    hint = "an ordinary timm model to compare with, in place of backends"
+    hint = "compare with this ordinary timm model instead of comparing backends"
     instead.add_argument("--against", metavar="MODEL", help=hint)
-    hint = "also smaller batches, down to one image, and images up to four times as large, in place of backends"
+    hint = "also run smaller batches, down to 1, and images of up to 4 times the side, instead of comparing backends"
     instead.add_argument("--scaling", action="store_true", help=hint)
-    add("--img-size", type=int, metavar="N", help="pixels a side (default: the model's)")
-    add("--num-classes", type=int, metavar="N", help="(default: the model's)")
-    add(
-        "--batch-size", type=int, metavar="N", default=16, help="images at once (default: 16, the papers' for training)"
-    )
+    add("--img-size", type=int, metavar="N", help="pixels per side (default: the model's)")
+    add("--num-classes", type=int, metavar="N", help="number of classes (default: the model's)")
+    add("--batch-size", type=int, metavar="N", default=16, help="images per batch (default: 16, as in the papers)")
     dtypes, operations = ["float32", "bfloat16", "float16"], ["forward", "train", "explain", "explain-all"]
-    hint = "what model and images are cast to; several are compared (default: float32, what training starts in)"
+    hint = "cast model and images to it; several are compared (default: float32)"
     add("--dtype", nargs="+", default=["float32"], choices=dtypes, metavar="DTYPE", help=f"{', '.join(dtypes)}: {hint}")
-    hint = f"of {', '.join(operations)} (default: all)"
+    hint = f"operations to run: {', '.join(operations)} (default: all)"
     add("--operations", nargs="+", default=operations, choices=operations, metavar="NAME", help=hint)
     add = parser.add_argument_group("how").add_argument
-    add("--device", help="cpu or cuda (default: cuda where there is one)")
-    add("--threads", type=int, metavar="N", help="of the CPU (default: PyTorch's choice, every core)")
+    add("--device", help="cpu or cuda (default: cuda if available)")
+    add("--threads", type=int, metavar="N", help="CPU threads (default: PyTorch's choice, every core)")
     add(
         "--backend",
         action="append",
         metavar="NAME",
-        help="repeat for several: reference (the published formulation, run if it fits into memory), torch (plain "
-        "convolutions), cpu, triton (default: the device's best, and reference)",
+        help="reference (the published formulation, skipped if it does not fit into memory), torch (plain "
+        "convolutions), cpu or triton; repeat for several (default: the device's best, and reference)",
     )
-    add("--channels-last", action="store_true", help="model and images in this memory format (default: contiguous)")
-    add("--compile", action="store_true", help="torch.compile forward and train, but not the published formulation")
+    add("--channels-last", action="store_true", help="use the channels_last memory format (default: contiguous)")
+    add("--compile", action="store_true", help="use torch.compile for forward and train, except for reference")
     add(
         "--repeats",
         type=int,
         metavar="N",
         default=5,
-        help="rounds (default: 5, the least that quartiles say something of)",
+        help="number of rounds (default: 5, the fewest for meaningful quartiles)",
     )
-    add("--seed", type=int, metavar="N", default=0, help="of weights, images and the order within rounds (default: 0)")
-    add("--no-memory", action="store_true", help="skip + MB: on a CPU each takes a process, some seconds")
-    add("--layers", action="store_true", help="also time each layer alone, on random input of its shape")
-    add("--output", type=Path, metavar="FILE", help="write every number, and what ran where, as JSON")
+    add("--seed", type=int, metavar="N", default=0, help="seed of weights, images and order within rounds (default: 0)")
+    add("--no-memory", action="store_true", help="skip + MB: on a CPU, each value takes a process and some seconds")
+    add("--layers", action="store_true", help="also time each layer alone, on random inputs of its shape")
+    add("--output", type=Path, metavar="FILE", help="write all numbers, settings and the environment to this JSON file")
 
 
 def _run(args: argparse.Namespace) -> int:
@@ -107,7 +109,7 @@ def _run(args: argparse.Namespace) -> int:
     from ..hub import write_text
 
     if args.output and (args.output.is_dir() or not os.access(args.output.absolute().parent, os.W_OK)):
-        raise ValueError(f"--output {args.output}: cannot be written; name a file in a folder that is there")
+        raise ValueError(f"--output {args.output}: cannot be written; choose a file in an existing folder")
     setup = Setup(
         model=args.model,
         model_args=tuple(args.model_args),
@@ -136,5 +138,5 @@ def _run(args: argparse.Namespace) -> int:
     print(table(report))
     if args.output:
         write_text(args.output, json.dumps(report, indent=1) + "\n")
-        print(f"\n{args.output}: every number")
+        print(f"\nall numbers are in {args.output}")
     return 0

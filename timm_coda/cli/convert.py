@@ -1,4 +1,4 @@
-"""`timm-coda convert`: a checkpoint becomes a folder in timm's format."""
+"""`timm-coda convert`: convert a checkpoint to a folder in timm's format."""
 
 import argparse
 import os
@@ -8,11 +8,13 @@ from typing import Any
 from ._command import new_command
 
 _DESCRIPTION = """\
-A checkpoint, the authors' or one of yours, becomes a folder in timm's format:
-config.json and model.safetensors. The model is then
+Convert a checkpoint, the authors' or your own, to a folder in timm's format:
+config.json and model.safetensors. Load the model with
 
   import timm, timm_coda
   timm.create_model("local-dir:FOLDER", pretrained=True)
+
+Examples:
 
   timm-coda convert cifar.pt --model coda_net_s.mpi_t1000_cifar10 \\
       --output FOLDER
@@ -21,11 +23,11 @@ config.json and model.safetensors. The model is then
   timm-coda convert mine.pt --model coda_net_s --num-classes 3 \\
       --label-names cat dog eel --model-args rank=16 --output FOLDER
   timm-coda convert runs/mine/model.safetensors --model coda_net_xs --half \\
-      --output mine.safetensors                       # weights alone, half size
+      --output mine.safetensors                       # weights only, half size
 
 A checkpoint is a PyTorch or safetensors file of weights, bare or inside
 {'state_dict': ...} or {'model': ...}, with or without 'module.' before keys.
-Code in a file is never run: a pickle that holds more than weights is refused.
+Code in a file is never run: a pickle with anything but weights is rejected.
 """
 
 
@@ -33,27 +35,27 @@ def add(subcommands: Any) -> None:
     parser = new_command(
         subcommands,
         "convert",
-        "a published checkpoint, or one of yours, to a folder in timm's format",
+        "convert a checkpoint to a folder in timm's format",
         _DESCRIPTION,
         _run,
     )
     add = parser.add_argument
-    add("source", metavar="FILE_OR_URL", help="the checkpoint")
-    hint = "a name in timm's registry; the tag says licence, class names and temperature: timm.list_models('coda*', "
+    add("source", metavar="FILE_OR_URL", help="checkpoint file or its URL")
+    hint = "name in timm's registry; the tag sets licence, class names and temperature: see timm.list_models('coda*', "
     add("--model", required=True, metavar="NAME", help=hint + "include_tags=True)")
     add(
         "--output",
         required=True,
         type=Path,
         metavar="FOLDER",
-        help="new or empty; or FILE.safetensors, for weights alone",
+        help="new or empty folder, or FILE.safetensors for weights only",
     )
-    add("--num-classes", type=int, metavar="N", help="of the checkpoint (default: the tag's)")
-    hint = "in the order of the logits, or a text file with a name a line (default: the tag's)"
+    add("--num-classes", type=int, metavar="N", help="classes of the checkpoint (default: the tag's)")
+    hint = "class names in the order of the logits, or a text file with one per line (default: the tag's)"
     add("--label-names", nargs="+", metavar="NAME", help=hint)
-    add("--model-args", nargs="+", default=[], metavar="NAME=JSON", help="of its constructor, as rank=16")
+    add("--model-args", nargs="+", default=[], metavar="NAME=JSON", help="model arguments, such as rank=16")
     add("--half", action="store_true", help="save in half precision")
-    hint = "replace the model in FOLDER, and no other file there, or FILE.safetensors"
+    hint = "replace the model in FOLDER (other files stay), or FILE.safetensors"
     add("--overwrite", action="store_true", help=hint)
 
 

@@ -1,4 +1,4 @@
-"""`timm-coda demo`: the web page."""
+"""`timm-coda demo`: serve or export the web page."""
 
 import argparse
 from pathlib import Path
@@ -7,41 +7,39 @@ from typing import Any
 from ._command import new_command
 
 _DESCRIPTION = """\
-A web page that answers "why this class and not that one?": drop an image, see
-what the model decides and, pixel by pixel, where that comes from.
+Serve a web page that answers "why this class and not that one?": drop an image,
+and see the model's decision and the contribution of each pixel to it.
 
   timm-coda demo                      # digits: the model ships with the package
   timm-coda demo --model bcos_resnet50.v2_in1k vit_tiny_patch16_bcos_224.v2_in1k
   timm-coda demo --model runs/my_model --examples photos
   timm-coda demo --model hf-hub:me/my-model --export space   # for the Hub
 
-Only this machine sees the page, unless --host lets others in. Who sees it from
-another machine can choose among the models named here, unless --any-model.
-Uploads may have 10 MB and 25 million pixels.
+The page can be opened only on this machine, unless --host allows others. Then
+visitors can choose only the models given by --model, unless --any-model is set.
+Uploads are limited to 10 MB and 25 million pixels.
 
 --export writes a folder for Hugging Face Spaces: app.py, requirements.txt,
-README.md, this package, and the models and examples that are folders here.
+README.md, this package, and the models and examples that are local folders.
 """
 
 
 def add(subcommands: Any) -> None:
-    parser = new_command(
-        subcommands, "demo", "a web page: choose an image, see why the model decides so", _DESCRIPTION, _run
-    )
+    parser = new_command(subcommands, "demo", "serve a web page that explains images", _DESCRIPTION, _run)
     add = parser.add_argument
-    hint = "names in timm's registry, folders, or hf-hub:ID, to choose among (default: ours that have weights)"
+    hint = "models to choose from: names in timm's registry, folders, or hf-hub:ID (default: ours with weights)"
     add("--model", nargs="+", default=[], metavar="NAME", help=hint)
-    add("--examples", type=Path, metavar="DIR", help="a folder of example images (default: handwritten digits)")
-    add("--host", help="address to listen at (default: 127.0.0.1, this machine; 0.0.0.0 lets others in)")
-    add("--port", type=int, metavar="N", help="(default: the first free one from 7860)")
-    hint = "visitors may load any folder of this machine and any model of the Hub (default: on this machine)"
+    add("--examples", type=Path, metavar="DIR", help="folder of example images (default: handwritten digits)")
+    add("--host", help="address to listen on (default: 127.0.0.1, this machine only; 0.0.0.0: any machine)")
+    add("--port", type=int, metavar="N", help="port to listen on (default: the first free one from 7860)")
+    hint = "let visitors load any folder of this machine and any Hub model (default: only if --host is this machine)"
     add("--any-model", action=argparse.BooleanOptionalAction, help=hint)
-    add("--export", type=Path, metavar="DIR", help="write a folder for Hugging Face Spaces, and show nothing")
+    add("--export", type=Path, metavar="DIR", help="write a folder for Hugging Face Spaces instead of serving")
 
 
 def _run(args: argparse.Namespace) -> int:
     if args.export is not None and (args.host or args.port or args.any_model is not None):
-        raise ValueError("--export goes without --host, --port and --any-model: a Space has its own")
+        raise ValueError("--export cannot be combined with --host, --port or --any-model: a Space sets its own")
     try:
         if args.export is not None:
             from ..demo import export_space

@@ -1,4 +1,4 @@
-"""`timm-coda evaluate`: how far explanations can be trusted, in numbers."""
+"""`timm-coda evaluate`: score explanations by metrics, and compare with other methods."""
 
 import argparse
 import sys
@@ -11,8 +11,10 @@ from ._command import choose_device, new_command
 
 _DESCRIPTION = """\
 Score a model's own explanations, and those of common methods, on labelled
-images: do they point at what they are about, and does the model change its
-mind when what they point at is gone?
+images: does the evidence for a class lie in the right place, and does the
+prediction change when the pixels with this evidence are removed?
+
+Examples:
 
   timm-coda evaluate --model coda_net_xs.digits --data digits --grids 40 \\
       --images 100 --output digits
@@ -22,11 +24,11 @@ mind when what they point at is gone?
       --metrics grid_localisation grid_localisation_0.99 --grid-size 2 \\
       --output grids
 
-FOLDER gets report.html, a page with the maps side by side, plots and tables;
-results.json, with each value; and arrays/, the example images and maps. What is
-done is kept in FOLDER/parts: after a kill or Ctrl-C the same command goes on,
-and so does one with more explainers or metrics. A method that fails on the
-model is reported with its reason, and the others go on.
+FOLDER gets report.html, a page with tables, plots, and maps side by side;
+results.json, with every value; and arrays/, with example images and maps.
+Finished work is saved in FOLDER/parts: after a kill or Ctrl-C, the same command
+resumes, as does one with more explainers or metrics. If a method fails on the
+model, its error is reported and the others continue.
 
 """
 
@@ -35,31 +37,31 @@ def add(subcommands: Any) -> None:
     from ..evaluate import DEFAULT_METRICS, EXPLAINERS, METRICS
 
     about = f"{_DESCRIPTION}{_list('Explainers', EXPLAINERS)}, or occlusion_N\n\n{_list('Metrics', METRICS)}\n"
-    parser = new_command(subcommands, "evaluate", "explanations in numbers, beside those of other methods", about, _run)
-    add = parser.add_argument_group("what").add_argument
-    add("--model", required=True, metavar="NAME", help="in timm's registry, a folder, or hf-hub:ID")
-    hint = "digits, a Hub id, parquet files, a folder of these or of images"
+    parser = new_command(subcommands, "evaluate", "score explanations, and compare with other methods", about, _run)
+    add = parser.add_argument_group("input and output").add_argument
+    add("--model", required=True, metavar="NAME", help="name in timm's registry, folder, or hf-hub:ID")
+    hint = "digits, Hub dataset id, parquet files, or folder of these or of images"
     add("--data", nargs="+", required=True, metavar="SOURCE", help=hint)
-    add("--explainers", nargs="+", default=list(EXPLAINERS), metavar="NAME", help="(default: all)")
-    hint = f"(default: {', '.join(DEFAULT_METRICS)})"
+    add("--explainers", nargs="+", default=list(EXPLAINERS), metavar="NAME", help="explainers to score (default: all)")
+    hint = f"metrics to compute (default: {', '.join(DEFAULT_METRICS)})"
     add("--metrics", nargs="+", default=list(DEFAULT_METRICS), metavar="NAME", help=hint)
-    hint = "where to, new, empty, or of an evaluation to go on with"
+    hint = "new or empty folder, or folder of an evaluation to resume"
     add("--output", type=Path, required=True, metavar="FOLDER", help=hint)
-    add("--overwrite", action="store_true", help="begin anew, in place of the evaluation in FOLDER")
-    add = parser.add_argument_group("data").add_argument
-    add("--subset", help="configuration of a Hub data set that has several")
-    hint = "(default: validation, or test, whichever there is, or a tenth of the training images)"
+    add("--overwrite", action="store_true", help="delete the evaluation in FOLDER and start again")
+    add = parser.add_argument_group("dataset").add_argument
+    add("--subset", help="configuration of a Hub dataset with several")
+    hint = "split to evaluate on (default: validation, else test, else a tenth of the training images)"
     add("--test-split", metavar="NAME", help=hint)
-    add("--image-column", metavar="NAME", help="(default: the only one with images)")
-    add("--label-column", metavar="NAME", help="(default: the only one with classes, or the one named label)")
-    add = parser.add_argument_group("how").add_argument
-    add("--grids", type=_positive, default=500, metavar="N", help="of grid localisation (default: 500, the papers')")
-    add("--grid-size", type=_positive, default=3, metavar="N", help="cells a side (default: 3)")
-    hint = "the first so many, for metrics of single images (default: 1024, as in the papers)"
+    add("--image-column", metavar="NAME", help="column of images (default: the only one)")
+    add("--label-column", metavar="NAME", help="column of classes (default: the only one, or the one named label)")
+    add = parser.add_argument_group("settings").add_argument
+    add("--grids", type=_positive, default=500, metavar="N", help="maximum number of grids (default: 500, the papers')")
+    add("--grid-size", type=_positive, default=3, metavar="N", help="cells per side of a grid (default: 3)")
+    hint = "use the first N images in metrics of single images (default: 1024, as in the papers)"
     add("--images", type=_positive, default=1024, metavar="N", help=hint)
-    add("--seed", type=int, default=42, metavar="N", help="of grids and of everything random (default: 42)")
-    add("--batch-size", type=_positive, default=64, metavar="N", help="images at a time (default: 64)")
-    add("--device", help="cpu or cuda (default: cuda where there is one)")
+    add("--seed", type=int, default=42, metavar="N", help="seed of grids and all random numbers (default: 42)")
+    add("--batch-size", type=_positive, default=64, metavar="N", help="images per batch (default: 64)")
+    add("--device", help="cpu or cuda (default: cuda if available)")
 
 
 def _list(title: str, names: Sequence[str]) -> str:
@@ -67,10 +69,9 @@ def _list(title: str, names: Sequence[str]) -> str:
 
 
 def _positive(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise ValueError
-    return number
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be a whole number of at least 1, not {text}")
+    return int(text)
 
 
 def _run(args: argparse.Namespace) -> int:
@@ -97,7 +98,7 @@ def _run(args: argparse.Namespace) -> int:
             setup, explainers, metrics, args.output, command=args.command_line, overwrite=args.overwrite, say=print
         )
     except KeyboardInterrupt:
-        print(f"\nstopped; what is done is in {args.output}: run the same command to go on", file=sys.stderr)
+        print(f"\nstopped; finished work is saved in {args.output}: run the same command to resume", file=sys.stderr)
         return 130
     print(results_table(results))
     print(f"\n{args.output / 'results.json'}: every number")

@@ -1,4 +1,4 @@
-"""`timm-coda explain`: pictures, arrays and tables of explanations."""
+"""`timm-coda explain`: write figures, arrays and tables of explanations."""
 
 import argparse
 import sys
@@ -14,7 +14,8 @@ if TYPE_CHECKING:
     from ..gallery import Gallery, Source
 
 _DESCRIPTION = """\
-Explain images and videos: which pixels speak for and against a class, exactly.
+Explain images and videos: which pixels are evidence for and against a class.
+The explanations are exact.
 
   timm-coda explain photo.jpg --model coda_net_xs.digits --output out
   timm-coda explain photos/ --model runs/mine --target cat --versus dog \\
@@ -22,44 +23,45 @@ Explain images and videos: which pixels speak for and against a class, exactly.
   timm-coda explain https://... clip.mp4 --model hf-hub:USER/NAME --top 3 \\
       --output out
 
-Of each image --output gets
+For each image, FOLDER gets
 
-  NAME.figure.png   image, most probable classes, maps with their arithmetic
-  NAME.overlay.png  the evidence over the whole image: red for, blue against;
-                    what the model does not see (it crops the middle) is dark
-  NAME.npz          contributions, weights, logits, ...: numpy.load reads it
+  NAME.figure.png   image, most probable classes, maps and their sums
+  NAME.overlay.png  evidence over the whole image: red for, blue against; parts
+                    that the model does not see (it crops the centre) are dark
+  NAME.npz          contributions, weights, logits, ...: read with numpy.load
 
-and of all of them together table.csv and, if there are several, contact sheets
-of 48 images each. Of a video it gets NAME.overlay.mp4, in which a colour means
-the same in every frame, and NAME.overlay.csv, a row a frame; a video shows one
-class: the first --target, or the most probable one of all frames.
+and for all images together table.csv and, if there are several images, contact
+sheets of 48 images each. For each video it gets NAME.overlay.mp4, in which a
+colour has the same meaning in every frame, and NAME.overlay.csv, with one row
+per frame. A video shows one class: the first --target, or the most probable
+class over all frames.
 
-Probabilities are sigmoids. Of a folder all files are read, those in folders
-below it, too, but for hidden ones. Transparent parts of an image become white;
-of an animated one the first frame is explained. Files that are no image or
-video, damaged or too large are named at the end. Exit code: 0 if everything
-was explained, 1 if some was skipped, 2 if there is nothing to show.
+Probabilities are sigmoids. Folders are read with their subfolders, without
+hidden files. Transparent parts of an image become white; of an animated image,
+the first frame is explained. Files that are damaged, too large, or not an image
+or video are listed at the end. Exit code: 0 if everything was explained, 1 if
+files were skipped, 2 if nothing could be explained.
 """
 
 
 def add(subcommands: Any) -> None:
     parser = new_command(
-        subcommands, "explain", "which pixels of images and videos speak for a class", _DESCRIPTION, _run
+        subcommands, "explain", "show which pixels of images and videos are evidence for a class", _DESCRIPTION, _run
     )
     add = parser.add_argument
-    add("inputs", nargs="+", metavar="INPUT", help="image, video, folder of them, or link (http, https)")
-    add("--model", required=True, metavar="NAME", help="a name in timm's registry, a folder, or hf-hub:ID")
-    add("--output", required=True, type=Path, metavar="FOLDER", help="new or empty, or with --overwrite")
+    add("inputs", nargs="+", metavar="INPUT", help="image, video, folder of these, or URL (http, https)")
+    add("--model", required=True, metavar="NAME", help="name in timm's registry, folder, or hf-hub:ID")
+    add("--output", required=True, type=Path, metavar="FOLDER", help="new or empty folder, or any with --overwrite")
     which = parser.add_mutually_exclusive_group()
     hint = "classes to explain, by name or number (default: the most probable one)"
     which.add_argument("--target", nargs="+", metavar="CLASS", help=hint)
     which.add_argument("--top", type=int, default=1, metavar="N", help="explain the N most probable classes")
-    hint = "explain why the class and not this one; one, or one for each --target"
+    hint = "explain why the target and not this class; one class, or one for each --target"
     add("--versus", nargs="+", metavar="CLASS", help=hint)
-    add("--batch-size", type=int, default=16, metavar="N", help="images at a time, to bound memory (default: 16)")
-    add("--device", help="cpu or cuda (default: cuda where there is one)")
-    add("--figure", choices=["png", "svg", "pdf"], default="png", help="kind of the figures (default: png)")
-    add("--overwrite", action="store_true", help="write into a folder that has files; those of the same name go")
+    add("--batch-size", type=int, default=16, metavar="N", help="images per batch, to limit memory (default: 16)")
+    add("--device", help="cpu or cuda (default: cuda if available)")
+    add("--figure", choices=["png", "svg", "pdf"], default="png", help="file format of figures (default: png)")
+    add("--overwrite", action="store_true", help="write into a folder with files, replacing those of the same name")
 
 
 def _run(args: argparse.Namespace) -> int:
@@ -72,14 +74,14 @@ def _run(args: argparse.Namespace) -> int:
     if args.output.is_file() or (not args.overwrite and args.output.is_dir() and any(args.output.iterdir())):
         raise ValueError(f"--output {args.output}: not a new or empty folder; name another, or add --overwrite")
     try:
-        letters(12)  # before the first batch is explained, not after it
+        letters(12)  # fail before the first batch is explained, not after it
     except ImportError as error:
         raise ValueError(error) from error
     sources = find_sources(args.inputs, args.output)
     model = load_model(args.model).to(choose_device(args.device))
     if not hasattr(model, "explain"):
         kind = type(model).__name__
-        raise ValueError(f"--model {args.model}: a {kind} cannot explain itself; those of timm_coda can")
+        raise ValueError(f"--model {args.model}: {kind} cannot explain itself: use a timm_coda model")
     names = class_names(model)
     targets, versus = _classes(names, args.target), _classes(names, args.versus)
     _check(args.top, targets, versus, names)
@@ -106,7 +108,7 @@ def _run(args: argparse.Namespace) -> int:
 
 
 def _explain(sources: "Sequence[Source]", gallery: "Gallery") -> tuple[int, list[str]]:
-    """Explain all of them; returns how many could be, and why the others could not."""
+    """Explain all sources; return how many were explained, and the reason for each skipped one."""
     from tqdm import tqdm
 
     from ..gallery import VIDEO_SUFFIXES, InputError, VideoError, fetched
@@ -152,13 +154,13 @@ def _add_video(source: "Source", path: Path, gallery: "Gallery") -> str:
 
 
 def _line(name: str, top: list[tuple[str, float]], note: str) -> str:
-    """A name and its three most probable classes, in 80 columns."""
+    """Format a name and its three most probable classes in 80 columns."""
     classes = [f"{_short(label, 12):12} {probability:4.2f}" for label, probability in top[:3]]
     return f"{_short(name, 26):26} {' '.join(classes)}".rstrip() + (f"\n  ({note})" if note else "")
 
 
 def _short(text: str, width: int) -> str:
-    """Cut to the width: a path at its beginning, anything else at its end."""
+    """Truncate to the width: paths at the start, other texts at the end."""
     if len(text) <= width:
         return text
     return "…" + text[-width + 1 :] if "/" in text else text[: width - 1] + "…"
@@ -179,4 +181,4 @@ def _check(top: int, targets: list[int] | None, versus: list[int] | None, names:
         raise ValueError(f"--versus has {len(versus)} classes: give one, or one for each --target")
     for pair in zip(targets or (), versus * len(targets or ()), strict=False):
         if pair[0] == pair[1]:
-            raise ValueError(f"--versus {names[pair[0]]}: the same class as --target, from which it differs by nothing")
+            raise ValueError(f"--versus {names[pair[0]]}: the same class as --target: use another")

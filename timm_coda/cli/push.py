@@ -1,4 +1,4 @@
-"""`timm-coda push`: publish a folder on the Hub."""
+"""`timm-coda push`: publish a model folder on the Hub."""
 
 import argparse
 from pathlib import Path
@@ -7,43 +7,44 @@ from typing import Any
 from ._command import new_command
 
 _DESCRIPTION = """\
-Publish a model's folder, as train.py or model.save_pretrained(FOLDER) leaves
-it, on the Hugging Face Hub, where timm.create_model("hf-hub:USER/NAME") finds
-it.
+Publish a model folder, written by train.py or model.save_pretrained(FOLDER), on
+the Hugging Face Hub, to be loaded by timm.create_model("hf-hub:USER/NAME").
 
   hf auth login                                                  # once
   timm-coda push runs/coda_net_xs.digits me/digits --dry-run
   timm-coda push runs/coda_net_xs.digits me/digits --license mit
   timm-coda push runs/longer me/digits --message "Twice the epochs"
 
-What goes there: config.json and model.safetensors, which are checked first;
-explanation.png, summary.json and recipe.yaml where there are some; and
-README.md, the model card. It is made from what train.py measured, unless the
-folder has one: to write your own, begin with what --dry-run shows. Checkpoints
-stay here.
+Uploaded files: config.json and model.safetensors, which are checked first;
+explanation.png, summary.json and recipe.yaml if they exist; and README.md, the
+model card. If the folder has no card, it is generated from the results of
+train.py; to write your own, start from the output of --dry-run. Checkpoints are
+not uploaded.
 
-All of it is one commit: others see the old model or the new one, never a half.
-A connection that breaks is tried again; after a failure run the same command
-once more, and what is uploaded already is not uploaded again.
+All files are uploaded in one commit, so others see the old or the new model,
+never a mix. Broken connections are retried. After a failure, run the same
+command again: files that are already uploaded are skipped.
 """
 
 
 def add(subcommands: Any) -> None:
     parser = new_command(
-        subcommands, "push", "publish a model's folder on the Hugging Face Hub, with a model card", _DESCRIPTION, _run
+        subcommands, "push", "publish a model on the Hugging Face Hub, with a model card", _DESCRIPTION, _run
     )
     add = parser.add_argument
-    add("folder", type=Path, metavar="FOLDER", help="with config.json and model.safetensors")
-    add("repo", metavar="REPO", help="USER/NAME, or NAME under your own; made if there is none")
+    add("folder", type=Path, metavar="FOLDER", help="folder with config.json and model.safetensors")
+    add("repo", metavar="REPO", help="USER/NAME, or NAME in your account; created if missing")
     add("--dry-run", action="store_true", help="upload nothing: check the folder, list the files, print the card")
     add(
-        "--license", metavar="NAME", help="of the weights, for the card, such as mit (default: that of those you tuned)"
+        "--license",
+        metavar="NAME",
+        help="license of the weights, such as mit (default: that of the pretrained weights)",
     )
-    add("--private", action="store_true", help="make a new repository private (default: what its owner's setting says)")
-    add("--revision", metavar="BRANCH", help="commit to this branch, which is there already (default: main)")
-    add("--message", default="Upload model", metavar="TEXT", help="first line of the commit (default: Upload model)")
-    add("--create-pr", action="store_true", help="open a pull request in place of committing")
-    add("--token", help="that may write there (default: HF_TOKEN, or hf auth login's, which no shell's history keeps)")
+    add("--private", action="store_true", help="make a new repository private (default: the owner's setting)")
+    add("--revision", metavar="BRANCH", help="commit to this existing branch (default: main)")
+    add("--message", default="Upload model", metavar="TEXT", help="title of the commit (default: Upload model)")
+    add("--create-pr", action="store_true", help="open a pull request instead of committing")
+    add("--token", help="token with write access (default: HF_TOKEN or hf auth login; not in shell history)")
 
 
 def _run(args: argparse.Namespace) -> int:

@@ -1,8 +1,8 @@
-"""Labelled images in: data sets from the Hub, parquet files, image folders or the package itself, as torch batches.
+"""Load labelled image datasets from the Hub, parquet files, image folders or the package itself, as torch batches.
 
-`load_data` finds the splits, the columns and the class names, and checks every label. `ImageDataset` and `collate` turn
-a split into batches that depend on nothing but a seed: not on the number of worker processes, not on the global random
-state, not on whether the run was interrupted. An image that cannot be read is reported, not fatal.
+`load_data` finds the splits, columns and class names, and checks every label. `ImageDataset` and `collate` turn a split
+into batches that depend only on a seed: not on the number of worker processes, the global random state, or whether the
+run was interrupted. An image that cannot be read is reported and skipped.
 """
 
 import contextlib
@@ -40,38 +40,38 @@ from .sources import (
 
 @dataclass(frozen=True)
 class Split:
-    """The images of one part of a data set, still encoded, with a checked class number for each."""
+    """One split of a dataset: encoded images, with a checked class number for each."""
 
     name: str
-    rows: datasets.Dataset  # one column, encoded images
+    rows: datasets.Dataset  # one column of encoded images
     column: str
-    indices: np.ndarray  # (n,) the split's rows
+    indices: np.ndarray  # (n,) row numbers of the images in `rows`
     labels: np.ndarray  # (n,) class numbers
 
     def __len__(self) -> int:
         return len(self.indices)
 
     def describe(self, index: int) -> str:
-        """Name an image so that a person finds it again: its split, row and, where known, file."""
+        """Describe an image so that the user can find it: its split, row and, where known, file."""
         row = int(self.indices[index])
         path = (self.rows[row][self.column] or {}).get("path")
         return f"{self.name} row {row}" + (f" ({path})" if path else "")
 
     def image(self, index: int) -> PIL.Image.Image:
-        """Decode an image to RGB. Raises whatever the decoder raises where it cannot."""
+        """Decode an image to RGB. Raises the decoder's own error if the image cannot be read."""
         return decode(self.rows[int(self.indices[index])][self.column])
 
 
 @dataclass(frozen=True)
 class ImageData:
-    """A labelled image data set: what to train on, what to evaluate on, and what the classes are called."""
+    """A labelled image dataset: a split to train on, a split to evaluate on, and the class names."""
 
-    train: Any  # a Split, or a StreamedSplit of streaming.py
+    train: Any  # a Split, or a StreamedSplit (streaming.py)
     test: Split
     image_column: str
     label_column: str
     label_names: tuple[str, ...]
-    notes: tuple[str, ...]  # decisions a person should know of
+    notes: tuple[str, ...]  # choices that the user should know about
 
 
 def load_data(
@@ -86,32 +86,31 @@ def load_data(
     seed: int = 0,
     num_classes: int | None = None,
 ) -> ImageData:
-    """Load a labelled image data set.
+    """Load a labelled image dataset.
 
     Args:
-        source: `"digits"` (ships with the package), a data set's id on the Hugging Face Hub, or on this machine:
-            parquet files, a pattern for them, a folder of them with `train` and `test` (or `validation`) in their
-            names, or a folder of images with a folder for each class, inside `train/` and `test/` where there are two
-            parts.
-        subset: Which configuration of a Hub data set.
-        image_column: The column of images; by default the only one there is.
-        label_column: The column of labels; by default the only one there is, or the one named `label`.
-        train_split: The split to train on; by default the one called `train`.
-        test_split: The split to evaluate on; by default one called `validation` or `test`.
-        val_fraction: Without a split to evaluate on, this share of every class is taken from the training split, the
+        source: `"digits"` (included in the package), a dataset id on the Hugging Face Hub, or local data: parquet
+            files, a glob pattern for them, a folder of them with `train` and `test` (or `validation`) in their names,
+            or a folder of images with one folder per class, inside `train/` and `test/` if there are two splits.
+        subset: Configuration of a Hub dataset.
+        image_column: Column of images; by default the only one, or the one named `image`.
+        label_column: Column of labels; by default the only one, or the one named `label`.
+        train_split: Split to train on; by default the one named `train`.
+        test_split: Split to evaluate on; by default one named `validation` or `test`.
+        val_fraction: If there is no split to evaluate on, hold out this share of every class of the training split, the
             same images each time.
-        seed: Seed of that division.
-        num_classes: The number of classes wanted; by default the data set's.
+        seed: Seed for choosing the images to hold out.
+        num_classes: Number of classes; by default the dataset's.
 
     Raises:
-        DataError: The data set is empty, cannot be found or read, its columns are ambiguous, or a label is not a class.
+        DataError: The dataset is empty, cannot be found or read, its columns are ambiguous, or a label is not a class.
     """
     sources = [source] if isinstance(source, (str, os.PathLike)) else list(source)
     splits, notes = find_splits([os.fspath(item) for item in sources], subset)
     train_name = choose_split(splits, train_split, TRAIN_NAMES, "--train-split")
     if train_name is None:
         if len(splits) > 1:
-            raise DataError(f"no split is called train; there are {listed(splits)}: name one with --train-split")
+            raise DataError(f"no split is named train, only {listed(splits)}: choose one with --train-split")
         train_name = next(iter(splits))
     test_name = choose_split(splits, test_split, [name for name in EVAL_NAMES if name != train_name], "--test-split")
     train_rows = splits[train_name]
@@ -144,9 +143,9 @@ def load_data(
 
 
 def decode(encoded: dict[str, Any] | None) -> PIL.Image.Image:
-    """Decode the `bytes`, or the file at `path`, to RGB. Raises whatever the decoder raises where it cannot."""
+    """Decode the `bytes`, or the file at `path`, to RGB. Raises the decoder's own error if the image cannot be read."""
     if encoded is None or (encoded["bytes"] is None and encoded["path"] is None):
-        raise DataError("there is no image in this row")
+        raise DataError("this row has no image")
     with PIL.Image.open(encoded["path"] if encoded["bytes"] is None else io.BytesIO(encoded["bytes"])) as image:
         image.load()
         return to_rgb(PIL.ImageOps.exif_transpose(image))
@@ -160,7 +159,7 @@ class Skipped(NamedTuple):
 
 
 class Batch(NamedTuple):
-    """A batch, smaller by the images that could not be read: `images` (B, C, H, W) and `labels` (B,); B may be 0."""
+    """A batch without the images that could not be read: `images` (B, C, H, W) and `labels` (B,); B may be 0."""
 
     images: torch.Tensor
     labels: torch.Tensor
@@ -168,15 +167,15 @@ class Batch(NamedTuple):
 
 
 class ImageDataset(Dataset):
-    """A split as a torch data set of `(image, label)`, or `Skipped` where the image cannot be read.
+    """A split as a torch dataset of `(image, label)`, or `Skipped` if the image cannot be read.
 
-    A random transform draws from (seed, epoch, index) alone, and leaves Python's, NumPy's and torch's global random
-    state as it found it. The index is an int, or the pair (epoch, index) that an order gives (`loading.py`).
+    The random numbers of a transform depend only on (seed, epoch, index). The global random state of Python, NumPy and
+    torch does not change. The index is an int, or a pair (epoch, index) from an order (`loading.py`).
 
     Args:
         split: The images.
         transform: From a PIL image to a tensor (C, H, W).
-        seed: Seed of the transform; None where it draws no random numbers.
+        seed: Seed of the transform; None if it is not random.
     """
 
     def __init__(self, split: Any, transform: Callable[[PIL.Image.Image], torch.Tensor], *, seed: int | None = None):
@@ -189,19 +188,19 @@ class ImageDataset(Dataset):
         epoch, index = key if isinstance(key, tuple) else (0, key)
         try:
             image = self.split.image(index)
-        except Exception as error:  # a decoder meets broken bytes with nearly any exception
+        except Exception as error:  # decoders raise almost any exception for broken images
             return Skipped(self.split.describe(index), f"{type(error).__name__}: {error}")
         return self.change(image, epoch, index), int(self.split.labels[index])
 
     def change(self, image: PIL.Image.Image, epoch: int, index: int) -> torch.Tensor:
-        """The transformed image."""
+        """Return the transformed image (C, H, W)."""
         with contextlib.nullcontext() if self.seed is None else fixed_randomness(self.seed, epoch, index):
             return self.transform(image)
 
     def examples(self, count: int) -> Batch:
-        """The first images that can be read, at most `count`, from as many classes as possible, always the same."""
+        """Return at most `count` readable images, from as many classes as possible, the same on every call."""
         seen: dict[int, int] = {}
-        ranks = []  # how many images of its class stand before an image
+        ranks = []  # for each image, the number of images of its class before it
         for label in self.split.labels.tolist():
             ranks.append(seen.get(label, 0))
             seen[label] = ranks[-1] + 1
@@ -215,7 +214,7 @@ class ImageDataset(Dataset):
 
 
 def collate(samples: Sequence[tuple[torch.Tensor, int] | Skipped]) -> Batch:
-    """Make a batch of the images that could be read, and a list of the others."""
+    """Collate the images that could be read into a batch, and list the others."""
     skipped = [sample for sample in samples if isinstance(sample, Skipped)]
     read = [sample for sample in samples if not isinstance(sample, Skipped)]
     images = torch.stack([image for image, _ in read]) if read else torch.empty(0)
@@ -223,7 +222,7 @@ def collate(samples: Sequence[tuple[torch.Tensor, int] | Skipped]) -> Batch:
 
 
 def create_loader(dataset: Dataset, *, batch_size: int = 1, workers: int, order: Any = None) -> DataLoader:
-    """Make a loader of `Batch`es: of that size, one after the other, or as an order (`loading.py`) says."""
+    """Create a loader of `Batch`es: of `batch_size` consecutive images, or as an `order` (`loading.py`) yields them."""
     return DataLoader(
         dataset,
         batch_size=batch_size,
@@ -237,22 +236,22 @@ def create_loader(dataset: Dataset, *, batch_size: int = 1, workers: int, order:
 
 
 def _ignore_signals(worker: int) -> None:
-    for number in (signal.SIGINT, signal.SIGTERM):  # they reach every process; they are the main one's to see to
+    for number in (signal.SIGINT, signal.SIGTERM):  # they reach every process, but only the main one handles them
         signal.signal(number, signal.SIG_IGN)
 
 
 def check_images(model: torch.nn.Module, images: torch.Tensor) -> None:
-    """See that a model takes images (B, C, H, W) as they come out of a data set; it is in eval mode afterwards.
+    """Check that a model accepts images (B, C, H, W) from a dataset. Leaves the model in eval mode.
 
     Raises:
-        DataError: There are none, a model that explains gets values outside [0, 1], or the model rejects them.
+        DataError: There are no images, a model with explanations gets values outside [0, 1], or the model rejects them.
     """
     if len(images) == 0:
-        raise DataError("none of the images to test with can be read")
+        raise DataError("none of the test images can be read")
     low, high = images.min().item(), images.max().item()
     if hasattr(model, "explain") and (low < -0.001 or high > 1.001):
         raise DataError(
-            f"images reach from {low:.2f} to {high:.2f}, but {type(model).__name__} wants [0, 1]: mean/std "
+            f"image values range from {low:.2f} to {high:.2f}, but {type(model).__name__} needs [0, 1]: mean/std "
             "normalisation is the likely cause; the model's config must have mean 0 and std 1"
         )
     try:
@@ -260,7 +259,7 @@ def check_images(model: torch.nn.Module, images: torch.Tensor) -> None:
             model.eval()(images)
     except (ValueError, TypeError, RuntimeError, AssertionError) as error:
         shape = "x".join(map(str, images.shape[1:]))
-        raise DataError(f"the model does not take images of shape {shape}: {error}") from error
+        raise DataError(f"the model does not accept images of shape {shape}: {error}") from error
 
 
 def derive_seed(*key: int) -> int:
@@ -270,7 +269,7 @@ def derive_seed(*key: int) -> int:
 
 @contextlib.contextmanager
 def fixed_randomness(*key: int) -> Iterator[None]:
-    """Seed Python, NumPy and torch (on the CPU) from non-negative ints, and put back their states at the end."""
+    """Seed Python, NumPy and torch (CPU) from non-negative ints, and restore their random states at the end."""
     states = random.getstate(), np.random.get_state(), torch.default_generator.get_state()
     seed = derive_seed(*key)
     try:
@@ -296,11 +295,11 @@ def create_transforms(
     auto_augment: str | None = None,
     erase: float = 0.0,
 ) -> tuple[Callable, Callable]:
-    """Make the training and the evaluation transform: timm's, from a PIL image to a tensor (C, H, W).
+    """Create timm's training and evaluation transforms, from a PIL image to a tensor (C, H, W).
 
     Args:
         config: timm's data configuration (`timm.data.resolve_model_data_config`). With mean 0 and std 1 the images
-            stay in [0, 1], which is what the models of this package want.
+            stay in [0, 1], as the models of this package require.
         crop_padding: Shift images by up to this many pixels (pad with black, crop).
         scale: Area of a random crop, as a share of the image.
         ratio: Aspect ratio of a random crop.
@@ -308,7 +307,7 @@ def create_transforms(
         vflip: Probability of a vertical flip.
         color_jitter: Strength of changes in brightness, contrast and saturation.
         auto_augment: timm's policy string, such as `rand-m9-mstd0.5`.
-        erase: Probability of erasing a rectangle, to black: noise would leave [0, 1].
+        erase: Probability of erasing a rectangle to black (noise would leave [0, 1]).
     """
     train = create_transform(
         **config,
@@ -317,7 +316,7 @@ def create_transforms(
         ratio=ratio,
         hflip=hflip,
         vflip=vflip,
-        color_jitter=color_jitter or None,  # type: ignore[arg-type]  # timm: None switches it off
+        color_jitter=color_jitter or None,  # type: ignore[arg-type]  # timm: None disables it
         auto_augment=auto_augment,
         re_prob=erase,
         re_mode="const",
@@ -333,15 +332,15 @@ def create_transforms(
 
 
 def _divide(split: Split, fraction: float, seed: int) -> tuple[Split, Split]:
-    """Hold out the same share of every class, always the same images for the same seed."""
+    """Hold out the same share of every class; the same seed holds out the same images."""
     order = np.random.default_rng(seed).permutation(len(split))
     order = order[np.argsort(split.labels[order], kind="stable")]
     count = np.arange(len(split) + 1) * fraction
-    held = np.floor(count[1:]) > np.floor(count[:-1])  # every 1/fraction-th of the images, in order of class
+    held = np.floor(count[1:]) > np.floor(count[:-1])  # every (1/fraction)-th image, sorted by class
     if held.all() or not held.any():
         raise DataError(
-            f"--val-fraction {fraction} divides {len(split)} images into {(~held).sum()} to train on and {held.sum()} "
-            "to evaluate on: both must have some"
+            f"--val-fraction {fraction} splits {len(split)} images into {(~held).sum()} to train on and {held.sum()} "
+            "to evaluate on: neither may be 0"
         )
     parts = []
     for name, rows in ((split.name, np.sort(order[~held])), ("validation", np.sort(order[held]))):

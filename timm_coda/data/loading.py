@@ -1,8 +1,7 @@
-"""The order of training images, and their batches on the device.
+"""Order the training images and put their batches on the device.
 
-An epoch's order is a function of the seed and the epoch alone. Its batches are dealt out to the processes in turn, so
-that n processes, or one that accumulates n steps, learn from the same images in an update; and an epoch can begin in
-its middle.
+An epoch's order depends only on the seed and the epoch. Its batches are distributed to the processes in turn, so n
+processes, or one process that accumulates n steps, use the same images for an update. An epoch can start at any batch.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -22,27 +21,27 @@ __all__ = ["DeviceImages", "EpochOrder", "Order", "TrainLoader", "make_train_loa
 
 
 class Order(Protocol):
-    """The batches of one process in an epoch, each a list of what its data set takes for an index."""
+    """The batches of one process in an epoch; each batch is a list of dataset indices."""
 
     def __len__(self) -> int:
-        """Batches of a whole epoch."""
+        """Return the number of batches in a whole epoch."""
         ...
 
     def seek(self, epoch: int, batch: int) -> None:
-        """Let the next iteration be that epoch, without its first batches."""
+        """Make the next iteration start at this batch of this epoch."""
         ...
 
     def __iter__(self) -> Iterator[list[Any]]: ...
 
 
 class EpochOrder:
-    """Shuffled (epoch, index) pairs, without a last, smaller batch.
+    """Batches of shuffled (epoch, index) pairs; the last, smaller batch is dropped.
 
     Args:
-        length: images of the data set
-        batch_size: images of a batch
-        seed: of the shuffling
-        process, processes: which of how many this is; it gets every `processes`-th batch
+        length: number of images in the dataset
+        batch_size: images per batch
+        seed: seed of the shuffling
+        process, processes: index of this process and number of processes; each gets every `processes`-th batch
     """
 
     def __init__(self, length: int, *, batch_size: int, seed: int, process: int = 0, processes: int = 1) -> None:
@@ -54,7 +53,7 @@ class EpochOrder:
         return self.length // (self.batch_size * self.processes)
 
     def seek(self, epoch: int, batch: int) -> None:
-        """As `Order`."""
+        """See `Order.seek`."""
         self.epoch, self.batch = epoch, batch
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
@@ -65,12 +64,12 @@ class EpochOrder:
 
 
 class TrainLoader(DataLoaderStateMixin):
-    """The batches of an order, on the device; tells Accelerate which one is the last, for gradient accumulation.
+    """Batches of an order on the device. Tells Accelerate which batch is the last one, for gradient accumulation.
 
     Args:
-        order: which images
-        batches: what makes batches of them, such as `create_loader(dataset, order=order, ...)`
-        device: where they go
+        order: the indices of each batch
+        batches: yields the batches of `order`, such as `create_loader(dataset, order=order, ...)`
+        device: device to move the batches to
     """
 
     def __init__(self, order: Order, batches: Iterable[Batch], device: torch.device) -> None:
@@ -81,7 +80,7 @@ class TrainLoader(DataLoaderStateMixin):
         return len(self.order)
 
     def from_batch(self, epoch: int, batch: int) -> Iterator[Batch]:
-        """That epoch, without its first batches."""
+        """Yield the batches of an epoch, starting at number `batch`."""
         self.order.seek(epoch, batch)
         self.begin()
         try:
@@ -95,18 +94,18 @@ class TrainLoader(DataLoaderStateMixin):
 
 
 class DeviceImages:
-    """A small data set, decoded once and kept on the device, where batches are shifted and flipped all at once.
+    """A small dataset, decoded once and kept on the device, which shifts and flips a whole batch at a time.
 
-    A shift and a flip are a function of seed, epoch and index. Iterating gives the batches of the order.
+    Shift and flip depend only on seed, epoch and index. Iterating yields the batches of the order.
 
     Args:
-        dataset: with a transform that is the same each time, to colours in [0, 1]
-        order: of (epoch, index) pairs; its `length` becomes the number of images that can be read
-        workers: processes that decode
-        device: where the images go, as 8-bit colours
-        crop_padding: shift by up to so many pixels; what comes in is black
-        hflip: probability of a left-right flip
-        mean, std: of the colours, for a model that wants them normalised
+        dataset: a dataset whose transform is deterministic and gives colours in [0, 1]
+        order: an order of (epoch, index) pairs; its `length` is set to the number of readable images
+        workers: number of decoding processes
+        device: device that stores the images, as 8-bit colours
+        crop_padding: maximum shift in pixels; the uncovered border is black
+        hflip: probability of a horizontal flip
+        mean, std: normalisation of the colours, for a model that needs it
 
     Raises:
         DataError: No image can be read.
@@ -151,7 +150,7 @@ class DeviceImages:
             skipped = []
 
     def _change(self, index: Tensor, draws: Tensor) -> Tensor:
-        """Images of these indices (B,), changed as numbers (B, 3) in [0, 1) say."""
+        """Shift and flip the images at `index` (B,) by the random numbers `draws` (B, 3) in [0, 1)."""
         rows, columns = (draws[:, :2] * (2 * self.crop_padding + 1)).long().to(self.images.device).unbind(1)
         flip = (draws[:, 2] < self.hflip).to(self.images.device)
         height, width = self.size
@@ -176,25 +175,25 @@ def make_train_loader(
     processes: int,
     device: torch.device,
 ) -> TrainLoader:
-    """Make the loader that a training run wants.
+    """Create the loader of a training run.
 
     Args:
-        split: what to train on; a `StreamedSplit` with `streaming`
-        transform: of training, which `data.create_transforms(config, **changes)` made
-        config, changes: what it was made of
-        batch_size, seed, process, processes: of the order
-        workers: processes that decode
-        streaming: images in the shuffled buffers
-        data_on_device: keep all images there, as `DeviceImages`
-        device: where batches go
+        split: split to train on; a `StreamedSplit` for streaming
+        transform: training transform, made by `data.create_transforms(config, **changes)`
+        config, changes: the arguments of that call
+        batch_size, seed, process, processes: as for `EpochOrder`
+        workers: number of decoding processes
+        streaming: number of images in the shuffle buffers
+        data_on_device: keep all images on the device (`DeviceImages`)
+        device: device to move the batches to
 
     Raises:
-        DataError: What `DeviceImages` cannot do is asked for.
+        DataError: `data_on_device` is combined with streaming or with changes other than shifts and flips.
     """
     dealt = {"batch_size": batch_size, "seed": seed, "process": process, "processes": processes}
     if isinstance(split, StreamedSplit):
         if data_on_device:
-            raise DataError("--streaming never holds all images, and --data-on-device does: give one of them")
+            raise DataError("--streaming cannot hold all images, as --data-on-device does: give only one of them")
         stream = StreamOrder(split, buffer=streaming or 1, **dealt)
         dataset = StreamedDataset(split, transform, seed=seed)
         return TrainLoader(stream, create_loader(dataset, order=stream, workers=workers), device)
@@ -207,7 +206,7 @@ def make_train_loader(
     other = [name for name, value in still.items() if changes[name] != value]
     if other:
         wanted = ", ".join(f"--{name.replace('_', '-')} {changes[name]}" for name in other)
-        raise DataError(f"--data-on-device shifts and flips images, and nothing else: leave out it or {wanted}")
+        raise DataError(f"--data-on-device only shifts and flips images: leave it out, or leave out {wanted}")
     channels = config["input_size"][0]
     plain, _ = create_transforms({**config, "mean": (0.0,) * channels, "std": (1.0,) * channels})
     colours = {"mean": config["mean"], "std": config["std"]}

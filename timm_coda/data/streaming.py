@@ -1,8 +1,8 @@
-"""Training from parquet files that are read as the run goes: nothing is copied or kept, and training starts at once.
+"""Stream training images from parquet files: nothing is copied or cached, and training starts at once.
 
-Row groups are shuffled, and their rows dealt out to lanes, each with a shuffled buffer. Batches come from the lanes in
-turn, and each process has its own lanes, so that no two processes read the same rows. There are as many lanes for 1, 2,
-4 and 8 processes: these learn from the same batches.
+Row groups are shuffled, and their rows are divided among lanes, each with a shuffle buffer. Batches come from the lanes
+in turn. Each process has its own lanes, so no two processes read the same rows. The number of lanes is the same for 1,
+2, 4 and 8 processes, so these train on the same batches.
 """
 
 from collections.abc import Iterator, Sequence
@@ -28,19 +28,19 @@ LANES = 8
 
 @dataclass(frozen=True)
 class StreamedSplit:
-    """The row groups of a split's files, and a checked class number for each row."""
+    """The row groups of a split's parquet files, with a checked class number for each row."""
 
     name: str
     files: tuple[str, ...]
     column: str
-    groups: np.ndarray  # (g, 3): number of the file, of the row group in it, of its rows
+    groups: np.ndarray  # (g, 3): index of the file, index of the row group in it, number of rows
     labels: np.ndarray  # (n,) class numbers
 
     def __len__(self) -> int:
         return len(self.labels)
 
     def read_group(self, group: int) -> pa.ChunkedArray:
-        """The encoded images of a row group."""
+        """Read the encoded images of a row group."""
         file, number, _ = self.groups[group].tolist()
         with _open(self.files[file]) as parquet:
             return parquet.read_row_group(number, columns=[self.column]).column(0)
@@ -57,23 +57,24 @@ def load_stream(
     val_fraction: float = 0.1,
     num_classes: int | None = None,
 ) -> ImageData:
-    """As `load_data`, of parquet files here or in a data set on the Hub; only the labels are read now.
+    """Load a dataset of parquet files, local or on the Hub, for streaming. Arguments as for `load_data`.
 
-    The images to evaluate on are loaded. There must be a split of them: `val_fraction` is not looked at.
+    Of the training split, only the labels are read now. The split to evaluate on is loaded completely; it must exist,
+    because `val_fraction` is ignored.
 
     Raises:
-        DataError: As `load_data`; there are no parquet files, or no split to evaluate on.
+        DataError: As for `load_data`; or there are no parquet files, or no split to evaluate on.
     """
     if list(source) == ["digits"]:
-        raise DataError("--streaming: the digits are in the package; give parquet files or a Hub id")
+        raise DataError("--streaming cannot be used with the built-in digits: give parquet files or a Hub id")
     files = sources.find_files(list(source)) or _hub_files(source[0], subset)
     train_name = sources.choose_split(files, train_split, sources.TRAIN_NAMES, "--train-split")
     usual = [name for name in sources.EVAL_NAMES if name != train_name]
     test_name = sources.choose_split(files, test_split, usual, "--test-split")
     if train_name is None or test_name is None:
         raise DataError(
-            f"--streaming wants a train and a test split, here is {sources.listed(files)}: name them with "
-            "--train-split and --test-split, or leave --streaming out"
+            f"--streaming needs a train and a test split, found {sources.listed(files)}: choose them with "
+            "--train-split and --test-split, or leave out --streaming"
         )
     paths = tuple(files[train_name])
     groups, tables = [], []
@@ -103,7 +104,7 @@ def load_stream(
 
 
 class StreamedDataset(ImageDataset):
-    """A `StreamedSplit` as a data set whose indices, of `StreamOrder`, carry their encoded image."""
+    """A `StreamedSplit` as a dataset; its indices come from `StreamOrder` and contain the encoded image."""
 
     def __getitem__(self, key: Any) -> tuple[torch.Tensor, int] | Skipped:
         epoch, index, encoded = key
@@ -113,7 +114,7 @@ class StreamedDataset(ImageDataset):
             encoded = {"bytes": encoded, "path": None}
         try:
             image: PIL.Image.Image = decode(encoded)
-        except Exception as error:  # a decoder meets broken bytes with nearly any exception
+        except Exception as error:  # decoders raise almost any exception for broken images
             path = (encoded or {}).get("path")
             name = f"{self.split.name} row {index}" + (f" ({path})" if path else "")
             return Skipped(name, f"{type(error).__name__}: {error}")
@@ -121,14 +122,15 @@ class StreamedDataset(ImageDataset):
 
 
 class StreamOrder:
-    """An order of (epoch, index, encoded image) that reads row groups one after the other.
+    """Batches of (epoch, index, encoded image); the row groups are read one after the other.
 
-    It stays in the main process: workers get what it has read. A row group that cannot be read is reported as skipped.
+    The order runs in the main process and passes what it reads to the workers. Row groups that cannot be read are
+    reported as skipped.
 
     Args:
-        split: what to read
-        buffer: images in the shuffled buffers of all lanes, the memory this takes
-        batch_size, seed, process, processes: as `loading.EpochOrder`
+        split: the split to read
+        buffer: images in the shuffle buffers of all lanes together; this determines the memory used
+        batch_size, seed, process, processes: as for `loading.EpochOrder`
     """
 
     def __init__(
@@ -136,11 +138,11 @@ class StreamOrder:
     ) -> None:
         self.split, self.batch_size, self.seed = split, batch_size, seed
         self.process, self.processes = process, processes
-        self.lanes = -(-LANES // processes) * processes  # a multiple: then a lane is of one process alone
+        self.lanes = -(-LANES // processes) * processes  # a multiple, so that each lane has one process
         if len(split) // self.lanes < batch_size:
             self.lanes = processes
-        self.buffer = max(buffer // self.lanes // batch_size, 1) * batch_size  # of a lane, in whole batches
-        self.per_lane = len(split) // self.lanes // batch_size  # batches
+        self.buffer = max(buffer // self.lanes // batch_size, 1) * batch_size  # images per lane, whole batches
+        self.per_lane = len(split) // self.lanes // batch_size  # batches per lane
         self.starts = np.concatenate([[0], np.cumsum(split.groups[:, 2])])  # first row of each group
         self.epoch, self.batch = 0, 0
 
@@ -148,7 +150,7 @@ class StreamOrder:
         return self.per_lane * self.lanes // self.processes
 
     def seek(self, epoch: int, batch: int) -> None:
-        """As `loading.Order`."""
+        """See `loading.Order.seek`."""
         self.epoch, self.batch = epoch, batch
 
     def __iter__(self) -> Iterator[list[tuple[int, int, Any]]]:
@@ -161,9 +163,9 @@ class StreamOrder:
             yield next(lanes[lane])
 
     def _lane(self, epoch: int, lane: int, batch: int) -> Iterator[list[tuple[int, int, Any]]]:
-        """Batches of a lane, which is a part of the epoch's sequence of rows, buffer by buffer."""
+        """Yield the batches of a lane, a part of the epoch's sequence of rows, buffer by buffer, from `batch` on."""
         groups = np.random.default_rng((self.seed, epoch)).permutation(len(self.split.groups))
-        ends = np.cumsum(self.split.groups[groups, 2])  # in the sequence
+        ends = np.cumsum(self.split.groups[groups, 2])  # of the groups, in the sequence
         size = self.per_lane * self.batch_size
         holds: int = -1
         held: Any = None
@@ -178,7 +180,7 @@ class StreamOrder:
                 group, upto = int(groups[place]), min(int(ends[place]), end)
                 if holds != group:
                     holds, held = group, self._read(group)
-                low = position - int(ends[place] - self.split.groups[group, 2])  # in the group
+                low = position - int(ends[place] - self.split.groups[group, 2])  # row in the group
                 first, count = int(self.starts[group]) + low, upto - position
                 unread = isinstance(held, Skipped)
                 values = [held] * count if unread else held.slice(low, count).to_pylist()
@@ -190,7 +192,7 @@ class StreamOrder:
             skip = 0
 
     def _read(self, group: int) -> Any:
-        """The encoded images of a row group, or `Skipped`."""
+        """Read the encoded images of a row group; return `Skipped` if this fails."""
         try:
             return self.split.read_group(group)
         except (pa.ArrowException, OSError) as error:
@@ -200,7 +202,7 @@ class StreamOrder:
 
 
 def _open(file: str) -> pq.ParquetFile:
-    """A parquet file here, or at a URL that fsspec knows."""
+    """Open a parquet file at a local path or a URL that fsspec supports."""
     if "://" not in file:
         return pq.ParquetFile(file)
     system, path = fsspec.url_to_fs(file)
@@ -208,15 +210,15 @@ def _open(file: str) -> pq.ParquetFile:
 
 
 def _hub_files(name: str, subset: str | None) -> dict[str, list[str]]:
-    """The URLs of a data set's parquet files, by split."""
+    """Return the URLs of a Hub dataset's parquet files by split."""
     try:
         found: Any = datasets.load_dataset_builder(name, subset).config.data_files
-    except Exception as error:  # what can go wrong on the way to the Hub has no common base
+    except Exception as error:  # the errors of Hub access have no common base class
         raise DataError(
-            f"--streaming: {name!r} is neither a file or folder here nor a data set on the Hugging Face "
+            f"--streaming: {name!r} is neither a local file or folder nor a dataset on the Hugging Face "
             f"Hub ({type(error).__name__}: {error})"
         ) from error
     files = {str(split): [str(file) for file in paths] for split, paths in (found or {}).items()}
     if not files or not all(path.endswith(".parquet") for paths in files.values() for path in paths):
-        raise DataError(f"--streaming wants parquet files, and {name!r} has others: leave --streaming out")
+        raise DataError(f"--streaming needs parquet files, but {name!r} has others: leave out --streaming")
     return files

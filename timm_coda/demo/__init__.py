@@ -1,4 +1,4 @@
-"""A web page that explains images: choose one, see what the model decides and where that comes from."""
+"""A web page that explains images: the model's decision, and the contribution of each pixel to it."""
 
 from .app import make_app
 from .examples import digit_examples, folder_examples

@@ -1,6 +1,6 @@
-"""The page: what a visitor can do, and what the server does then.
+"""The page as a Gradio app: its components, and a handler for each action of a visitor.
 
-Gradio keeps one `Shown` for each visitor's session; nothing else outlives an answer.
+Gradio stores one `Shown` per session; no other state of a visitor is kept between requests.
 """
 
 import base64
@@ -20,17 +20,17 @@ from ..images import read_image
 from .shelf import Shelf, layer_names
 from .views import Shown, arrays_file, examples_html, figure_file, result_html
 
-MAX_PIXELS = 25_000_000  # of an uploaded image: several visitors may decode one at the same time
+MAX_PIXELS = 25_000_000  # per uploaded image: several visitors may decode one at the same time
 _HOUR = 3600  # seconds
 _HERE = Path(__file__).parent
-_IMAGE = ""  # the "layer" that is no layer
-_NOBODY = -1  # the class to contrast with that is no class
+_IMAGE = ""  # value of the layer field for the pixels
+_NOBODY = -1  # value of the contrast field for no class
 _EMPTY = '<div class="coda-empty">Drop an image, or choose an example: its explanation appears here.</div>'
 _HEAD = (
     "<h1>Why did the model decide that?</h1><p>These image classifiers explain themselves exactly: the score of a "
     "class is a sum over the pixels, and the map shows each pixel's share in it.</p>"
 )
-# Of a hidden text field, which only its visitor has: there is no file on the server that others could ask for.
+# Downloads come from a hidden text field of the page: other visitors could request a file on the server.
 _SAVE = """(file) => {
   const [name, data] = file.split(",");
   const bytes = Uint8Array.from(atob(data), (letter) => letter.charCodeAt(0));
@@ -44,12 +44,12 @@ _log = logging.getLogger(__name__)
 
 
 def make_app(shelf: Shelf, examples: Sequence[Path], *, first: Path | None = None) -> gr.Blocks:
-    """The page as a Gradio app; `serve` launches it, with its style and its limits.
+    """Create the page as a Gradio app; `serve` launches it, with its style and limits.
 
     Args:
         shelf: the models
         examples: image files to choose from
-        first: the image that is explained when the page opens
+        first: image to explain when the page opens
     """
     with gr.Blocks(title="timm_coda: exact explanations", analytics_enabled=False, delete_cache=(_HOUR, _HOUR)) as app:
         page = _Page(shelf, examples, first)
@@ -59,9 +59,9 @@ def make_app(shelf: Shelf, examples: Sequence[Path], *, first: Path | None = Non
 
 
 class _Page:
-    """The parts of the page, and a method for each thing that a visitor does.
+    """The components of the page, and a handler for each action of a visitor.
 
-    The methods return the new values of parts, and leave those that they do not name as they are.
+    Handlers return new values of components; components that are not in the result do not change.
     """
 
     def __init__(self, shelf: Shelf, examples: Sequence[Path], first: Path | None) -> None:
@@ -79,7 +79,7 @@ class _Page:
                     buttons=[],
                     height=220,
                 )
-                # The file as it came: `read_image` opens it, with its limits and its words.
+                # Pass the uploaded file itself: `read_image` opens it, with our limits and error messages.
                 setattr(self.image, "preprocess", lambda file: file and file.path)  # noqa: B010
                 script = "element.onclick = (e) => e.target.dataset.example && trigger('choose', e.target.dataset)"
                 self.examples = gr.HTML(examples_html(examples), elem_id="coda-examples", js_on_load=script)
@@ -107,14 +107,14 @@ class _Page:
                     save_arrays = gr.Button("Save arrays (NPZ)", size="sm")
                 self.file = gr.Textbox(visible=False)
 
-        def take(event: gr.EventData) -> str:  # a change of the image, which is explained next
+        def take(event: gr.EventData) -> str:  # changes the image, which triggers its explanation
             return str(examples[int(event.example)])
 
         self.examples.choose(take, None, self.image, api_visibility="private")
         self.on(self.image.change, self.new_image)
         self.on(self.model.change, self.new_image)
         self.on(self.result.choose, self.choose)
-        for part in (self.target, self.versus, self.layer):  # not `input`, which a dropdown sends twice
+        for part in (self.target, self.versus, self.layer):  # not `input`, which a dropdown triggers twice
             self.on(part.select, self.explain)
         for part in (self.percentile, self.smooth):
             self.on(part.input, self.draw)
@@ -122,18 +122,18 @@ class _Page:
             self.on(button.click, run).success(None, self.file, js=_SAVE, api_visibility="private")
 
     def on(self, event: Callable[..., Any], run: Callable[["_Wish"], dict]) -> Any:
-        """Do `run` at that event; what goes wrong is said on the page, in words."""
+        """Register `run` for an event; errors are shown on the page as text."""
 
         def answer(image, model, target, versus, layer, smooth, percentile, shown, event: gr.EventData) -> dict:
             try:
                 wish = _Wish(image, model, target, versus, layer, smooth, percentile, shown, event)
                 return {self.message: "", **run(wish)}
-            except (ValueError, OSError, ImportError) as error:  # our own errors say what is wrong and how to mend it
+            except (ValueError, OSError, ImportError) as error:  # our own errors name the problem and the remedy
                 said = str(error)
             except Exception:
                 _log.exception("the page could not answer")
-                said = "Something went wrong on the server, which is not your fault: its log says what."
-            # What is there belongs to the image or the model before.
+                said = "Something went wrong on the server: its log has the details."
+            # The result shown belongs to the previous image or model.
             old = self._nothing("") if run == self.new_image else {}
             return {**old, self.message: f'<p class="coda-error" role="alert">{escape(said)}</p>'}
 
@@ -150,7 +150,7 @@ class _Page:
         )
 
     def new_image(self, wish: "_Wish") -> dict:
-        """Explain what the model sees in another image, or what another model sees."""
+        """Explain the prediction for a new image, or that of a new model."""
         if wish.image is None:
             return self._nothing(_EMPTY)
         model = self.shelf[wish.model]
@@ -167,15 +167,15 @@ class _Page:
         }
 
     def explain(self, wish: "_Wish") -> dict:
-        """Explain the class that is chosen in the fields, by the layer that is chosen there."""
+        """Explain the class and the layer that are chosen in the fields."""
         return self._again(wish, wish.target, wish.versus)
 
     def choose(self, wish: "_Wish") -> dict:
-        """Explain the class, or contrast the classes, of the button that was pressed in the result."""
+        """Explain the class, or contrast the classes, of a button pressed in the result."""
         return self._again(wish, wish.event.target_class, wish.event.versus_class)
 
     def draw(self, wish: "_Wish") -> dict:
-        """Draw what is shown with other settings."""
+        """Redraw the current explanation with other settings."""
         if wish.shown is None:
             return {}
         return {self.result: result_html(wish.shown, smooth=wish.smooth, percentile=wish.percentile)}
@@ -208,7 +208,7 @@ class _Page:
 
 
 class _Wish(NamedTuple):
-    """What stands in the fields when a visitor does something."""
+    """Values of the fields when an event occurs."""
 
     image: str | None
     model: str
@@ -222,7 +222,7 @@ class _Wish(NamedTuple):
 
 
 def _numbered(names: Sequence[str]) -> list[tuple[str, int]]:
-    """Choices of a field; classes may share a name."""
+    """Return the choices of a field, by index because classes may share a name."""
     return [(name, index) for index, name in enumerate(names)]
 
 
@@ -235,7 +235,7 @@ def _layers(model: Any) -> list[tuple[str, str]]:
 
 
 def _windows(model: Any) -> tuple[int, int]:
-    """Pixels a side: the widest smoothing that leaves something to see, and `visualize.rgba`'s own."""
+    """Return the maximum smoothing in pixels that leaves details visible, and the default of `explanation.rgba`."""
     height = model.pretrained_cfg["input_size"][-2]
     return max(3, height // 8 | 1), max(1, round(15 * height / 224)) | 1
 

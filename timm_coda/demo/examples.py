@@ -4,7 +4,7 @@ from pathlib import Path
 
 from ..images import ImageError, read_image
 
-_SIDE = 1024  # pixels; more than any model here looks at
+_SIDE = 1024  # pixels; larger than the input of any model here
 
 
 def digit_examples(folder: Path) -> list[Path]:
@@ -21,13 +21,13 @@ def digit_examples(folder: Path) -> list[Path]:
 
 
 def folder_examples(source: Path, folder: Path) -> list[Path]:
-    """Write the images of a folder, made smaller where they are large, into another.
+    """Write the images of a folder into another folder, large ones downsampled.
 
     Raises:
-        ImageError: there is no such folder or no image in it.
+        ImageError: the folder does not exist or has no readable image.
     """
     if not source.is_dir():
-        raise ImageError(f"{source}: there is no such folder of example images")
+        raise ImageError(f"{source}: the folder of example images does not exist")
     paths = []
     for path in sorted(source.iterdir()):
         try:
@@ -38,5 +38,5 @@ def folder_examples(source: Path, folder: Path) -> list[Path]:
         paths.append(folder / f"{path.stem}.png")
         image.save(paths[-1])
     if not paths:
-        raise ImageError(f"{source}: no image in it that can be read: give a folder of PNG or JPEG files")
+        raise ImageError(f"{source}: no readable image in this folder: use a folder of PNG or JPEG files")
     return paths

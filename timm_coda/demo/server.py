@@ -1,4 +1,4 @@
-"""The page on a port of this machine."""
+"""Serve the page on a port of this machine."""
 
 import contextlib
 import tempfile
@@ -16,7 +16,7 @@ __all__ = ["serve"]
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 MAX_UPLOAD = "10mb"
-_SESSIONS = 200  # visitors whose last explanation is kept, at most about 2 MB each; older ones start again
+_SESSIONS = 200  # visitors whose last explanation is in memory, at most about 2 MB each; older ones start again
 _STYLE = Path(__file__).parent / "page.css"
 
 
@@ -28,29 +28,29 @@ def serve(
     port: int | None = None,
     any_model: bool | None = None,
 ) -> None:
-    """Show the page until Ctrl-C.
+    """Serve the page until Ctrl-C.
 
     Args:
-        models: what visitors may choose, as `hub.load_model` takes it, the first one at the start; none: those whose
-            weights come with the package and, with `any_model`, those that can be downloaded
-        examples: a folder of example images; by default handwritten digits
-        host: the address to listen at; 0.0.0.0 lets other machines in
-        port: by default the variable GRADIO_SERVER_PORT, or the first free one from 7860
-        any_model: visitors may load any folder of this machine and any model of the Hub; by default only where no
-            other machine is let in
+        models: models to choose from, as in `hub.load_model`, the first one selected; by default those whose weights
+            ship with the package and, with `any_model`, those that can be downloaded
+        examples: folder of example images; by default handwritten digits
+        host: address to listen on; 0.0.0.0 allows other machines
+        port: by default the environment variable GRADIO_SERVER_PORT, or the first free port from 7860
+        any_model: let visitors load any folder of this machine and any model of the Hub; by default only if `host` is
+            this machine
 
     Raises:
-        ValueError: the first model cannot be shown, or there is no example.
-        OSError: the port is taken.
+        ValueError: the first model cannot be used, or there is no example image.
+        OSError: the port is in use.
     """
     any_model = host in LOOPBACK if any_model is None else any_model
     shipped = [name for name in our_pretrained() if is_shipped(name)]
     offered = [*models] or [*shipped, *(our_pretrained() if any_model else ())]
     shelf = Shelf(offered, any_model=any_model)
-    shelf[shelf.names[0]]  # fail now and in words, not when somebody comes
+    shelf[shelf.names[0]]  # fail now, with a message, and not at the first visit
     with tempfile.TemporaryDirectory(prefix="timm-coda-") as folder:
         paths = digit_examples(Path(folder)) if examples is None else folder_examples(examples, Path(folder))
-        # Digits mean nothing to a model of photographs, so the page then waits for an image.
+        # Example digits do not fit a model of photographs: the page then starts without an image.
         fitting = examples is not None or shelf.names[0] in shipped
         app = make_app(shelf, paths, first=paths[0] if fitting else None)
         url = _launch(app, host, port)
@@ -63,7 +63,7 @@ def serve(
 
 
 def _launch(app: gr.Blocks, host: str, port: int | None) -> str:
-    """Listen, with nothing that asks or tells another machine; the page's address."""
+    """Start the server, without any contact to other machines; return the page's address."""
     try:
         return app.launch(
             server_name=host,
@@ -84,11 +84,11 @@ def _launch(app: gr.Blocks, host: str, port: int | None) -> str:
         )[1]
     except OSError as error:
         where = "from 7860 on" if port is None else port
-        raise OSError(f"cannot listen at {host} port {where}: is it in use? Name another with --port") from error
+        raise OSError(f"cannot listen on {host} port {where}: is it in use? Choose another with --port") from error
 
 
 def _theme() -> gr.themes.Base:
-    """Fonts that are there without a network, and small print that is dark enough to read."""
+    """Return a theme with fonts that need no network, and small text dark enough to read."""
     fonts = ["system-ui", "sans-serif"]
     return gr.themes.Base(primary_hue="blue", neutral_hue="slate", font=fonts, font_mono=["monospace"]).set(
         body_text_color_subdued="*neutral_600",

@@ -1,4 +1,4 @@
-"""The models that visitors may use."""
+"""Cache of the models that visitors may use."""
 
 import threading
 from collections import OrderedDict
@@ -10,18 +10,18 @@ import timm
 
 from ..hub import HubError, load_model
 
-_KEPT = 3  # models in memory; a visitor who goes through all of them must not fill it
+_KEPT = 3  # models in memory, so that a visitor who tries all of them does not fill it
 
 
 class Shelf:
-    """Models by name, loaded when first asked for; the ones used last stay in memory.
+    """Models by name, loaded on first use; the most recently used ones stay in memory.
 
     Args:
-        names: what visitors may choose, as `hub.load_model` takes it, the first one at the start
-        any_model: visitors may also type any other name, a folder of this machine or `hf-hub:ID`
+        names: models to choose from, as in `hub.load_model`, the first one selected
+        any_model: visitors may also enter another name, a folder of this machine or `hf-hub:ID`
 
     Raises:
-        ValueError: no names.
+        ValueError: there are no names.
     """
 
     def __init__(self, names: Sequence[str], *, any_model: bool = False) -> None:
@@ -33,21 +33,23 @@ class Shelf:
         self._loading, self._changing = threading.Lock(), threading.Lock()
 
     def __getitem__(self, name: str) -> Any:
-        """The model, in eval mode.
+        """Return the model, in eval mode.
 
         Raises:
-            HubError: visitors may not use it, there is none of that name, or it cannot explain itself.
+            HubError: visitors may not use the model, it does not exist, or it cannot explain itself.
         """
         if name not in self.names and not self.any_model:
-            raise HubError(f"{name!r} is not shown here; there is {', '.join(self.names)}")
+            raise HubError(f"{name!r} is not available here: choose {', '.join(self.names)}")
         if (model := self._kept(name)) is not None:
             return model
-        with self._loading:  # one at a time; who uses a loaded one does not wait
-            if (model := self._kept(name)) is not None:  # somebody else's wish, meanwhile
+        with self._loading:  # load one at a time; users of loaded models do not wait
+            if (model := self._kept(name)) is not None:  # another visitor loaded it meanwhile
                 return model
             model = load_model(name)
             if not hasattr(model, "explain"):
-                raise HubError(f"{name} is a {type(model).__name__}, which cannot explain itself: take one of ours")
+                raise HubError(
+                    f"{name} is a {type(model).__name__}, which cannot explain itself: use a timm_coda model"
+                )
             with self._changing:
                 self._loaded[name] = model
                 while len(self._loaded) > _KEPT:
@@ -62,18 +64,18 @@ class Shelf:
 
 
 def our_pretrained() -> list[str]:
-    """Names of this package's models whose weights are here or can be downloaded."""
+    """Return the names of this package's models with weights, shipped or to be downloaded."""
     home = __name__.split(".")[0] + "."
     names = timm.list_models(pretrained=True)
     return [name for name in names if timm.models.model_entrypoint(name).__module__.startswith(home)]
 
 
 def is_shipped(name: str) -> bool:
-    """Whether the weights of that name come with the package."""
+    """Return whether the weights of a model ship with the package."""
     config = timm.models.get_pretrained_cfg(name) if timm.is_model(name.split(".")[0]) else None
     return bool(config and config.file and Path(config.file).is_file())
 
 
 def layer_names(model: Any) -> list[str]:
-    """Layers worth a look, first to last: the ends of its stages."""
+    """Return the layers to offer, first to last: the ends of the model's stages."""
     return [info["module"] for info in model.feature_info]

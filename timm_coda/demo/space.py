@@ -1,4 +1,4 @@
-"""A folder that is a Space of the Hugging Face Hub: the page, on their machine."""
+"""Export the page as a folder for Hugging Face Spaces."""
 
 import importlib.metadata
 import json
@@ -13,7 +13,7 @@ from .examples import folder_examples
 
 _PACKAGE = Path(__file__).parents[1]
 _APP = '''\
-"""Starts the page: https://huggingface.co/docs/hub/spaces-sdks-gradio"""
+"""Start the page: https://huggingface.co/docs/hub/spaces-sdks-gradio"""
 
 import os
 from pathlib import Path
@@ -40,34 +40,34 @@ short_description: Image classifiers that explain themselves, exactly
 ---
 
 Choose an image and see which pixels speak for a class and which against it, and why it is this class and not another.
-The map is no estimate: its sum is the score of the class.
+The map is not an estimate: its sum is the score of the class.
 
 Made by `timm-coda demo --export`. The folder `timm_coda` is the package itself.
 """
 
 
 def export_space(folder: Path, models: Sequence[str] = (), *, examples: Path | None = None) -> None:
-    """Write a folder that shows the page with `python app.py`, here or as a Space.
+    """Write a folder that serves the page with `python app.py`, on this machine or as a Space.
 
-    It holds what is not elsewhere: this package, models that are folders, the examples. requirements.txt names the
-    versions that are installed here, so that the Space computes the same numbers.
+    It contains this package, the models that are local folders, and the examples. requirements.txt has the versions
+    that are installed here, so that the Space computes the same numbers.
 
     Args:
-        folder: where to; new or empty
-        models: as `serve`; what is no folder is downloaded by the Space
-        examples: a folder of example images; by default handwritten digits
+        folder: output folder, new or empty
+        models: as in `serve`; the Space downloads models that are not local folders
+        examples: folder of example images; by default handwritten digits
 
     Raises:
-        HubError: a model's folder is no whole model.
-        ImageError: no example image.
-        ValueError: there is something in the folder already, or two models' folders have the same name.
+        HubError: a model's folder is not complete.
+        ImageError: the folder of examples has no image.
+        ValueError: the output folder is not empty, or two model folders have the same name.
     """
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ValueError(f"{folder}: not an empty folder: give a new one")
     models = [name.removeprefix("local-dir:") for name in models]
     folders = {Path(name).resolve().name: Path(name) for name in models if Path(name).is_dir()}
     if len(folders) < sum(Path(name).is_dir() for name in models):
-        raise ValueError(f"two of the models' folders have one name, of {', '.join(folders)}: rename one")
+        raise ValueError(f"two model folders have the same name, among {', '.join(folders)}: rename one")
     for source in folders.values():
         check_folder(source)
     with temporary_folder(folder.parent / f".{folder.name}.exporting") as whole:
@@ -94,7 +94,7 @@ def export_space(folder: Path, models: Sequence[str] = (), *, examples: Path | N
 
 
 def _needed() -> list[str]:
-    """Packages that the page needs: this one's, and those of its extra `demo`."""
+    """Return the packages that the page needs: those of this package and of its extra `demo`."""
     plain = [line for line in importlib.metadata.requires("timm_coda") or [] if "extra ==" not in line]
     return [*(re.split(r"[^\w.-]", line)[0] for line in plain), "matplotlib", "gradio"]
 

@@ -1,6 +1,6 @@
-"""What one visitor looks at, as HTML and as files to take along.
+"""Render a visitor's explanation as HTML and as files to download.
 
-The pictures are inside the HTML, so that no file of one visitor can be read by another.
+Images are embedded in the HTML, so that no visitor can read another visitor's files.
 """
 
 import base64
@@ -17,7 +17,7 @@ from PIL import Image
 from ..explanation import EVIDENCE_COLORS, Explanation, color_limit, heatmap
 
 _BARS = 5
-_SMALL = 128  # pixels a side: pictures up to here are shown as crisp squares
+_SMALL = 128  # pixels per side; up to this size, images are shown with sharp pixels
 _TEMPLATES = jinja2.Environment(
     loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=jinja2.StrictUndefined
 )
@@ -25,7 +25,7 @@ _TEMPLATES = jinja2.Environment(
 
 @dataclass(frozen=True)
 class Shown:
-    """An explanation of one image, and what its classes are called."""
+    """An explanation of one image, and the class names."""
 
     model: str
     explanation: Explanation
@@ -41,7 +41,7 @@ class Shown:
 
 
 def examples_html(paths: Sequence[Path]) -> str:
-    """A strip of small pictures to choose from."""
+    """Render a strip of thumbnails to choose from."""
     examples = []
     for path in paths:
         with Image.open(path) as image:
@@ -51,12 +51,12 @@ def examples_html(paths: Sequence[Path]) -> str:
 
 
 def result_html(shown: Shown, *, smooth: int, percentile: float) -> str:
-    """The most probable classes, the explanation in words, its pictures, and a place to read a region of it.
+    """Render the most probable classes, the explanation in words, its images, and a readout of regions.
 
     Args:
-        shown: what to show
-        smooth: of the colours, see `visualize.rgba`
-        percentile: of the colours and of the maps, see `visualize.rgba` and `visualize.color_limit`
+        shown: the explanation
+        smooth: smoothing of the colours in pixels, see `explanation.rgba`
+        percentile: percentile for the scale of colours and maps, see `explanation.rgba` and `explanation.color_limit`
     """
     explanation, target, versus = shown.explanation, shown.target, shown.versus
     maps = explanation.contributions[0].float().cpu().numpy()  # (h, w)
@@ -92,7 +92,7 @@ def result_html(shown: Shown, *, smooth: int, percentile: float) -> str:
 
 
 def _rows(shown: Shown) -> list[dict]:
-    """The most probable classes, and those that are explained."""
+    """Return rows of the most probable classes and of the explained classes."""
     logits = shown.explanation.logits[0].float()
     order = logits.argsort(descending=True, stable=True)[:_BARS].tolist()
     order += [i for i in (shown.target, shown.versus) if i is not None and i not in order]
@@ -136,12 +136,12 @@ def _number(number: float) -> str:
 
 
 def _term(number: float) -> str:
-    """A number to be added, `+ 1.20` or `- 1.20`."""
+    """Format a number as a term of a sum: `+ 1.20` or `- 1.20`."""
     return f"{'+' if round(number, 2) >= 0 else chr(0x2212)} {abs(number):.2f}"
 
 
 def figure_file(shown: Shown) -> bytes:
-    """The figure of the explanation, a PNG.
+    """Return the figure of the explanation as PNG.
 
     Raises:
         ImportError: matplotlib is missing.
@@ -152,7 +152,7 @@ def figure_file(shown: Shown) -> bytes:
 
 
 def arrays_file(shown: Shown) -> bytes:
-    """The numbers of the explanation, an NPZ, see `Explanation.arrays`."""
+    """Return the arrays of the explanation as NPZ, see `Explanation.arrays`."""
     stream = io.BytesIO()
     np.savez_compressed(
         stream, allow_pickle=False, **shown.explanation.arrays() | {"label_names": np.array(shown.names)}

@@ -1,4 +1,4 @@
-"""Evaluate explanations: explainers and metrics behind two small protocols, and a run of them that can be resumed."""
+"""Evaluate explanations: explainers, metrics, and a resumable run that scores each explainer by each metric."""
 
 from .base import Baseline, Curve, EvaluationError, Explainer, ExplainerError, Metric, Scores, Subject
 from .explainers import EXPLAINERS, make_explainer

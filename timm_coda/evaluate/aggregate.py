@@ -1,4 +1,4 @@
-"""What a class relies on over a data set: which inputs, which positions, which channels of an inner layer."""
+"""Mean explanations of classes over a dataset: by pixel, and by position and channel of an inner layer."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -33,30 +33,30 @@ __all__ = ["Aggregate", "aggregate", "figure"]
 
 @dataclass(frozen=True)
 class Aggregate:
-    """Means over the images of each of K classes, of the model's exact contributions to the class's logit.
+    """Exact contributions to a class's logit, averaged over the images of that class, for K classes.
 
-    `values = bias + contributions.sum((1, 2))` up to the model's residual, and the same with `channels.sum(1)`, as
-    means of exact sums are exact.
+    `values = bias + contributions.sum((1, 2))` up to the model's residual, and likewise with `channels.sum(1)`: means
+    of exact sums are exact.
     """
 
     classes: np.ndarray
-    """Class numbers, (K,)."""
+    """Class indices, (K,)."""
     counts: np.ndarray
-    """Images of each, (K,)."""
+    """Number of images of each class, (K,)."""
     values: np.ndarray
     """Mean logit of the class on its images, (K,)."""
     bias: float
-    """The part of each logit that no input has a share in."""
+    """Part of each logit to which no input contributes."""
     images: np.ndarray
     """Mean image, colours in [0, 1], (K, C, H, W)."""
     contributions: np.ndarray
     """Mean contribution of each pixel, signed, in logits, (K, H, W)."""
     colors: np.ndarray
-    """Mean colour of each pixel, weighted by its positive contributions: what spoke for the class, (K, C, H, W)."""
+    """Mean colour of each pixel, weighted by its positive contributions (evidence for the class), (K, C, H, W)."""
     evidence: np.ndarray
     """Mean positive contribution of each pixel, in logits, (K, H, W)."""
     layer: str | None = None
-    """Inner layer that `positions` and `channels` are of."""
+    """Inner layer of `positions` and `channels`."""
     positions: np.ndarray | None = None
     """Mean contribution of each position of the layer, signed, in logits, (K, h, w)."""
     channels: np.ndarray | None = None
@@ -64,32 +64,34 @@ class Aggregate:
     label_names: tuple[str, ...] = ()
 
     def strongest(self, row: int, count: int = 8) -> np.ndarray:
-        """Numbers of the channels with the largest absolute mean contributions to a row's class, largest first."""
+        """Return the channels with the largest absolute mean contributions to a row's class, largest first."""
         if self.channels is None:
-            raise ValueError("no channels without a layer: give aggregate() a layer=")
+            raise ValueError("there are no channels without a layer: pass layer= to aggregate()")
         return np.argsort(-np.abs(self.channels[row]), kind="stable")[:count]
 
 
 def aggregate(subject: Subject, *, classes: Sequence[int] | None = None, layer: str | None = None) -> Aggregate:
-    """Mean explanations of the true classes of a subject's first `count` images, right or wrong predicted.
+    """Average explanations of the true classes of a subject's first `count` images, whatever the model predicts.
 
-    Images go through the model `batch_size` at a time, and only sums are kept: 64 bytes a pixel of each class.
+    Images are explained in batches of `batch_size`, and only sums are stored: 64 bytes per pixel of each class.
 
     Args:
         subject: one of our models with labelled images of one size
-        classes: those to look at; None for all that have an image
-        layer: name of an inner layer, as of `explain`; None for the pixels alone
+        classes: class indices; None for all classes that have an image
+        layer: name of an inner layer, as in `explain`; None for pixels only
 
     Raises:
-        EvaluationError: no image of a class.
-        ValueError: an unknown layer, what else `explain` refuses.
-        TypeError: a model that cannot explain itself.
+        EvaluationError: a class has no image.
+        ValueError: the layer is unknown, or another argument that `explain` rejects.
+        TypeError: the model cannot explain itself.
     """
     labels = subject.labels[: subject.count]
     wanted = np.unique(labels) if classes is None else np.array(classes)
     missing = sorted(set(wanted.tolist()) - set(labels.tolist()))
     if missing or len(wanted) == 0:
-        raise EvaluationError(f"no image of class {missing} among {len(labels)}: leave it out, or take more images")
+        raise EvaluationError(
+            f"no image of class {missing} among {len(labels)} images: leave out the class, or use more images"
+        )
     numbers = np.flatnonzero(np.isin(labels, wanted))
     counts = np.array([(labels == c).sum() for c in wanted])
     row = {c: k for k, c in enumerate(wanted.tolist())}
@@ -118,7 +120,7 @@ def aggregate(subject: Subject, *, classes: Sequence[int] | None = None, layer: 
             total = sums.setdefault(name, np.zeros((len(wanted), *values.shape[1:])))
             np.add.at(total, rows, values)
     evidence = sums["evidence"][:, None]
-    # Where nothing ever speaks for a class there is no such colour: the mean image's stands in, with no evidence.
+    # Without positive evidence the weighted colour is undefined: use the mean image's, with zero evidence.
     scale = counts[:, None, None, None]
     colors = np.divide(sums.pop("colors"), evidence, out=sums["images"] / scale, where=evidence > 0)
     means = {name: total / counts.reshape(-1, *[1] * (total.ndim - 1)) for name, total in sums.items()}
@@ -126,7 +128,7 @@ def aggregate(subject: Subject, *, classes: Sequence[int] | None = None, layer: 
 
 
 def _by_channel(model: Any, images: Tensor, targets: Tensor, layer: str) -> tuple[Explanation, Tensor]:
-    """The explanation by a layer's output, and the contribution of each of its channels (B, D)."""
+    """Return the explanation by a layer's output, and the contribution of each of its channels (B, D)."""
     with output_of(model, layer) as outputs:
         explanation = explain(model, images, targets, layer=layer)
     weights, output = explanation.weights, outputs[0].detach()
@@ -136,22 +138,25 @@ def _by_channel(model: Any, images: Tensor, targets: Tensor, layer: str) -> tupl
 
 
 def figure(result: Aggregate, *, max_rows: int = 10, max_channels: int = 8) -> "Figure":
-    """A matplotlib figure, a row a class: mean image, mean contributions, the colours they had, and the layer's.
+    """Draw a row per class: mean image, mean contributions, colours of the evidence, and the layer's contributions.
 
-    The rows of a column share one scale, so that classes can be compared. Evidence is opaque at the scale's end.
+    The rows of a column share one scale, so that classes can be compared. Evidence is opaque at the end of the scale.
 
     Args:
         result: from `aggregate`
-        max_rows: at most this many classes, the first ones, are shown
-        max_channels: at most this many channels a class, those with the largest absolute contributions
+        max_rows: maximum number of classes, starting with the first
+        max_channels: maximum number of channels per class: those with the largest absolute contributions
+
+    Returns:
+        A matplotlib figure.
 
     Raises:
         ImportError: matplotlib is missing.
     """
     rows = min(len(result.classes), max_rows)
     height, width = (PANEL * side / max(result.contributions.shape[1:]) for side in result.contributions.shape[1:])
-    tall = max(height, 0.8)  # what a scale needs
-    pitch, scale = PITCH, 0.75  # inches of a picture, and of a scale beside it
+    tall = max(height, 0.8)  # minimum height of a scale
+    pitch, scale = PITCH, 0.75  # inches per image, and per scale beside it
     # Left edges of: mean image, contributions, their colours, the layer's positions, its channels.
     left = np.cumsum([GAP, pitch, pitch + scale, pitch, pitch + scale])
     page_width = left[3] if result.layer is None else left[4] + pitch
@@ -187,12 +192,12 @@ def figure(result: Aggregate, *, max_rows: int = 10, max_channels: int = 8) -> "
 
 
 def _on_grey(colors: np.ndarray, opacity: np.ndarray) -> np.ndarray:
-    """Colours (H, W, 3) over a grey that neither black nor white evidence is lost on, by an opacity (H, W)."""
+    """Blend colours (H, W, 3) by an opacity (H, W) over grey, on which black and white evidence are both visible."""
     return (0.6 + opacity.clip(0, 1)[..., None] * (colors - 0.6)).clip(0, 1)
 
 
 def _draw_channels(page: Page, x: float, y: float, height: float, result: Aggregate, row: int, count: int) -> None:
-    """Bars from zero, to the right for the class and to the left against it; ticks at the mean of all the classes."""
+    """Draw bars from zero, to the right for the class, to the left against it; ticks mark the mean of all classes."""
     numbers = result.strongest(row, count)
     assert result.channels is not None
     values, usual = result.channels[row, numbers], result.channels[:, numbers].mean(0)

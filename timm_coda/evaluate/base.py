@@ -1,8 +1,8 @@
-"""What the parts of an evaluation are to each other: explainers make maps, metrics score them on a subject.
+"""Interfaces of an evaluation: explainers compute maps, and metrics score them on a subject.
 
-A subject is a model with the labelled images it is tried on. An explainer gives a map for a class, whatever it does
-for it; a metric asks for maps and returns one number or more for each sample. Neither knows the other's inside, so
-that each metric works with each explainer, and a new one of either is one function.
+A subject is a model with the labelled images on which it is evaluated. An explainer computes a map for a class, by any
+method. A metric requests maps and returns one or more numbers for each sample. Explainers and metrics do not depend on
+each other: each metric works with each explainer, and a new one is a single function.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -29,46 +29,46 @@ __all__ = [
 
 
 class EvaluationError(ValueError):
-    """An evaluation that cannot be made as asked; the message says why and how to mend it."""
+    """The requested evaluation is not possible; the message gives the reason and the remedy."""
 
 
 class ExplainerError(ValueError):
-    """A method that does not apply to a model, or whose maps are not usable; the others go on without it."""
+    """A method does not apply to a model, or its maps are not usable; the evaluation continues with the others."""
 
 
 class Method(Protocol):
-    """How an explainer makes maps, of images (B, C, H, W) in eval mode and targets (B, T): (B, T, H, W)."""
+    """Compute maps (B, T, H, W) for images (B, C, H, W) and targets (B, T), with the model in eval mode."""
 
     def __call__(self, model: Any, images: Tensor, targets: Tensor, /) -> Tensor: ...
 
 
 @dataclass(frozen=True)
 class Explainer:
-    """A way to explain a decision of a model by a signed map: above 0 speaks for the class, below 0 against it.
+    """Explain a class by a signed map: positive values are evidence for the class, negative values against it.
 
-    The same image, target and seed give the same map, in whatever batch. The model is left as it is.
+    The same image, target and seed give the same map, whatever the batch. The model is not modified.
     """
 
     name: str
-    """As on the command line; what is kept of an explainer is kept under it."""
+    """Name on the command line and in the names of saved files."""
     label: str
-    """As in a figure."""
+    """Name in figures."""
     about: str
-    """A sentence or two: what it does, with which settings, whose it is."""
+    """One or two sentences: the method, its settings, its source."""
     method: Method
     batch_size: int = 64
-    """Images at a time."""
+    """Images per call of `method`."""
 
     def __call__(self, model: nn.Module, images: Tensor, targets: Tensor) -> Tensor:
-        """Explain classes by the pixels.
+        """Compute a map of each target class.
 
         Args:
-            model: gives logits (N, classes)
+            model: returns logits (N, classes)
             images: colours in [0, 1], (N, C, H, W)
-            targets: class numbers, (N,), or T of them an image, (N, T)
+            targets: class indices, (N,), or T of them per image, (N, T)
 
         Returns:
-            float32 on the CPU, (N, H, W), or (N, T, H, W)
+            float32 maps on the CPU, (N, H, W), or (N, T, H, W)
 
         Raises:
             ExplainerError: the method does not apply to this model, or a map has NaN or infinite values.
@@ -83,7 +83,7 @@ class Explainer:
                 made = self.method(model, part.to(parameter.device, parameter.dtype), goal.to(parameter.device))
                 made = made.detach().to("cpu", torch.float32)
                 if made.shape != (*goal.shape, *images.shape[2:]):
-                    raise ExplainerError(f"{self.name} made maps {list(made.shape)} of images {list(part.shape)}")
+                    raise ExplainerError(f"{self.name} returned maps {list(made.shape)} for images {list(part.shape)}")
                 bad = int((~torch.isfinite(made)).flatten(2).any(2).sum())
                 if bad:
                     raise ExplainerError(f"{self.name}: {bad} of {goal.numel()} maps have NaN or infinite values")
@@ -96,30 +96,33 @@ class Explainer:
 
 @dataclass(frozen=True)
 class Subject:
-    """A model and the labelled images that it is tried on, of which no more than `batch_size` are in memory at a time.
+    """A model and the labelled images on which it is evaluated, loaded `batch_size` at a time.
 
-    Metrics for single images use the first `count` images and explain their true class: `batches` and `maps`.
+    Metrics for single images use the first `count` images and explain their true classes: see `batches` and `maps`.
     """
 
     model: Any
-    """In eval mode, on the device it is to run on."""
+    """In eval mode, on the device to run on."""
     load: Callable[[Sequence[int]], Tensor]
-    """Images of these numbers as the model takes them, colours in [0, 1], (n, C, H, W) on the CPU."""
+    """Loads images by index, preprocessed for the model: colours in [0, 1], (n, C, H, W) on the CPU."""
     labels: np.ndarray
     """True classes, (N,)."""
     logits: np.ndarray
-    """What the model says, (N, classes)."""
+    """The model's logits, (N, classes)."""
     count: int
-    """How many images, from the first on, metrics for single images use; at most N."""
+    """Number of images that metrics for single images use, starting with the first; at most N."""
     label_names: tuple[str, ...] = ()
     batch_size: int = 64
     seed: int = 42
     folder: Path | None = None
-    """Keeps finished maps there, `maps_NAME.npy`, for other metrics and for the next process."""
+    """Cache of finished maps, `maps_NAME.npy`, for other metrics and for a resumed evaluation."""
     _maps: dict[str, np.ndarray] = field(default_factory=dict, init=False, repr=False)
 
     def batches(self, title: str = "") -> Iterator[tuple[slice, Tensor, Tensor]]:
-        """The first `count` images with a progress bar: where they stand, images (B, C, H, W), true classes (B,)."""
+        """Yield (slice, images (B, C, H, W), true classes (B,)) of the first `count` images.
+
+        If there is a title, show a progress bar.
+        """
         starts = range(0, self.count, self.batch_size)
         for start in progress_bar(starts, title) if title else starts:
             place = slice(start, min(start + self.batch_size, self.count))
@@ -127,7 +130,7 @@ class Subject:
             yield place, self.load(range(place.start, place.stop)), labels
 
     def maps(self, explainer: Explainer) -> np.ndarray:
-        """An explainer's maps of the first `count` images, for their true classes, (count, H, W) float32; made once."""
+        """Return maps of the first `count` images for their true classes, (count, H, W) float32; computed only once."""
         if explainer.name not in self._maps:
             path = self.folder / f"maps_{explainer.name}.npy" if self.folder else None
             if path is None or not path.exists():
@@ -146,7 +149,7 @@ class Subject:
 
 @dataclass(frozen=True)
 class Curve:
-    """What a measured quantity does while something is done to an image, for each sample."""
+    """A quantity measured for each sample while its image or the model is changed step by step."""
 
     x: np.ndarray
     """(K,)"""
@@ -158,10 +161,10 @@ class Curve:
 
 @dataclass(frozen=True)
 class Scores:
-    """What a metric found of an explainer.
+    """Scores of one explainer by one metric.
 
-    `values` (S,) are of independent samples; or (S, M) where M belong together, as those of one grid: confidence
-    intervals draw S samples anew, and the statistic is taken over all numbers.
+    `values` has shape (S,) for independent samples, or (S, M) if M values belong together, such as those of one grid.
+    Confidence intervals resample the S rows; the statistic is taken over all values.
     """
 
     values: np.ndarray
@@ -170,34 +173,34 @@ class Scores:
 
 @dataclass(frozen=True)
 class Baseline:
-    """What a map scores that knows nothing."""
+    """Score of an uninformed map."""
 
     value: float
     label: str
-    """As "uniform map"."""
+    """Such as "uniform map"."""
 
 
 class Metric(Protocol):
-    """A score of explainers. The number of samples, and which they are, must not depend on the explainer."""
+    """Score explainers. The samples and their number must not depend on the explainer."""
 
     @property
     def name(self) -> str:
-        """As on the command line and in results.json."""
+        """Name on the command line and in results.json."""
         ...
 
     @property
     def label(self) -> str:
-        """As in a table or figure."""
+        """Name in tables and figures."""
         ...
 
     @property
     def about(self) -> str:
-        """A sentence or two: the protocol, its source, and where it differs from it."""
+        """One or two sentences: the protocol, its source, and any deviation from it."""
         ...
 
     @property
     def unit(self) -> str:
-        """Of the values."""
+        """Unit of the values."""
         ...
 
     @property
@@ -205,23 +208,23 @@ class Metric(Protocol):
 
     @property
     def statistic(self) -> str:
-        """What stands for all values: 'median' or 'mean'."""
+        """Statistic that summarises all values: 'median' or 'mean'."""
         ...
 
     def baseline(self, subject: Subject) -> Baseline | None:
-        """What an uninformed map scores; None if that is not known without measuring: then see the explainer random."""
+        """Return the score of an uninformed map; None if it must be measured, by the explainer `random`."""
         ...
 
     def __call__(self, subject: Subject, explainer: Explainer) -> Scores:
         """Score an explainer.
 
         Raises:
-            EvaluationError: the subject does not allow it, with any explainer.
+            EvaluationError: the subject does not allow this metric, whatever the explainer.
             ExplainerError: this explainer does not apply to the model.
         """
         ...
 
 
 def progress_bar(items: Any, title: str) -> Any:
-    """tqdm on stderr, gone when done, silent where no one watches."""
+    """Show a tqdm bar on stderr, removed when done, and only on a terminal."""
     return tqdm(items, desc=f"{title:28.28}", leave=False, disable=None, ncols=80)

@@ -1,8 +1,8 @@
-"""The methods that explanations are compared by: the model's own, Captum's, RISE, and chance.
+"""Explanation methods to compare: the model's own, Captum's, RISE, and random maps.
 
-All attribute the encoded input, as the papers do: methods that give a number for each of the 6 channels sum over them,
-methods that take pixels away set all 6 to zero, which no colour has. Gradients are true ones, outside of explanation
-mode.
+All methods attribute the encoded input, as the papers do. Methods with a value for each of the 6 channels sum over
+them; methods that remove pixels set all 6 channels to zero, which encodes no colour. Gradients are the true ones,
+outside of explanation mode.
 """
 
 import re
@@ -24,14 +24,14 @@ from .base import EvaluationError, Explainer, ExplainerError
 
 __all__ = ["EXPLAINERS", "encode", "make_explainer"]
 
-_STEPS = 20  # of integrated gradients, as in the papers
-_SAMPLES = 500  # of LIME and kernel SHAP: a few for each of at most 144 patches
-_MASKS = 1000  # of RISE, for images of 32 to 96 pixels; its authors take 4000 and more for 224
-_CELLS = 8  # of a RISE mask, a side, as its authors have it (7) for the smallest map of a network
+_STEPS = 20  # for integrated gradients, as in the papers
+_SAMPLES = 500  # for LIME and kernel SHAP: a few for each of at most 144 patches
+_MASKS = 1000  # for RISE on images of 32 to 96 pixels; its authors use 4000 and more for 224
+_CELLS = 8  # per side of a RISE mask; its authors use 7, the side of a network's smallest feature map
 
 
 def encode(model: Any, images: Tensor) -> Tensor:
-    """A fresh tensor of what a model's first layer sees of images (B, C, H, W): (B, 2C, H, W) for our models."""
+    """Return a new tensor, the input of a model's first layer for images (B, C, H, W): (B, 2C, H, W) for our models."""
     images = images.detach().clone()
     return model.encoding(images) if hasattr(model, "encoding") else images
 
@@ -44,7 +44,7 @@ def _inherent(model: Any, images: Tensor, targets: Tensor) -> Tensor:
 
 
 def _captum(name: str, model: Any, images: Tensor, targets: Tensor, **settings: Any) -> Tensor:
-    """A method of Captum's that works with gradients, one target after the other, summed over encoded channels."""
+    """Apply a gradient method of Captum to one target after the other, and sum over the encoded channels."""
     import captum.attr
 
     with torch.inference_mode(False), torch.enable_grad(), warnings.catch_warnings():
@@ -63,8 +63,8 @@ def _integrated_gradients(model: Any, images: Tensor, targets: Tensor, *, batch_
 def _deeplift(model: Any, images: Tensor, targets: Tensor) -> Tensor:
     if any(hasattr(module, "frozen_dynamics") for module in model.modules()):
         raise ExplainerError(
-            f"DeepLIFT has no rule for layers whose weights depend on the input, which {type(model).__name__} is made "
-            "of; without one, Captum's would be input x gradient under another name"
+            "DeepLIFT has no rule for layers whose weights depend on the input, such as those of "
+            f"{type(model).__name__}; without one, Captum's version would be input x gradient under another name"
         )
     return _captum("DeepLift", model, images, targets)
 
@@ -72,7 +72,7 @@ def _deeplift(model: Any, images: Tensor, targets: Tensor) -> Tensor:
 def _guided_backprop(model: Any, images: Tensor, targets: Tensor) -> Tensor:
     if not any(isinstance(module, nn.ReLU) for module in model.modules()):
         raise ExplainerError(
-            f"guided backprop changes the gradient of ReLUs, and {type(model).__name__} has none: it would be the "
+            f"guided backprop changes the gradient of ReLUs, but {type(model).__name__} has none: it would be the "
             "gradient under another name"
         )
     return _captum("GuidedBackprop", model, images, targets)
@@ -82,9 +82,9 @@ def _grad_cam(model: Any, images: Tensor, targets: Tensor) -> Tensor:
     from captum.attr import LayerAttribution, LayerGradCam
 
     if not hasattr(model, "get_classifier"):
-        raise ExplainerError(f"{type(model).__name__} does not say which layer is its classifier (get_classifier)")
+        raise ExplainerError(f"Grad-CAM needs get_classifier(), which {type(model).__name__} does not have")
     if hasattr(model, "patch_embed"):
-        raise ExplainerError(f"Grad-CAM takes feature maps, and {type(model).__name__} has tokens")
+        raise ExplainerError(f"Grad-CAM needs feature maps, but {type(model).__name__} has tokens")
     with torch.inference_mode(False), torch.enable_grad():
         method = LayerGradCam(model, model.get_classifier())
         x = encode(model, images).requires_grad_()
@@ -92,7 +92,7 @@ def _grad_cam(model: Any, images: Tensor, targets: Tensor) -> Tensor:
         for goal in targets.clone().unbind(1):
             coarse: Any = method.attribute(x, target=goal, attribute_to_layer_input=True)
             if coarse.dim() != 4:
-                raise ExplainerError(f"Grad-CAM takes feature maps; the classifier sees {list(coarse.shape)}")
+                raise ExplainerError(f"Grad-CAM needs feature maps, but the classifier's input is {list(coarse.shape)}")
             maps.append(LayerAttribution.interpolate(coarse.detach(), images.shape[2:], "bilinear")[:, 0])
         return torch.stack(maps, 1)
 
@@ -101,10 +101,10 @@ def _grad_cam(model: Any, images: Tensor, targets: Tensor) -> Tensor:
 def _perturb(
     attribute: Callable[[Any, Tensor, int], Tensor], model: Any, images: Tensor, targets: Tensor, seed: int
 ) -> Tensor:
-    """Captum's perturbation methods, an image at a time, all targets for the price of one.
+    """Apply a perturbation method of Captum to one image at a time, for all targets at the cost of one.
 
-    `attribute(forward, x, t)` explains column t of what `forward` returns for x (1, C, H, W). It asks the same
-    questions for every target, so the answers for the first are kept for the others.
+    `attribute(forward, x, t)` explains column t of the output of `forward` for x (1, C, H, W). It makes the same calls
+    for every target, so the outputs for the first target are reused for the others.
     """
     maps = []
     for image, goal in zip(encode(model, images).split(1), targets, strict=True):
@@ -135,21 +135,21 @@ def _occlusion(size: int, model: Any, images: Tensor, targets: Tensor, *, batch_
 
 
 def _patches(x: Tensor) -> Tensor:
-    """A number for each pixel, which of at most 12 x 12 square patches it belongs to, (1, 1, H, W)."""
+    """Return the index of each pixel's patch, (1, 1, H, W), among at most 12 x 12 square patches."""
     edge = -(-max(x.shape[2:]) // 12)
     rows, columns = (torch.arange(n, device=x.device) // edge for n in x.shape[2:])
     return (rows[:, None] * (columns[-1] + 1) + columns)[None, None]
 
 
 def _surrogate(name: str, model: Any, images: Tensor, targets: Tensor, *, seed: int, batch_size: int) -> Tensor:
-    """Captum's Lime or KernelShap: a linear model of which patches are there."""
+    """Apply Captum's Lime or KernelShap: a linear model of which patches are present."""
     import captum.attr
 
     def attribute(forward: Any, x: Tensor, t: int) -> Tensor:
         method = getattr(captum.attr, name)(forward)
         settings = {"n_samples": _SAMPLES, "perturbations_per_eval": batch_size}
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "Objective did not converge")  # as far as LIME's default goes
+            warnings.filterwarnings("ignore", "Objective did not converge")  # in LIME's default number of iterations
             return method.attribute(x, target=t, feature_mask=_patches(x), **settings)
 
     return _perturb(attribute, model, images, targets, seed)
@@ -168,10 +168,10 @@ def _rise(model: Any, images: Tensor, targets: Tensor, *, seed: int, batch_size:
 
 
 def _rise_masks(size: Any, seed: int, batch_size: int) -> Iterator[Tensor]:
-    """Smooth random masks in [0, 1], half of each kept on average, (at most batch_size, H, W) at a time."""
+    """Yield smooth random masks in [0, 1], with mean 0.5, at most batch_size at a time: (batch, H, W)."""
     generator = torch.Generator().manual_seed(seed)
     cell = [-(-n // _CELLS) for n in size]
-    # A cell more than fits, of which each mask shows another part: no pixel is always at a cell's border.
+    # One cell more than fits, cropped at a random offset in each mask, so that no pixel is always at a cell's border.
     grids = (torch.rand(_MASKS, 1, _CELLS + 1, _CELLS + 1, generator=generator) < 0.5).float()
     corners = torch.stack([torch.randint(n, (_MASKS,), generator=generator) for n in cell], 1)
     for grid, corner in zip(grids.split(batch_size), corners.split(batch_size), strict=True):
@@ -189,20 +189,20 @@ def _random(model: Any, images: Tensor, targets: Tensor, *, seed: int) -> Tensor
 
 
 def _fingerprint(image: Tensor) -> int:
-    """A number that depends on every pixel: randomness of an image's own, in whatever batch it is."""
+    """Hash all pixels of an image, to seed random numbers that do not depend on the batch."""
     return zlib.crc32(image.detach().float().cpu().numpy().tobytes())
 
 
 @contextmanager
 def _seeded(device: torch.device, *key: int) -> Iterator[None]:
-    """Seeds torch, and puts back its states at the end."""
+    """Seed torch, and restore its random states at the end."""
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         torch.manual_seed(int(np.random.SeedSequence(key).generate_state(1)[0]))
         yield
 
 
 _SIGNED = "summed over the encoded channels"
-_GONE = "taken away are all encoded channels"
+_GONE = "removed pixels are zero in all encoded channels"
 _METHODS: dict[str, tuple[str, str, Any]] = {
     "inherent": ("Model-inherent", "The model's own exact contributions: W(x) * x, which sum to the logit.", _inherent),
     "gradient": (
@@ -217,23 +217,23 @@ _METHODS: dict[str, tuple[str, str, Any]] = {
     ),
     "integrated_gradients": (
         "Integrated gradients",
-        f"Input times the mean gradient on the way from zero, {_STEPS} steps, {_SIGNED} (Captum).",
+        f"Input times the mean gradient on the path from zero, {_STEPS} steps, {_SIGNED} (Captum).",
         _integrated_gradients,
     ),
-    "deeplift": ("DeepLIFT", f"Differences to a zero input, layer by layer, {_SIGNED} (Captum).", _deeplift),
+    "deeplift": ("DeepLIFT", f"Differences from a zero input, layer by layer, {_SIGNED} (Captum).", _deeplift),
     "guided_backprop": (
         "Guided backprop",
-        f"Gradient through ReLUs' positive parts, {_SIGNED} (Captum).",
+        f"Gradient of which ReLUs pass only the positive part, {_SIGNED} (Captum).",
         _guided_backprop,
     ),
     "grad_cam": (
         "Grad-CAM",
-        "Features in front of the classifier, weighted by their mean gradient, signed, bilinearly enlarged (Captum).",
+        "The classifier's input features, weighted by their mean gradient, signed, upsampled bilinearly (Captum).",
         _grad_cam,
     ),
     "lime": (
         "LIME",
-        f"A sparse linear model of {_SAMPLES} samples without some of at most 12 x 12 patches; {_GONE} (Captum).",
+        f"A sparse linear model of {_SAMPLES} samples that lack some of at most 12 x 12 patches; {_GONE} (Captum).",
         partial(_surrogate, "Lime"),
     ),
     "kernel_shap": (
@@ -243,14 +243,14 @@ _METHODS: dict[str, tuple[str, str, Any]] = {
     ),
     "rise": (
         "RISE",
-        f"{_MASKS} random smooth masks, averaged with the class's probability as weight; no sign "
+        f"{_MASKS} random smooth masks, averaged with the class's probability as weight; unsigned "
         f"(Petsiuk et al., BMVC 2018); {_GONE}.",
         _rise,
     ),
-    "random": ("Random", "Normally distributed numbers: the floor.", _random),
+    "random": ("Random", "Normally distributed random numbers: a chance baseline.", _random),
 }
 _NEED_NO_CAPTUM = {"inherent", "rise", "random"}
-# In the order of tables and figures.
+# In the order used by tables and figures.
 EXPLAINERS = (
     *("inherent", "gradient", "input_x_gradient", "integrated_gradients", "deeplift", "guided_backprop", "grad_cam"),
     *("occlusion_5", "occlusion_9", "lime", "kernel_shap", "rise", "random"),
@@ -258,19 +258,19 @@ EXPLAINERS = (
 
 
 def make_explainer(name: str, *, batch_size: int = 64, seed: int = 42) -> Explainer:
-    """An explainer by its name.
+    """Create an explainer by name.
 
     Args:
-        name: one of EXPLAINERS, or occlusion_N for a window of N pixels
-        batch_size: images, or perturbed images, in a forward pass
-        seed: of what is drawn at random
+        name: one of EXPLAINERS, or occlusion_N for a window of N x N pixels
+        batch_size: images, or perturbed images, per forward pass
+        seed: seed of random numbers
 
     Raises:
-        EvaluationError: an unknown name, or Captum is missing.
+        EvaluationError: the name is unknown, or Captum is not installed.
     """
     window = re.fullmatch(r"occlusion_([1-9]\d*)", name)
     if not window and name not in _METHODS:
-        raise EvaluationError(f"no explainer {name!r}; there is {', '.join(EXPLAINERS)}, or occlusion_N for any N")
+        raise EvaluationError(f"unknown explainer {name!r}: choose {', '.join(EXPLAINERS)}, or occlusion_N for any N")
     if name not in _NEED_NO_CAPTUM:
         missing = [package for package in ("captum", "sklearn") if find_spec(package) is None]
         if missing:
@@ -280,7 +280,8 @@ def make_explainer(name: str, *, batch_size: int = 64, seed: int = 42) -> Explai
     if window:
         size = int(window[1])
         about = (
-            f"The logit's fall without a window of {size} x {size} pixels, moved by {size // 2 or 1}; {_GONE} (Captum)."
+            f"Drop in the logit without a window of {size} x {size} pixels, moved by {size // 2 or 1}; {_GONE} "
+            "(Captum)."
         )
         method = partial(_occlusion, size, batch_size=batch_size)
         return Explainer(name, f"Occlusion {size}", about, method, batch_size)

@@ -1,4 +1,4 @@
-"""What an evaluation found: read from its output folder, ranked, and said in plain words."""
+"""Results of an evaluation: read from its output folder, ranked, and summarised in words."""
 
 import json
 import math
@@ -13,22 +13,22 @@ from .base import EvaluationError
 
 @dataclass(frozen=True)
 class Entry:
-    """What one explainer got in one metric."""
+    """Result of one explainer in one metric."""
 
     explainer: str
     value: float  # the metric's statistic, a mean or a median
     interval: tuple[float, float]  # its 95 % bootstrap interval
-    values: np.ndarray  # (samples,), without those that have no number
+    values: np.ndarray  # (samples,), without missing values
     curve: dict[str, Any] | None
 
     def overlaps(self, other: "Entry") -> bool:
-        """True if the two intervals have a number in common."""
+        """Return whether the two intervals overlap."""
         return self.interval[0] <= other.interval[1] and other.interval[0] <= self.interval[1]
 
 
 @dataclass(frozen=True)
 class Ranking:
-    """All entries of one metric, the best first, and the explainers that have none with the reason."""
+    """All entries of one metric, best first, and the failed explainers with the reasons."""
 
     name: str
     label: str
@@ -41,17 +41,17 @@ class Ranking:
     failed: dict[str, str]
 
     def entry(self, explainer: str) -> Entry | None:
-        """The entry of an explainer; None if it has none."""
+        """Return the entry of an explainer; None if it has none."""
         return next((entry for entry in self.entries if entry.explainer == explainer), None)
 
 
 @dataclass(frozen=True)
 class Findings:
-    """`results.json` and the example arrays beside it.
+    """Contents of `results.json` and of the example arrays beside it.
 
-    `examples` has images (n, 3, H, W), labels (n,), predictions (n,), probabilities (n,), and a map (n, H, W) for each
-    explainer that did not fail, as maps_NAME; `grid` has image (3, H, W), labels (c * c,) row by row, and maps
-    (c * c, H, W), one for each label. Either is empty where the evaluation wrote none.
+    `examples` has images (n, 3, H, W), labels (n,), predictions (n,), probabilities (n,), and maps (n, H, W) of each
+    explainer that did not fail, as maps_NAME. `grid` has image (3, H, W), labels (c * c,) row by row, and maps
+    (c * c, H, W), one for each label. Each is empty if the evaluation did not write it.
     """
 
     results: dict[str, Any]
@@ -60,14 +60,14 @@ class Findings:
     grid: dict[str, np.ndarray]
 
     def label(self, explainer: str) -> str:
-        """How an explainer is called in texts."""
+        """Return the label of an explainer."""
         return self.results["explainers"][explainer]["label"]
 
     def class_name(self, index: int) -> str:
         return str(self.results["label_names"][int(index)])
 
     def maps(self, arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """The maps in `examples` or `grid` by explainer, in the order in which the explainers were asked for."""
+        """Return the maps in `examples` or `grid` by explainer, in the order of the evaluation's explainers."""
         names = self.results["explainers"]
         return {name: arrays[f"maps_{name}"] for name in names if f"maps_{name}" in arrays}
 
@@ -76,7 +76,7 @@ def read_findings(folder: Path) -> Findings:
     """Read the output folder of `timm-coda evaluate`.
 
     Raises:
-        EvaluationError: There are no results in it, or they cannot be read.
+        EvaluationError: The folder has no results, or they cannot be read.
     """
     path = Path(folder) / "results.json"
     if not path.is_file():
@@ -91,7 +91,7 @@ def read_findings(folder: Path) -> Findings:
 
 
 def number(value: float) -> str:
-    """Three significant digits, at most three decimals, a real minus sign; an exponent only for extremes."""
+    """Format with three significant digits, at most three decimals, a true minus sign; exponents only for extremes."""
     if value == 0:
         return "0"
     digits = 2 - math.floor(math.log10(abs(value)))
@@ -104,7 +104,7 @@ def interval(bounds: tuple[float, float]) -> str:
 
 
 def in_words(ranking: Ranking, findings: Findings) -> str:
-    """Who is first in a metric, by how much, and whether that could be chance."""
+    """Describe which explainer is first in a metric, its margin, and whether the order may be chance."""
     if not ranking.entries:
         return "Every explainer failed."
     first, *others = ranking.entries
@@ -133,7 +133,7 @@ def in_words(ranking: Ranking, findings: Findings) -> str:
 
 
 def headline(findings: Findings, explainer: str) -> str:
-    """In how many metrics an explainer is first, and in how many of them beyond doubt."""
+    """Describe in how many metrics an explainer is first, and in how many of them the intervals do not overlap."""
     compared = [ranking for ranking in findings.rankings if len(ranking.entries) > 1 and ranking.entry(explainer)]
     first = [ranking for ranking in compared if ranking.entries[0].explainer == explainer]
     clear = [ranking for ranking in first if not ranking.entries[0].overlaps(ranking.entries[1])]

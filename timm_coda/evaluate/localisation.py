@@ -1,4 +1,4 @@
-"""Does a map point at what it is about? Grids of several images, and boxes around objects."""
+"""Localisation metrics: how much evidence for a class lies in its grid cell, or in its object's box."""
 
 import math
 from collections.abc import Sequence
@@ -15,7 +15,7 @@ __all__ = ["BoxEnergy", "GridLocalisation", "PointingGame", "arrange", "check_si
 
 @dataclass(frozen=True)
 class GridLocalisation:
-    """Grids of confidently recognised images of different classes: how much evidence for a class lies in its cell?
+    """Share of the evidence for a class in its cell, on grids of confidently recognised images of different classes.
 
     Source: Böhle et al., CVPR 2021 (arXiv 2104.00032), with confidence .5; Rao et al., CVPR 2022 (arXiv 2205.10435),
     with .99.
@@ -23,9 +23,9 @@ class GridLocalisation:
 
     grids: int = 500
     size: int = 3
-    """Cells a side."""
+    """Cells per side."""
     confidence: float = 0.5
-    """Least probability that the model gives to an image's class, the sigmoid of its logit."""
+    """Probability of an image's class, the sigmoid of its logit, that an image must exceed."""
 
     unit = "share of positive evidence in the right cell"
     higher_is_better = True
@@ -43,9 +43,9 @@ class GridLocalisation:
     def about(self) -> str:
         n = self.size
         return (
-            f"Grids of {n} x {n} images of different classes that the model gets right with p > {self.confidence:g}, "
-            "the surest first; the share of a class's positive evidence that lies in its own cell (CoDA-Nets, CVPR "
-            "2021). No positive evidence counts as 0."
+            f"Grids of {n} x {n} images of different classes that the model predicts correctly with p > "
+            f"{self.confidence:g}, the most confident first; the share of a class's positive evidence that lies in its "
+            "own cell (CoDA-Nets, CVPR 2021). No positive evidence counts as 0."
         )
 
     def baseline(self, subject: Subject) -> Baseline:
@@ -63,7 +63,7 @@ class GridLocalisation:
         return Scores(torch.cat(scores).double().numpy())
 
     def choose(self, subject: Subject) -> np.ndarray:
-        """Which images are in which grid, (grids, size^2), as `choose_grids`."""
+        """Return the image indices of each grid, (grids, size^2), as in `choose_grids`."""
         return choose_grids(
             subject.labels,
             subject.logits,
@@ -74,7 +74,7 @@ class GridLocalisation:
         )
 
     def make(self, subject: Subject, grids: np.ndarray) -> tuple[Tensor, Tensor]:
-        """Images (G, C, size * H, size * W) of some of the grids, and their classes, (G, size^2)."""
+        """Return the images (G, C, size * H, size * W) of some grids, and their classes, (G, size^2)."""
         cells = subject.load(grids.reshape(-1).tolist())
         return arrange(cells.unflatten(0, grids.shape), self.size), torch.from_numpy(subject.labels[grids])
 
@@ -82,24 +82,24 @@ class GridLocalisation:
 def choose_grids(
     labels: np.ndarray, logits: np.ndarray, grids: int, size: int, *, confidence: float, seed: int
 ) -> np.ndarray:
-    """Choose the images of each grid: distinct classes at random, and of each its surest image that is still free.
+    """Choose the images of each grid: random distinct classes, and for each class its most confident unused image.
 
-    Images count that are recognised, with the sigmoid of their logit above `confidence`. There are fewer grids than
-    asked for where images run out: no image is in two of them.
+    Only images that are predicted correctly, with the sigmoid of their logit above `confidence`, are used. No image is
+    in two grids, so there are fewer grids than requested if images run out.
 
     Args:
         labels: true classes, (N,)
         logits: (N, classes)
-        grids: how many grids, at most
-        size: cells a side
-        confidence: least probability
-        seed: of the classes drawn
+        grids: maximum number of grids
+        size: cells per side
+        confidence: probability that an image must exceed
+        seed: seed of the random classes
 
     Returns:
-        image numbers, (grids, size^2), row by row
+        Image indices, (grids, size^2), row by row.
 
     Raises:
-        EvaluationError: the model is right, or sure, of too few classes.
+        EvaluationError: too few classes have an image that can be used.
     """
     logit = logits[np.arange(len(labels)), labels]
     right = logits.argmax(1) == labels
@@ -108,13 +108,13 @@ def choose_grids(
     free = {c: order[(labels[order] == c) & sure[order]].tolist()[::-1] for c in np.unique(labels[sure]).tolist()}
     if len(free) < size**2:
         what = (
-            f"is right on none of {len(labels)} images"
+            f"predicts none of {len(labels)} images correctly"
             if not right.any()
             else f"recognises images of {len(free)} classes"
         )
         raise EvaluationError(
-            f"the model {what} with p > {confidence:g}, and a grid of {size} x {size} needs {size**2}: take a smaller "
-            "--grid-size, or another model or data set"
+            f"the model {what} with p > {confidence:g}, but a grid of {size} x {size} needs {size**2} classes: use a "
+            "smaller --grid-size, or another model or dataset"
         )
     random, chosen = np.random.default_rng(seed), []
     while len(chosen) < grids:
@@ -126,19 +126,19 @@ def choose_grids(
 
 
 def arrange(cells: Tensor, size: int) -> Tensor:
-    """Images side by side, row by row: (G, size^2, C, H, W) to (G, C, size * H, size * W)."""
+    """Arrange images in grids, row by row: (G, size^2, C, H, W) to (G, C, size * H, size * W)."""
     rows = cells.unflatten(1, (size, size))  # (G, row, column, C, H, W)
     return rows.permute(0, 3, 1, 4, 2, 5).flatten(4, 5).flatten(2, 3)
 
 
 def share_in_cells(maps: Tensor, size: int) -> Tensor:
-    """Of each class's map, the share of what is positive that lies in its own cell, row by row.
+    """Compute the share of each class's positive evidence that lies in its own cell.
 
     Args:
-        maps: (G, size^2, size * H, size * W)
+        maps: (G, size^2, size * H, size * W), classes in the order of their cells, row by row
 
     Returns:
-        (G, size^2); 0 for a map without anything positive
+        Shares, (G, size^2); 0 for a map without positive values.
     """
     positive = maps.double().clamp(min=0)
     cells = positive.unflatten(3, (size, -1)).unflatten(2, (size, -1)).sum((3, 5)).flatten(2)  # (G, class, cell)
@@ -148,34 +148,34 @@ def share_in_cells(maps: Tensor, size: int) -> Tensor:
 
 @torch.no_grad()
 def check_size(subject: Subject, images: Tensor) -> None:
-    """Raise `EvaluationError` if the model does not take images (G, C, H, W) of a grid's size."""
+    """Raise `EvaluationError` if the model does not accept grid images (G, C, H, W)."""
     parameter = next(subject.model.parameters())
     try:
         subject.model(images[:1].to(parameter.device, parameter.dtype))
     except (ValueError, RuntimeError, AssertionError) as error:
         size = " x ".join(map(str, images.shape[2:]))
         raise EvaluationError(
-            f"the model does not take grids, images of {size} pixels: {error}; leave grid localisation out, or create "
-            "the model for that size or any size (img_size=, dynamic_img_size=)"
+            f"the model does not accept grids, images of {size} pixels: {error}; leave out grid localisation, or "
+            "create the model for that size (img_size=) or any size (dynamic_img_size=)"
         ) from error
 
 
 class _Boxes:
-    """Boxes (N, 4) of a subject's first images: left, top, right, bottom in pixels, the last two outside."""
+    """Boxes (N, 4) of a subject's first images: left, top, right, bottom in pixels, the last two exclusive."""
 
     def __init__(self, boxes: Sequence[Sequence[int]] | np.ndarray) -> None:
         self.boxes = np.asarray(boxes)
         whole = self.boxes.ndim == 2 and self.boxes.shape[1] == 4 and np.issubdtype(self.boxes.dtype, np.integer)
         if not whole:
             raise EvaluationError(
-                f"boxes are {self.boxes.dtype} {list(self.boxes.shape)}: give four whole numbers an image, left, top, "
+                f"boxes are {self.boxes.dtype} {list(self.boxes.shape)}: pass four integers per image: left, top, "
                 "right, bottom"
             )
 
     def inside(self, maps: np.ndarray) -> np.ndarray:
-        """True where a pixel is in its image's box, as maps (N, H, W)."""
+        """Return a mask, True inside each image's box, in the shape of maps (N, H, W)."""
         if len(self.boxes) < len(maps):
-            raise EvaluationError(f"{len(self.boxes)} boxes for {len(maps)} images: give one for each")
+            raise EvaluationError(f"{len(self.boxes)} boxes for {len(maps)} images: pass one per image")
         height, width = maps.shape[1:]
         left, top, right, bottom = self.boxes[: len(maps)].T[:, :, None]
         wrong = ((left < 0) | (top < 0) | (right > width) | (bottom > height) | (left >= right) | (top >= bottom))[:, 0]
@@ -189,17 +189,17 @@ class _Boxes:
 
 
 class BoxEnergy(_Boxes):
-    """The share of positive evidence that lies inside a box around the object.
+    """Share of positive evidence that lies inside a box around the object.
 
     Source: the energy-based pointing game of Wang et al., Score-CAM, CVPR workshops 2020 (arXiv 1910.01279).
 
     Args:
-        boxes: of the subject's first images in its pixels, (N, 4): left, top, right, bottom, the last two outside
+        boxes: pixels in the subject's first images, (N, 4): left, top, right, bottom, the last two exclusive
     """
 
     name = "box_energy"
     label = "Energy in the box"
-    about = "The share of positive evidence for the image's class inside its object's box. No positive evidence is 0."
+    about = "Share of positive evidence for the image's class in its object's box. No positive evidence counts as 0."
     unit = "share of positive evidence in the box"
     higher_is_better = True
     statistic = "mean"
@@ -218,17 +218,17 @@ class BoxEnergy(_Boxes):
 
 
 class PointingGame(_Boxes):
-    """Whether the highest point of the map lies inside a box around the object.
+    """Whether the maximum of the map lies inside a box around the object.
 
     Source: Zhang et al., ECCV 2016 (arXiv 1608.00507), without their tolerance of 15 pixels.
 
     Args:
-        boxes: as `BoxEnergy`
+        boxes: as in `BoxEnergy`
     """
 
     name = "pointing_game"
     label = "Pointing game"
-    about = "Whether the highest point of the map lies inside the object's box; equal highest points share the hit."
+    about = "Whether the maximum of the map lies inside the object's box; for equal maxima, the share of them inside."
     unit = "hits"
     higher_is_better = True
     statistic = "mean"

@@ -1,4 +1,4 @@
-"""Does the model decide by what a map says it decides by? Pixels go in the map's order, and the model is asked."""
+"""Perturbation metrics: remove or insert pixels in the order of a map, and measure the model's output."""
 
 from dataclasses import dataclass
 
@@ -17,9 +17,9 @@ _PROBABILITY = "probability of the true class"
 
 @dataclass(frozen=True)
 class Removal:
-    """Pixels go one after the other, or come, and the class's probability, the sigmoid of its logit, is recorded.
+    """Remove or insert pixels step by step, and record the class's probability, the sigmoid of its logit.
 
-    The score of an image is the mean over the curve. Pixels that the map holds equal go in an order drawn once.
+    The score of an image is the mean over the curve. Pixels with equal map values are in one fixed random order.
     """
 
     name: str
@@ -27,12 +27,12 @@ class Removal:
     about: str
     most_first: bool
     fill: str
-    """'zeros' in all encoded channels, which is no colour, or the image's 'mean' colour."""
+    """'zeros' in all encoded channels, which encodes no colour, or the image's 'mean' colour."""
     last: float
-    """Share of pixels gone at the end."""
+    """Share of pixels removed at the end."""
     steps: int
     insert: bool = False
-    """Begin with an empty image and put pixels in."""
+    """Start with an empty image and insert pixels."""
 
     unit = "mean probability of the true class"
     statistic = "mean"
@@ -51,7 +51,7 @@ class Removal:
         x = np.linspace(0, self.last, self.steps + 1)
         for place, images, labels in subject.batches(f"{explainer.label}: {self.label}"):
             encoded = encode(model, images.to(parameter.device, parameter.dtype))
-            # To insert the most important first is to remove the least important first, read from its end.
+            # Inserting the most important pixels first is removing the least important first, in reverse.
             ranks = removal_ranks(maps[place], self.most_first != self.insert, subject.seed).to(encoded.device)
             labels = labels.to(encoded.device)[:, None]
             curve = []
@@ -65,7 +65,7 @@ class Removal:
 
 
 def removal_ranks(maps: Tensor, most_first: bool, seed: int) -> Tensor:
-    """When each pixel goes, 0 first, (N, H, W); in drawn order where the map has equal numbers."""
+    """Rank pixels by the order of their removal, 0 first, (N, H, W); equal map values are in random order."""
     flat = maps.flatten(1)
     drawn = torch.randperm(flat.shape[1], generator=torch.Generator().manual_seed(seed))
     order = drawn[torch.sort(flat[:, drawn], dim=1, descending=most_first, stable=True).indices]
@@ -73,21 +73,21 @@ def removal_ranks(maps: Tensor, most_first: bool, seed: int) -> Tensor:
 
 
 def remove(encoded: Tensor, ranks: Tensor, count: int, fill: str) -> Tensor:
-    """Images (N, C, H, W) without the `count` pixels that go first."""
+    """Replace the first `count` pixels by rank in images (N, C, H, W)."""
     empty = encoded.new_zeros(()) if fill == "zeros" else encoded.mean((2, 3), keepdim=True)
     return torch.where((ranks < count)[:, None], empty, encoded)
 
 
 @dataclass(frozen=True)
 class IDSDS:
-    """In-domain single deletion score: do the sums of the map over patches rank what the logit loses without each?
+    """In-domain single deletion score: rank correlation of a map's patch sums and the logit's drop without each patch.
 
-    Source: Hesse et al., NeurIPS 2024. They fine-tune the model on images without a patch, so that
-    such images are in its domain; we measure the model as it is.
+    Source: Hesse et al., NeurIPS 2024. They fine-tune the model on images without a patch, so that such images are in
+    its domain; we measure the model without this fine-tuning.
     """
 
     patches: int = 4
-    """A side."""
+    """Patches per side."""
 
     name = "idsds"
     label = "Single deletion (IDSDS)"
@@ -99,9 +99,9 @@ class IDSDS:
     def about(self) -> str:
         n = self.patches
         return (
-            f"Rank correlation between the map's sum over each of {n} x {n} patches and the true class's loss in logit "
-            "when the patch is zero in all encoded channels (IDSDS, Hesse et al. 2024, but the model was not "
-            "fine-tuned on such images). A map equal everywhere counts as 0."
+            f"Rank correlation between the map's sum over each of {n} x {n} patches and the drop in the true class's "
+            "logit when the patch is zero in all encoded channels (IDSDS, Hesse et al. 2024, but the model was not "
+            "fine-tuned on such images). A constant map counts as 0."
         )
 
     def baseline(self, subject: Subject) -> Baseline:

@@ -1,7 +1,7 @@
 """Plots of an evaluation for papers: box plots, curves with bands, maps of all explainers side by side.
 
-Drawn for the width of a column or a page at their printed size, as PNG, SVG and PDF. An explainer has the same colour
-and line in every plot. Nothing touches matplotlib's global state.
+Plots have the printed width of a column or a page, and are saved as PNG, SVG and PDF. An explainer has the same colour
+and line style in every plot. matplotlib's global state is not changed.
 """
 
 import re
@@ -19,16 +19,16 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-COLUMN, PAGE, PAGE_HEIGHT = 3.4, 7.0, 8.6  # inches: one column of a paper, both, and what leaves room for a caption
-TEXT, LINE = 7.0, 0.12  # points, as in visualize.figure, and inches from one line to the next
-FONT = "DejaVu Sans"  # matplotlib ships it, so it is everywhere
+COLUMN, PAGE, PAGE_HEIGHT = 3.4, 7.0, 8.6  # inches: a column, a page, its height less a caption
+TEXT, LINE = 7.0, 0.12  # font size in points, as in `explanation.figure`, and line height in inches
+FONT = "DejaVu Sans"  # ships with matplotlib, so it is always available
 MAX_EXAMPLES = 8  # more would be too small on a page
 _DASHES = ("-", (0, (4, 1.5)), (0, (1, 1.2)))
 
 
 @dataclass(frozen=True)
 class Theme:
-    """Colours of a plot. Okabe and Ito's for the explainers: readers with any kind of colour vision tell them apart."""
+    """Colours of a plot. Explainers have those of Okabe and Ito, which colour-blind readers can distinguish."""
 
     paper: str
     ink: str
@@ -48,11 +48,11 @@ def write_plots(folder: Path) -> list[Path]:
         folder: The output folder of `timm-coda evaluate`.
 
     Returns:
-        The files: for each metric `NAME.*`, and `NAME-curve.*` if it has curves; `examples.*` and `grid.*` if there are
+        The files: `NAME.*` for each metric, `NAME-curve.*` if it has curves, and `examples.*` and `grid.*` if there are
         maps.
 
     Raises:
-        EvaluationError: There are no results in the folder.
+        EvaluationError: The folder has no results.
         ImportError: matplotlib is missing.
     """
     findings, written = read_findings(folder), []
@@ -64,7 +64,7 @@ def write_plots(folder: Path) -> list[Path]:
 
 
 def draw_plots(findings: Findings, theme: Theme) -> dict[str, "Figure"]:
-    """All plots of an evaluation by the names of their files, without a suffix."""
+    """Draw all plots of an evaluation; return them by file name without suffix."""
     plots = {}
     for ranking in findings.rankings:
         name = re.sub(r"\W", "_", ranking.name)
@@ -80,10 +80,10 @@ def draw_plots(findings: Findings, theme: Theme) -> dict[str, "Figure"]:
 
 
 def draw_boxes(ranking: Ranking, findings: Findings, theme: Theme) -> "Figure":
-    """A row for each explainer, the best on top.
+    """Draw a row for each explainer, best on top.
 
-    Box: the middle half of the samples; its line: their median; whiskers: from 5 % to 95 % of them; dot and bar: the
-    metric's statistic with its 95 % interval; dashed: the baseline.
+    Box: the middle half of the samples; line in the box: median; whiskers: 5 % to 95 % of the samples; dot and bar: the
+    metric's statistic with its 95 % interval; dashed line: baseline.
     """
     rows = [entry.explainer for entry in ranking.entries] + list(ranking.failed)
     names = [_wrap(findings.label(name), 1.2, TEXT) for name in rows]
@@ -118,7 +118,7 @@ def draw_boxes(ranking: Ranking, findings: Findings, theme: Theme) -> "Figure":
 
 
 def draw_curves(ranking: Ranking, findings: Findings, theme: Theme) -> "Figure":
-    """A line for each explainer that has a curve, the mean over the images, in its band."""
+    """Draw the mean curve of each explainer that has one, within the band of its interval."""
     shown = [(entry, entry.curve) for entry in ranking.entries if entry.curve]
     names = ["\n".join(_wrap(findings.label(entry.explainer), 1.3, TEXT)) for entry, _ in shown]
     lines = max(name.count("\n") + 1 for name in names)
@@ -143,7 +143,7 @@ def draw_curves(ranking: Ranking, findings: Findings, theme: Theme) -> "Figure":
 
 
 def draw_examples(findings: Findings, theme: Theme) -> "Figure":
-    """A column for each example image, a row for each explainer. The end of the scale is each map's own."""
+    """Draw a column for each example image and a row for each explainer; each map has its own colour scale."""
     examples = {name: array[:MAX_EXAMPLES] for name, array in findings.examples.items()}
     facts = zip(examples["labels"], examples["predictions"], examples["probabilities"], strict=True)
     heads = [
@@ -158,7 +158,7 @@ def draw_examples(findings: Findings, theme: Theme) -> "Figure":
 
 
 def draw_grid(findings: Findings, theme: Theme) -> "Figure":
-    """A column for each class of the example grid, its cell framed; an explainer's maps share one scale."""
+    """Draw a column for each class of the example grid, its cell framed; an explainer's maps share a colour scale."""
     labels = findings.grid["labels"]
     picture = np.moveaxis(np.clip(findings.grid["image"], 0, 1), 0, -1)
     rows = {"Image": [picture] * len(labels)}
@@ -168,7 +168,7 @@ def draw_grid(findings: Findings, theme: Theme) -> "Figure":
 
 
 def _draw_rows(rows: dict[str, list[np.ndarray]], heads: list[str], theme: Theme, side: int = 0) -> "Figure":
-    """Pictures in rows with their names to the left and headings on top; `side` cells a side, number i framed in i."""
+    """Draw rows of images, with names and headings; if there are `side` cells per side, frame cell i in column i."""
     columns, gap, names_width = len(heads), 0.06, 1.15
     aspect = rows["Image"][0].shape[0] / rows["Image"][0].shape[1]
     width = min(1.0, (PAGE - names_width) / columns - gap, (PAGE_HEIGHT / len(rows) - gap) / aspect)
@@ -202,7 +202,7 @@ def _frame_cell(axes: "Axes", pixels: np.ndarray, cell: int, side: int) -> None:
 
     height, width = pixels.shape[0] / side, pixels.shape[1] / side
     corner = (cell % side * width - 0.5, cell // side * height - 0.5)
-    for color, line in (("white", 1.8), ("#222222", 0.9)):  # seen on any picture
+    for color, line in (("white", 1.8), ("#222222", 0.9)):  # visible on any image
         axes.add_patch(Rectangle(corner, width, height, fill=False, edgecolor=color, linewidth=line, clip_on=False))
 
 
@@ -228,7 +228,7 @@ def _column(height: float, theme: Theme) -> tuple["Figure", "Axes"]:
 
 
 def _look(explainer: str, findings: Findings, theme: Theme) -> tuple[str, object]:
-    """Colour and dashes of an explainer: the model's own stands out, others go by their place among all asked for."""
+    """Return an explainer's colour and dashes: the model's own stands out, the others follow the evaluation's order."""
     if explainer == "inherent":
         return theme.inherent, _DASHES[0]
     place = [name for name in findings.results["explainers"] if name != "inherent"].index(explainer)
@@ -237,12 +237,12 @@ def _look(explainer: str, findings: Findings, theme: Theme) -> tuple[str, object
 
 
 def _wrap(text: str, inches: float, points: float) -> list[str]:
-    """Lines that fit a width: DejaVu Sans is about 0.6 of its size wide, and no word is too long to be broken."""
+    """Wrap a text to a width; long words are broken. A character of DejaVu Sans is about 0.6 of the font size wide."""
     return textwrap.wrap(" ".join(text.split()), max(4, int(inches * 72 / (0.6 * points)))) or [""]
 
 
 def _finish(figure: "Figure") -> "Figure":
-    """The same font everywhere, and a $ is a $."""
+    """Set one font for all texts, and print $ literally."""
     from matplotlib.text import Text
 
     for text in figure.findobj(Text):

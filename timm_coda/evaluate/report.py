@@ -1,7 +1,7 @@
-"""One HTML file that shows an evaluation: who is first and how surely, tables, plots, and the maps side by side.
+"""Report of an evaluation as one HTML file: ranking, tables, plots, and maps side by side.
 
-It needs nothing else: no network, no script, no other file. Every text is escaped by the template engine, and a content
-security policy forbids the browser whatever is not in the file.
+The file is self-contained: it needs no network, scripts or other files. The template engine escapes all texts, and a
+content security policy blocks everything that is not in the file.
 """
 
 import base64
@@ -19,21 +19,21 @@ from ..hub import write_text
 from . import plots
 from .findings import Findings, Ranking, headline, in_words, interval, number, read_findings
 
-_CRISP = 128  # pixels; smaller pictures keep their pixels as squares, as in visualize.figure
+_CRISP = 128  # pixels; up to this size, images are shown with sharp pixels, as in `explanation.figure`
 
 
 def write_report(folder: Path) -> Path:
-    """Write `report.html` into the output folder of an evaluation, replaced only by a complete one.
+    """Write `report.html` into the output folder of an evaluation atomically.
 
     Args:
         folder: The output folder of `timm-coda evaluate`.
 
     Raises:
-        EvaluationError: There are no results in the folder.
+        EvaluationError: The folder has no results.
         ImportError: matplotlib is missing.
     """
     findings = read_findings(folder)
-    # StrictUndefined: a name that the template has and this file has not is an error, not an empty place.
+    # StrictUndefined: a template name that is not defined here raises an error instead of rendering as nothing.
     environment = jinja2.Environment(
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
@@ -44,7 +44,7 @@ def write_report(folder: Path) -> Path:
 
 
 def _contents(findings: Findings) -> dict[str, Any]:
-    """All that the template shows, as strings, lists and mappings of strings."""
+    """Return all values of the template, as strings, lists and mappings of strings."""
     results = findings.results
     best = findings.rankings[0].entries if findings.rankings else []
     order = dict.fromkeys([entry.explainer for entry in best] + list(results["explainers"]))
@@ -78,7 +78,7 @@ def _column(ranking: Ranking, findings: Findings) -> dict[str, Any]:
 
 
 def _cells(explainer: str, findings: Findings) -> list[dict[str, Any]]:
-    """One for each metric: the number with its interval, or why there is none."""
+    """Return a cell for each metric: the value with its interval, or why it is missing."""
     cells = []
     for ranking in findings.rankings:
         entry = ranking.entry(explainer)
@@ -90,7 +90,7 @@ def _cells(explainer: str, findings: Findings) -> list[dict[str, Any]]:
 
 
 def _failures(findings: Findings) -> list[tuple[str, str, str]]:
-    """Explainers, the metrics they failed in, and the reason; those with the same reason together."""
+    """Return failed explainers, the metrics they failed in, and the reason, grouped by reason."""
     found: dict[str, tuple[dict[str, None], dict[str, None]]] = {}
     for ranking in findings.rankings:
         for name, reason in ranking.failed.items():
@@ -122,7 +122,7 @@ def _metrics(findings: Findings) -> list[dict[str, Any]]:
 
 
 def _plot(draw: Callable[..., Any], ranking: Ranking, findings: Findings, alt: str) -> dict[str, str]:
-    """A plot for light and for dark pages, with what it says in words."""
+    """Draw a plot for light and for dark pages, with its alternative text."""
     drawn = {"alt": alt}
     for name, theme in (("light", plots.LIGHT), ("dark", plots.DARK)):
         file = BytesIO()
@@ -168,7 +168,7 @@ def _grid(findings: Findings) -> dict[str, Any] | None:
 
 
 def _facts(results: dict[str, Any]) -> list[tuple[str, str]]:
-    """Seed, settings and versions, those that were set."""
+    """Return seed, settings and versions, without unset ones."""
     settings = {name.replace("_", " "): value for name, value in results["settings"].items() if value is not None}
     facts = {"seed": results["seed"], **settings, "seconds": f"{results['seconds']:,.0f}", **results["environment"]}
     return [
@@ -178,12 +178,12 @@ def _facts(results: dict[str, Any]) -> list[tuple[str, str]]:
 
 
 def _pixels(image: np.ndarray) -> np.ndarray:
-    """(3, H, W) in [0, 1] as uint8 (H, W, 3)."""
+    """Convert (3, H, W) in [0, 1] to uint8 (H, W, 3)."""
     return np.rint(255 * np.clip(image, 0, 1)).astype(np.uint8).transpose(1, 2, 0)
 
 
 def _picture(pixels: np.ndarray) -> dict[str, Any]:
-    """uint8 (H, W, 3) as a PNG that an HTML file can hold, and what the page must know to show it."""
+    """Encode uint8 (H, W, 3) as a PNG data URI, with its size and whether to show sharp pixels."""
     file = BytesIO()
     PIL.Image.fromarray(pixels).save(file, format="PNG", optimize=True)
     height, width = pixels.shape[:2]

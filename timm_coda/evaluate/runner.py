@@ -1,4 +1,4 @@
-"""An evaluation from end to end, in small units of work that are kept when done: killed, it goes on where it was."""
+"""Run an evaluation in small units of work, each saved when done, so that a killed evaluation can be resumed."""
 
 import json
 import os
@@ -25,13 +25,13 @@ from .subject import make_subject, predict
 __all__ = ["Setup", "evaluate", "open_folder", "run"]
 
 RESULTS, PARTS, ARRAYS, REPORT = "results.json", "parts", "arrays", "report.html"
-_FREE = {"batch_size", "device"}  # may differ when an evaluation goes on: but for rounding they change no number
-_EXAMPLES = 8  # images, of as many classes, whose maps a report shows side by side
+_FREE = {"batch_size", "device"}  # may differ when an evaluation is resumed: they change values only by rounding
+_EXAMPLES = 8  # images, each of another class, whose maps the report shows side by side
 
 
 @dataclass(frozen=True, kw_only=True)
 class Setup:
-    """What is evaluated, and on what; `timm-coda evaluate --help` says what each means."""
+    """Model, data and settings of an evaluation; `timm-coda evaluate --help` explains each."""
 
     model: str
     data: tuple[str, ...]
@@ -57,24 +57,24 @@ def run(
     overwrite: bool = False,
     say: Callable[[str], None] = print,
 ) -> dict[str, Any]:
-    """Load model and data, and `evaluate`; arguments and results as there.
+    """Load model and data, then call `evaluate` and return its results.
 
     Args:
-        setup: what is evaluated
-        explainers, metrics: made with the setup's numbers
-        folder: for the results; or of an evaluation with the same setup, which goes on
-        command: that a reader would type
-        overwrite: begin anew
-        say: told what a person should know on the way
+        setup: model, data and settings
+        explainers, metrics: created with the settings in `setup`
+        folder: output folder; an evaluation in it with the same setup is resumed
+        command: command line to show to readers
+        overwrite: delete the evaluation in the folder and start again
+        say: called with notes for the user
 
     Raises:
-        EvaluationError: the model cannot explain itself, does not fit the data, or the folder has something else.
+        EvaluationError: the model cannot explain itself or does not fit the data, or the folder has other content.
         DataError: the data cannot be used.
         HubError: the model cannot be loaded.
     """
     model = load_model(setup.model)
     if not hasattr(model, "explain"):
-        raise EvaluationError(f"{type(model).__name__} cannot explain itself: name one of timm_coda's models")
+        raise EvaluationError(f"{type(model).__name__} cannot explain itself: use a timm_coda model")
     data = load_data(
         setup.data,
         subset=setup.subset,
@@ -113,10 +113,10 @@ def run(
 
 
 def open_folder(folder: Path, settings: dict[str, Any], *, overwrite: bool = False) -> None:
-    """Make the folder of an evaluation, or find that what is in it belongs to the same one.
+    """Create the folder of an evaluation, or check that its evaluation has the same settings.
 
     Raises:
-        EvaluationError: it has an evaluation with other settings, or something else.
+        EvaluationError: the folder has an evaluation with other settings, or other content.
     """
     record = folder / PARTS / "settings.json"
     if overwrite and record.exists():
@@ -129,11 +129,11 @@ def open_folder(folder: Path, settings: dict[str, Any], *, overwrite: bool = Fal
         ]
         if changed:
             raise EvaluationError(
-                f"{folder} has an evaluation with other settings ({'; '.join(changed)}): take another --output, or "
+                f"{folder} has an evaluation with other settings ({'; '.join(changed)}): use another --output, or "
                 "--overwrite"
             )
     elif folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise EvaluationError(f"{folder} is there and no evaluation: name a new or empty --output")
+        raise EvaluationError(f"{folder} exists, but is not an evaluation: use a new or empty --output")
     else:
         record.parent.mkdir(parents=True, exist_ok=True)
         write_text(record, json.dumps(settings, indent=1) + "\n")
@@ -149,16 +149,16 @@ def evaluate(
 ) -> dict[str, Any]:
     """Score every explainer by every metric, and write `results.json` and `arrays/`.
 
-    An explainer that fails is reported with its error, and the others go on; the next run tries it again.
+    If an explainer fails, its error is recorded and the others continue; the next run tries it again.
 
     Args:
-        subject: the model, and images
+        subject: the model and its images
         explainers, metrics: in the order of tables and figures
-        folder: of `open_folder`; finished units of work are in its `parts`
+        folder: as created by `open_folder`; finished units of work are saved in its `parts`
         facts: further entries of `results.json`
 
     Returns:
-        what `results.json` has
+        The contents of `results.json`.
     """
     parts = folder / PARTS
     subject = replace(subject, folder=parts)
@@ -207,7 +207,7 @@ def _describe(metric: Metric, subject: Subject) -> dict[str, Any]:
 
 
 def _score(subject: Subject, metric: Metric, explainer: Explainer, error: str | None) -> dict[str, Any]:
-    """What `keep` writes of a unit of work; or its error."""
+    """Run a unit of work; return the arrays to save, or its error."""
     if error is not None:
         return {"error": error}
     start = time.perf_counter()
@@ -215,13 +215,13 @@ def _score(subject: Subject, metric: Metric, explainer: Explainer, error: str | 
         scores = metric(subject, explainer)
         if not np.isfinite(scores.values).all():
             raise ValueError(f"{metric.name} gives NaN or infinite scores")
-    except OSError:  # a full disk is nobody's fault here
+    except OSError:  # such as a full disk: not a failure of the explainer
         raise
     except EvaluationError as failure:
         return {"error": str(failure), "hopeless": True}
     except ExplainerError as failure:
         return {"error": str(failure)}
-    except Exception as failure:  # anything may be wrong between a library's method and a model
+    except Exception as failure:  # a library's method may fail on a model with any error
         return {"error": f"{type(failure).__name__}: {failure}"[:400]}
     part: dict[str, Any] = {"values": scores.values, "seconds": time.perf_counter() - start}
     if scores.curve is not None:
@@ -237,7 +237,7 @@ def _as_scores(part: dict[str, Any]) -> Scores:
 
 
 def _write_examples(subject: Subject, explainers: Sequence[Explainer], metrics: Sequence[Metric], folder: Path) -> None:
-    """Write `arrays/examples.npz`, the first image of some classes, and `arrays/grid.npz`, the first grid, and maps."""
+    """Write maps of the first image of some classes (`arrays/examples.npz`) and the first grid (`arrays/grid.npz`)."""
     first = np.unique(subject.labels, return_index=True)[1][:_EXAMPLES]
     images, labels = subject.load(first.tolist()), subject.labels[first]
     logits = subject.logits[first]
@@ -248,7 +248,7 @@ def _write_examples(subject: Subject, explainers: Sequence[Explainer], metrics: 
         if isinstance(metric, GridLocalisation) and not grids:
             try:
                 image, classes = metric.make(subject, metric.choose(subject)[:1])
-            except EvaluationError:  # which the table says already
+            except EvaluationError:  # the table already has this error
                 continue
             grids = {"image": image[0].numpy(), "labels": classes[0].numpy()}
     for explainer in explainers:
@@ -264,7 +264,7 @@ def _write_examples(subject: Subject, explainers: Sequence[Explainer], metrics: 
                 keep(path, part)
         except OSError:
             raise
-        except Exception:  # as the table says, where a metric asked for the same
+        except Exception:  # the table has this error, if a metric needed the same maps
             continue
         examples[f"maps_{explainer.name}"] = part["maps"]
         if grids:
@@ -276,7 +276,7 @@ def _write_examples(subject: Subject, explainers: Sequence[Explainer], metrics: 
 
 
 def keep(path: Path, arrays: dict[str, Any]) -> None:
-    """Write an .npz file, whole or not at all."""
+    """Write an .npz file atomically."""
     temporary = path.with_name(f".saving-{path.name}")
     try:
         np.savez(temporary, **arrays)
@@ -286,7 +286,7 @@ def keep(path: Path, arrays: dict[str, Any]) -> None:
 
 
 def kept(path: Path) -> dict[str, np.ndarray] | None:
-    """What `keep` wrote there; None if it did not."""
+    """Load the arrays that `keep` saved; None if there is no file."""
     if not path.exists():
         return None
     with np.load(path) as arrays:
@@ -294,7 +294,7 @@ def kept(path: Path) -> dict[str, np.ndarray] | None:
 
 
 def _fingerprint(model: torch.nn.Module) -> str:
-    """A number of a model's weights, which tells that they have changed."""
+    """Hash the package version and a model's weights, to detect changes."""
     number = zlib.crc32(__version__.encode())
     for name, value in model.state_dict().items():
         number = zlib.crc32(name.encode(), number)

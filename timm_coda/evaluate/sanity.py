@@ -1,7 +1,7 @@
-"""Sanity checks of explanations: whether maps depend on the model, on the class, and on noise, and how sparse they are.
+"""Sanity checks of explanations: whether maps depend on the model, the class and noise, and how sparse they are.
 
-They say what a map does, not that it is right: a map that is the same for all images is not sensitive to noise. Read
-them beside the metrics of localisation and of pixel removal.
+They do not show that a map is right: a map that is the same for all images is not sensitive to noise. Read them
+together with the metrics of localisation and pixel removal.
 """
 
 import copy
@@ -25,9 +25,9 @@ class NoiseSensitivity:
     """Largest relative change of a map under small uniform noise (Yeh et al., NeurIPS 2019: max-sensitivity).
 
     Args:
-        radius: noise is uniform in [-radius, radius] a colour; noisy images are clamped to [0, 1]
-        draws: noisy copies an image
-        images: at most so many, the first ones
+        radius: noise is uniform in [-radius, radius] per colour value; noisy images are clamped to [0, 1]
+        draws: noisy copies per image
+        images: maximum number of images, starting with the first
     """
 
     name = "noise_sensitivity"
@@ -40,8 +40,8 @@ class NoiseSensitivity:
         self.radius, self.draws, self.images = radius, draws, images
         self.about = (
             f"|map of the noisy image - map| / |map|, the largest of {draws} draws of uniform noise of at most "
-            f"{radius:g} a colour, first {images} images (Yeh et al., NeurIPS 2019). A map that is the same for all "
-            "images scores 0."
+            f"{radius:g} per colour value, first {images} images (Yeh et al., NeurIPS 2019). A map that is the same "
+            "for all images scores 0."
         )
 
     def baseline(self, subject: Subject) -> Baseline:
@@ -63,23 +63,23 @@ class NoiseSensitivity:
         return Scores(torch.cat(scores).numpy())
 
     def _noise(self, image: Tensor, seed: int, number: int) -> Tensor:
-        """(draws, C, H, W), the same for an image whatever the batch and the explainer."""
+        """Draw noise (draws, C, H, W), the same for an image in any batch and for any explainer."""
         generator = torch.Generator().manual_seed(derive_seed(seed, number))
         return self.radius * (2 * torch.rand(self.draws, *image.shape, generator=generator) - 1)
 
 
 class Randomisation:
-    """How alike maps are to those of the same network with layers initialised anew (Adebayo et al., NeurIPS 2018).
+    """Similarity of maps to those of the same network with reinitialised layers (Adebayo et al., NeurIPS 2018).
 
-    The network is copied; the subject's is not touched. Absolute similarities: a map that only turns its sign around
-    still shows the same.
+    The network is copied; the subject's network is not modified. Similarities are absolute, because a map with the
+    opposite sign still shows the same.
 
     Args:
-        order: 'cascading' starts at the classifier and goes on down, until nothing learned is left; 'independent'
-            initialises one part at a time, the rest as learned
-        similarity: 'spearman' of the signed maps, or 'ssim' of them as pictures, zero grey
-        steps: at most so many; layers of deeper networks are taken together
-        images: at most so many, the first ones
+        order: 'cascading' reinitialises parts from the classifier down, until nothing learned is left; 'independent'
+            reinitialises one part at a time and leaves the others as learned
+        similarity: 'spearman' of the signed maps, or 'ssim' of the maps as images in which zero is grey
+        steps: maximum number of parts; in deeper networks, several layers form a part
+        images: maximum number of images, starting with the first
     """
 
     unit = "absolute similarity to the trained network's map"
@@ -100,9 +100,9 @@ class Randomisation:
         self.label = f"Randomisation, {order}" + ("" if similarity == "spearman" else f", {measure}")
         parts = "from the classifier down" if order == "cascading" else "one part at a time"
         self.about = (
-            f"Layers are initialised anew, {parts}, in at most {steps} steps; mean absolute {measure} of the signed "
-            f"maps with those of the trained network, first {images} images (Adebayo et al., NeurIPS 2018). Maps that "
-            "do not depend on what was learned score 1."
+            f"Layers are reinitialised {parts}, in at most {steps} steps; mean absolute {measure} of the signed maps "
+            f"with those of the trained network, first {images} images (Adebayo et al., NeurIPS 2018). Maps that do "
+            "not depend on what was learned score 1."
         )
 
     def baseline(self, subject: Subject) -> Baseline:
@@ -127,37 +127,37 @@ class Randomisation:
 
 
 class Sparseness:
-    """Gini index of the absolute map: 0 for a uniform one, near 1 for a single pixel (Chalasani et al., ICML 2020)."""
+    """Gini index of the absolute map: 0 for a uniform map, near 1 for a single pixel (Chalasani et al., ICML 2020)."""
 
     name = "sparseness"
     label = "Sparseness"
     about = (
-        "Gini index of the map's absolute values (Chalasani et al., ICML 2020): 0 where all pixels count the same, "
-        "near 1 where one alone does. Sparse is easy to read, which is not the same as right."
+        "Gini index of the map's absolute values (Chalasani et al., ICML 2020): 0 if all pixels are equal, near 1 if "
+        "only one is not zero. A sparse map is easy to read, but not necessarily right."
     )
     unit = "Gini index"
     higher_is_better = True
     statistic = "median"
 
     def baseline(self, subject: Subject) -> Baseline:
-        return Baseline(2**0.5 - 1, "random map")  # the Gini index of absolute values of normally distributed numbers
+        return Baseline(2**0.5 - 1, "random map")  # Gini index of the absolute values of normally distributed numbers
 
     def __call__(self, subject: Subject, explainer: Explainer) -> Scores:
-        maps, step = subject.maps(explainer), subject.batch_size  # may lie in a file, so a part at a time
+        maps, step = subject.maps(explainer), subject.batch_size  # maps may be memory-mapped, so read a part at a time
         scores = [gini(torch.from_numpy(np.array(maps[start : start + step]))) for start in range(0, len(maps), step)]
         return Scores(torch.cat(scores).numpy())
 
 
 class ContrastiveLocalisation:
-    """On grids of images of different classes: does the difference of two classes' maps point at their two cells?
+    """Share of the difference of two classes' maps in these classes' cells, on grids of images of different classes.
 
-    The difference of two logits is explained by the difference of their maps: what speaks for one class should lie in
-    its cell, and what speaks for the other in the other's. Each class of a grid is set against the next. A map that
-    does not depend on the class scores 0, however well it finds objects.
+    The difference of two logits is explained by the difference of their maps: evidence for one class should lie in its
+    cell, and evidence for the other class in the other cell. Each class of a grid is contrasted with the next. A map
+    that does not depend on the class scores 0, however well it finds objects.
 
     Args:
-        grids: how many grids, at most, chosen as those of grid localisation
-        size: cells a side
+        grids: maximum number of grids, chosen as in grid localisation
+        size: cells per side
     """
 
     name = "contrastive_localisation"
@@ -170,8 +170,8 @@ class ContrastiveLocalisation:
         self.grids = GridLocalisation(grids, size)
         self.about = (
             f"Difference of the maps of two classes on grids of {size} x {size} images, chosen as for grid "
-            "localisation: the share of it that is positive in the first one's cell or negative in the second's. Maps "
-            "that are the same for both score 0."
+            "localisation: the share of it that is positive in the first class's cell or negative in the second's. "
+            "Maps that are the same for both classes score 0."
         )
 
     def baseline(self, subject: Subject) -> Baseline:
@@ -190,13 +190,13 @@ class ContrastiveLocalisation:
 
 
 def contrast_in_cells(maps: Tensor, size: int) -> Tensor:
-    """Of the difference of each class's map and the next one's, the share with the right sign in the right cell.
+    """Compute the share of the difference of each class's map and the next that has the right sign in the right cell.
 
     Args:
-        maps: (G, size^2, size * H, size * W), cells row by row; the last class is set against the first
+        maps: (G, size^2, size * H, size * W), cells row by row; the last class is contrasted with the first
 
     Returns:
-        (G, size^2); 0 where the two maps are equal
+        Shares, (G, size^2); 0 where the two maps are equal.
     """
     difference = maps.double() - maps.double().roll(-1, 1)
     cells = difference.unflatten(3, (size, -1)).unflatten(2, (size, -1))  # (G, class, row, H, column, W)
@@ -207,12 +207,12 @@ def contrast_in_cells(maps: Tensor, size: int) -> Tensor:
 
 
 def layer_groups(model: nn.Module, steps: int) -> list[list[str]]:
-    """Names of the layers that can be initialised anew, the classifier's first, in at most `steps` parts.
+    """Divide the names of all layers that can be reinitialised into at most `steps` parts, the classifier's first.
 
-    A layer without weights of its own to draw (a norm) goes with the one in front of it.
+    A layer without randomly initialised weights (a norm) is in the same part as the layer before it.
 
     Raises:
-        EvaluationError: the model has no such layer.
+        EvaluationError: the model has no layer with reset_parameters().
     """
     layers: list[list[str]] = []
     for name, module in model.named_modules():
@@ -221,13 +221,13 @@ def layer_groups(model: nn.Module, steps: int) -> list[list[str]]:
                 layers.append([])
             layers[-1].append(name)
     if not layers:
-        raise EvaluationError(f"{type(model).__name__} has no layer with reset_parameters() to initialise anew")
+        raise EvaluationError(f"{type(model).__name__} has no layer with reset_parameters() to reinitialise")
     groups = np.array_split(np.arange(len(layers))[::-1], min(steps, len(layers)))
     return [[name for layer in group for name in layers[layer]] for group in groups]
 
 
 def reset_layers(model: nn.Module, names: list[str], seed: int) -> None:
-    """Initialise these layers anew, torch's random state as before."""
+    """Reinitialise these layers with a seed; torch's random state is restored."""
     devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
     with torch.random.fork_rng(list(devices)):
         torch.manual_seed(seed)
@@ -236,20 +236,20 @@ def reset_layers(model: nn.Module, names: list[str], seed: int) -> None:
 
 
 def spearman(maps: Tensor, others: Tensor) -> Tensor:
-    """Rank correlation of each pair of maps (N, H, W): (N,) in [-1, 1]; 1 for equal ones, 0 where one is constant."""
+    """Compute the rank correlation of pairs of maps (N, H, W): (N,) in [-1, 1]; 1 if equal, 0 if one is constant."""
     correlation = torch.from_numpy(statistics.spearman(*(m.flatten(1).double().numpy() for m in (maps, others))))
     equal = (maps == others).flatten(1).all(1)
     return correlation.masked_fill(equal, 1).float()
 
 
 def ssim(maps: Tensor, others: Tensor) -> Tensor:
-    """Structural similarity of each pair of maps (N, H, W), scaled as a picture, zero to grey: (N,) in [-1, 1].
+    """Compute the structural similarity of pairs of maps (N, H, W): (N,) in [-1, 1].
 
-    The largest absolute value of each is brought to the ends of [0, 1]. Uniform windows of 7 pixels, sample covariance
-    (Wang et al., IEEE TIP 2004).
+    Each map is scaled to an image in [0, 1]: zero becomes 0.5 (grey), the largest absolute value 0 or 1. Uniform
+    windows of 7 pixels, sample covariance (Wang et al., IEEE TIP 2004).
     """
     peaks = [m.abs().amax((1, 2), keepdim=True) for m in (maps, others)]
-    # Grey, not 0, in the middle: the formula takes two maps of opposite sign around 0 for alike.
+    # Zero becomes grey, not 0: around 0, the formula rates maps of opposite sign as similar.
     a, b = (0.5 + 0.5 * m.double() / p.where(p > 0, 1) for m, p in zip((maps, others), peaks, strict=True))
     window = min(7, *(side - (side + 1) % 2 for side in maps.shape[1:]))
 
@@ -265,7 +265,7 @@ def ssim(maps: Tensor, others: Tensor) -> Tensor:
 
 
 def gini(maps: Tensor) -> Tensor:
-    """Gini index of the absolute values of each map (N, H, W): (N,) in [0, 1); 0 for a map of zeros."""
+    """Compute the Gini index of the absolute values of each map (N, H, W): (N,) in [0, 1); 0 for a map of zeros."""
     values = maps.flatten(1).abs().double().sort(1).values
     n, total = values.shape[1], values.sum(1)
     rank = torch.arange(1, n + 1, dtype=values.dtype)

@@ -1,4 +1,4 @@
-"""What many measurements say: quartiles, bootstrap confidence intervals, rank correlation."""
+"""Statistics of scores: quartiles, bootstrap confidence intervals, rank correlation."""
 
 import numpy as np
 
@@ -9,16 +9,16 @@ __all__ = ["bootstrap_interval", "mean_curve", "spearman", "summarise"]
 RESAMPLES = 2000
 LEVEL = 0.95
 _STATISTICS = {"mean": np.mean, "median": np.median}
-_ENTRIES = 4_000_000  # of resampled numbers at a time, 32 MB
+_ENTRIES = 4_000_000  # resampled values at a time, 32 MB
 
 
 def bootstrap_interval(values: np.ndarray, statistic: str, *, seed: int) -> tuple[float, float]:
-    """The middle 95 % of what the statistic is when the samples are drawn anew, with replacement (percentile method).
+    """Compute the 95 % bootstrap interval of a statistic: samples are drawn with replacement (percentile method).
 
     Args:
-        values: (S,), or (S, M) where the M of a row are drawn together
-        statistic: 'mean' or 'median', over all numbers
-        seed: of the draws
+        values: (S,), or (S, M) where the M values of a row are drawn together
+        statistic: 'mean' or 'median', over all values
+        seed: seed of the draws
     """
     rows = values.reshape(len(values), -1)
     random, found = np.random.default_rng(seed), []
@@ -31,7 +31,7 @@ def bootstrap_interval(values: np.ndarray, statistic: str, *, seed: int) -> tupl
 
 
 def mean_curve(curve: Curve, *, seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """A curve's mean over samples and the ends of its bootstrap interval at each point by itself, three times (K,)."""
+    """Compute a curve's mean over samples, and the ends of its pointwise bootstrap interval, each (K,)."""
     count = len(curve.y)
     times = np.random.default_rng(seed).multinomial(count, np.full(count, 1 / count), size=RESAMPLES)
     low, high = np.quantile(times @ curve.y / count, [(1 - LEVEL) / 2, (1 + LEVEL) / 2], axis=0)
@@ -39,7 +39,7 @@ def mean_curve(curve: Curve, *, seed: int) -> tuple[np.ndarray, np.ndarray, np.n
 
 
 def summarise(scores: Scores, statistic: str, *, seed: int) -> dict:
-    """What results.json says of the scores of one explainer."""
+    """Summarise the scores of one explainer for results.json."""
     values = scores.values.reshape(-1)
     q25, median, q75 = np.quantile(values, [0.25, 0.5, 0.75]).tolist()
     entry = {
@@ -61,18 +61,18 @@ def summarise(scores: Scores, statistic: str, *, seed: int) -> dict:
 
 
 def spearman(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """Rank correlation of each row of a and b (N, K), ties with their mean rank: (N,). 0 where a row is constant."""
+    """Compute the rank correlation (N,) of rows of a and b (N, K). Ties get their mean rank; 0 if a row is constant."""
     a, b = _ranks(a), _ranks(b)
     scale = np.sqrt((a**2).sum(1) * (b**2).sum(1))
     return (a * b).sum(1) / np.where(scale == 0, 1, scale)
 
 
 def _ranks(values: np.ndarray) -> np.ndarray:
-    """Ranks within rows (N, K), their mean subtracted."""
+    """Compute ranks within rows (N, K), minus their mean."""
     ranks = [np.searchsorted(np.sort(row), row, side) for row in values for side in ("left", "right")]
     return np.array(ranks).reshape(len(values), 2, -1).mean(1) - values.shape[1] / 2
 
 
 def _short(values: np.ndarray) -> list[float]:
-    """Six digits: as many as float32 has, and a third of the file."""
+    """Round to six digits, the precision of float32, which reduces the file to a third."""
     return [float(f"{value:.6g}") for value in values.tolist()]

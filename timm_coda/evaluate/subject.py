@@ -1,4 +1,4 @@
-"""From a model and a data set to the subject of an evaluation: what the model says of each image that can be read."""
+"""Create the subject of an evaluation from a model and a dataset: predict all readable images."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -13,12 +13,12 @@ from .base import EvaluationError, Subject, progress_bar
 
 __all__ = ["make_subject", "predict"]
 
-_CACHE = 1 << 30  # bytes of images that are decoded once and kept
+_CACHE = 1 << 30  # bytes of decoded images to cache in memory
 
 
 @dataclass
 class _Images:
-    """Images of a data set by their place among those that can be read; as many as fit are kept in memory."""
+    """Load images by their index among the readable ones of a dataset; cache as many as fit into `_CACHE` bytes."""
 
     dataset: ImageDataset
     readable: np.ndarray
@@ -32,7 +32,7 @@ class _Images:
             return self.kept[number]
         sample = self.dataset[int(self.readable[number])]
         if isinstance(sample, Skipped):
-            raise EvaluationError(f"{sample.name} could be read before, and no more: {sample.reason}")
+            raise EvaluationError(f"{sample.name} was readable before, but not any more: {sample.reason}")
         image = sample[0]
         if len(self.kept) * image.numel() * image.element_size() < _CACHE:
             self.kept[number] = image
@@ -40,10 +40,13 @@ class _Images:
 
 
 def predict(model: Any, dataset: ImageDataset, batch_size: int) -> tuple[np.ndarray, np.ndarray, list[Skipped]]:
-    """What a model says of a data set: places of the images that can be read (N,), logits (N, classes), and the others.
+    """Predict a dataset.
+
+    Returns:
+        Indices of the readable images (N,), their logits (N, classes), and the skipped images.
 
     Raises:
-        DataError: none can be read, or the model does not take them.
+        DataError: no image is readable, or the model does not accept the images.
     """
     parameter = next(model.parameters())
     readable, logits, unread = [], [], []
@@ -76,24 +79,25 @@ def make_subject(
     batch_size: int = 64,
     seed: int = 42,
 ) -> Subject:
-    """A subject of a data set.
+    """Create a subject from a dataset and its predictions.
 
     Args:
         model: in eval mode
-        dataset: images as the model takes them
-        readable, logits: what `predict` found
-        count: images for metrics of single images; all if there are fewer
-        label_names: of the classes
-        batch_size: images at a time
-        seed: of the evaluation
+        dataset: images, preprocessed for the model
+        readable, logits: from `predict`
+        count: number of images for metrics of single images; all if there are fewer
+        label_names: class names
+        batch_size: images per batch
+        seed: seed of the evaluation
 
     Raises:
-        EvaluationError: the model's classes are not the data set's, or its logits are no numbers.
+        EvaluationError: the dataset has more classes than the model, or logits are NaN or infinite.
     """
     labels = dataset.split.labels[readable]
     if labels.max() >= logits.shape[1]:
         raise EvaluationError(
-            f"the model has {logits.shape[1]} classes, and the data set a label {labels.max()}: it was not made for it"
+            f"the model has {logits.shape[1]} classes, but the dataset has label {labels.max()}: use another "
+            "model or dataset"
         )
     if not np.isfinite(logits).all():
         bad = int((~np.isfinite(logits)).any(1).sum())

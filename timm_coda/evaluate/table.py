@@ -1,21 +1,21 @@
-"""The results of an evaluation as text of 80 columns."""
+"""Format the results of an evaluation as text in 80 columns."""
 
 import textwrap
 from typing import Any
 
 __all__ = ["results_table"]
 
-_NAME, _CELL, _COLUMNS = 21, 18, 3  # widths, and metrics side by side
+_NAME, _CELL, _COLUMNS = 21, 18, 3  # column widths, and metrics side by side
 
 
 def results_table(results: dict[str, Any]) -> str:
-    """Explainers by metrics, three of these at a time: the statistic and its 95 % interval, and what failed."""
+    """Format a table of explainers by metrics, three metrics side by side: statistic, 95 % interval and failures."""
     data = " ".join(results["data"])
     lines = [f"{results['model']} on {data}: accuracy {results['accuracy']:.1%}"]
     metrics = [metric for metric in results["metrics"].values() if "error" not in metric]
     for start in range(0, len(metrics), _COLUMNS):
         lines += ["", *_block(results, metrics[start : start + _COLUMNS])]
-    lines += ["", "In brackets 95 % bootstrap intervals; * best."] if metrics else []
+    lines += ["", "In brackets: 95 % bootstrap intervals; *: best."] if metrics else []
     failed = {name: metric["error"] for name, metric in results["metrics"].items() if "error" in metric}
     for name in results["explainers"]:
         errors = {metric["label"]: metric["explainers"][name].get("error") for metric in metrics}
@@ -59,12 +59,12 @@ def _cell(metric: dict[str, Any], name: str) -> str:
 
 
 def _number(value: float) -> str:
-    """Three digits behind the point, and no 0 in front of it."""
+    """Format with three decimals, without a leading zero."""
     if abs(value) < 0.9995:
         return f"{value:.3f}".replace("0.", ".", 1)
     return f"{value:.2f}" if abs(value) < 9.995 else f"{value:.3g}"
 
 
 def _row(name: str, cells: list[str]) -> str:
-    first = f"{cells[0]:>{_CELL - max(0, len(name) - _NAME)}}"  # a long name takes its space
+    first = f"{cells[0]:>{_CELL - max(0, len(name) - _NAME)}}"  # a long name extends into this cell
     return (f"{name:{_NAME}}" + " ".join([first, *(f"{cell:>{_CELL}}" for cell in cells[1:])])).rstrip()

@@ -1,4 +1,4 @@
-"""Are a model's explanations getting better? Grid localisation of its own maps while it is trained, on a few grids."""
+"""Grid localisation of a model's own maps during training, on a few grids."""
 
 from typing import Any
 
@@ -12,19 +12,19 @@ from .base import EvaluationError, Subject
 from .explainers import make_explainer
 from .localisation import GridLocalisation
 
-_GRIDS, _IMAGES, _BATCH = 50, 1000, 50  # seconds for small images, and the median's interval is a few per cent
+_GRIDS, _IMAGES, _BATCH = 50, 1000, 50  # takes seconds for small images; the median's interval is a few per cent
 
 
 class TrainingLocalisation:
-    """Measures grid localisation of a model's own maps every few epochs, always on the same test images.
+    """Measure grid localisation of a model's own maps every few epochs, always on the same test images.
 
-    A run must not fail by it: where there is no number there is None, and each new reason is said once. It draws no
-    random numbers that anything else would miss.
+    A failed measurement does not stop training: its result is None, and each new reason is printed once. Global random
+    states are not changed.
 
     Args:
-        dataset: Test images as the model takes them; 1000 of them, spread evenly, are tried.
-        classes: How many there are; from 9 on the grids are of 3 x 3 images, else of 2 x 2.
-        every: Epochs between measurements; 0 for never.
+        dataset: Test images, preprocessed for the model; up to 1000, evenly spaced, are used.
+        classes: Number of classes. Grids have 3 x 3 images for 9 or more classes, else 2 x 2.
+        every: Epochs between measurements; 0 disables them.
     """
 
     def __init__(self, dataset: ImageDataset, classes: int, *, every: int):
@@ -32,11 +32,11 @@ class TrainingLocalisation:
         self._metric = GridLocalisation(grids=_GRIDS, size=3 if classes >= 9 else 2)
 
     def after_epoch(self, model: Any, epoch: int) -> dict[str, float | None]:
-        """What an epoch's record gets: its `localisation`, or nothing if none is due after that epoch, from 1 on."""
+        """Return an epoch's entry `localisation`; empty if no measurement is due after this epoch (the first is 1)."""
         return {"localisation": self._measure(model)} if self._every and epoch % self._every == 0 else {}
 
     def at_end(self, model: Any) -> dict[str, dict[str, float] | None]:
-        """What a run's summary gets: the `localisation` of the published model with what a uniform map has."""
+        """Return the summary's entry `localisation`: the scores of the published model and of a uniform map."""
         if not self._every:
             return {}
         size, score = self._metric.size, self._measure(model)
@@ -47,7 +47,7 @@ class TrainingLocalisation:
         try:
             scores = self._metric(self._subject(model), make_explainer("inherent", batch_size=_BATCH)).values
             return float(np.median(scores))
-        except Exception as error:  # such as out of memory: nothing here is worth hours of training
+        except Exception as error:  # such as out of memory: must not stop hours of training
             words = str(error) if isinstance(error, EvaluationError) else f"{type(error).__name__}: {error}"
             if words not in self._said:
                 tqdm.write(f"note: no localisation: {words}")
@@ -55,16 +55,16 @@ class TrainingLocalisation:
             return None
 
     def _subject(self, model: Any) -> Subject:
-        """The model with the images that can be read, and what it says of them.
+        """Create a subject from the model, the readable images and their logits.
 
         Raises:
-            EvaluationError: The model cannot explain itself, or is not sure of as many classes as a grid has.
+            EvaluationError: The model cannot explain itself, or is confident of fewer classes than a grid has cells.
         """
         need = self._metric.size**2
         if not hasattr(model, "explain"):
             raise EvaluationError(f"{type(model).__name__} cannot explain itself")
         if self._classes < need:
-            raise EvaluationError(f"there are {self._classes} classes, and grids need {need}")
+            raise EvaluationError(f"there are {self._classes} classes, but grids need {need}")
         count = len(self._dataset)
         places = np.linspace(0, count - 1, min(count, _IMAGES)).round().astype(int).tolist()
         known, labels, logits = [], [], []
@@ -85,7 +85,7 @@ class TrainingLocalisation:
         try:
             self._metric.choose(subject)
         except EvaluationError as error:
-            raise EvaluationError(f"the model is not yet sure of {need} classes, as many as a grid has") from error
+            raise EvaluationError(f"the model is not yet confident of {need} classes, which a grid needs") from error
         return subject
 
 

@@ -1,4 +1,4 @@
-"""Exact explanations: how they are computed, the result with its arrays, and the pictures made of it."""
+"""Exact explanations: computing them, the `Explanation` result, and figures drawn from it."""
 
 from .compute import ExplainMixin, explain, explanation_mode, output_of
 from .figures import (

@@ -1,6 +1,6 @@
-"""Exact explanations of dynamic-linear models: logits = W(x) x + bias, read off with one backward pass a target.
+"""Compute exact explanations of dynamic-linear models: logits = W(x) x + bias, with one backward pass per target.
 
-Knows torch and what a model of ours has: layers with a `frozen_dynamics` switch, `encoding`, `logits.bias`.
+A model needs layers with a `frozen_dynamics` switch, an `encoding` and `logits.bias`.
 """
 
 import threading
@@ -22,10 +22,17 @@ __all__ = ["ExplainMixin", "explain", "explanation_mode", "output_of"]
 
 @contextmanager
 def explanation_mode(model: nn.Module) -> Iterator[nn.Module]:
-    """Inside, backward through `model` is multiplication by its dynamic linear map W(x); forward values are the same.
+    """Context manager that makes the gradient of `model` its dynamic linear map W(x).
 
-    Layers are found on entry, in whatever wraps the model (DDP, Accelerate, torch.compile). Re-entrant; only the
-    thread that entered sees it; left clean after an error.
+    In the backward pass, all input-dependent weights are constants. Forward values do not change. Only the thread that
+    enters the context is affected. The context is re-entrant and restores the previous mode after an error.
+
+    Args:
+        model: a timm_coda model, also inside a wrapper (DDP, Accelerate, torch.compile). Its layers are collected on
+            entry.
+
+    Yields:
+        `model`
 
     Raises:
         ValueError: the model has no dynamic-linear layer.
@@ -33,7 +40,7 @@ def explanation_mode(model: nn.Module) -> Iterator[nn.Module]:
     switches = [m.frozen_dynamics for m in model.modules() if hasattr(m, "frozen_dynamics")]
     if not switches:
         raise ValueError(
-            f"{type(model).__name__} has no dynamic-linear layer, so no exact explanation: create one of "
+            f"{type(model).__name__} has no dynamic-linear layer and therefore no exact explanation: use one of "
             "timm_coda's models"
         )
     with ExitStack() as stack:
@@ -43,10 +50,14 @@ def explanation_mode(model: nn.Module) -> Iterator[nn.Module]:
 
 
 def explain(model: nn.Module, images: "Tensor | Image | Sequence[Image]", *args: Any, **kwargs: Any) -> Explanation:
-    """`model.explain(...)` of a model that DDP, torch.compile or transformers' wrapper hides. Arguments as there.
+    """Explain a model that may be wrapped by DDP, torch.compile or transformers; see `ExplainMixin.explain`.
+
+    Args:
+        model: a timm_coda model, or a wrapper around one
+        images, args, kwargs: as in `ExplainMixin.explain`
 
     Raises:
-        TypeError: no model with `explain` inside.
+        TypeError: `model` neither has `explain` nor wraps a model that has it.
     """
     inner = model
     while not isinstance(inner, ExplainMixin):
@@ -55,7 +66,7 @@ def explain(model: nn.Module, images: "Tensor | Image | Sequence[Image]", *args:
                 inner = getattr(inner, name)
                 break
         else:
-            raise TypeError(f"{type(inner).__name__} cannot explain itself: create one of timm_coda's models")
+            raise TypeError(f"{type(inner).__name__} cannot explain itself: use one of timm_coda's models")
     return inner.explain(images, *args, **kwargs)
 
 
@@ -73,35 +84,41 @@ class ExplainMixin:
         unit: int | tuple[int, int, int] | None = None,
         batch_size: int | None = None,
     ) -> Explanation:
-        """Which pixels speak for and against a class, exactly: contributions sum to its logit - bias.
+        """Explain a class exactly: compute which pixels are evidence for and against it.
 
-        One forward pass and one backward pass a target. The model and the caller's tensors are left as they are.
+        The contributions of all pixels sum to the class's logit minus the bias, up to `Explanation.residual`. Takes one
+        forward pass, and one backward pass per target. The model and the caller's tensors are not modified.
 
         Args:
-            images: colours in [0, 1], (B, C, H, W) or (C, H, W); the same encoded, with 2C channels; or PIL images,
-                which go through the model's own eval transform, transparent parts over white
-            target: class to explain: None for the prediction, an int, B ints, or (B, T) for T classes an image
-            top: in place of `target`, the `top` classes with the largest logits, in that order
-            versus: class to contrast with, shaped as `target` or one an image: explains the difference of the logits
-            layer: name of an inner layer: explains the class by this layer's output in place of the pixels
-            unit: with `layer`: explains by the pixels, in place of a class, this channel of the layer summed over its
-                positions, or (channel, row, column)
-            batch_size: images at a time, to bound memory
+            images: colours in [0, 1], (B, C, H, W) or (C, H, W); or encoded images with 2C channels; or PIL images,
+                which go through the model's own eval transform, with transparent parts over white
+            target: class to explain: None for the predicted class, an int for all images, B ints for one class per
+                image, or (B, T) for T classes per image
+            top: instead of `target`, explain the `top` classes with the largest logits, in that order
+            versus: class to contrast with, shaped like `target` or one per image: explains the difference of two logits
+            layer: name of an inner layer: explains the class by this layer's output instead of the pixels
+            unit: unit of `layer` to explain by the pixels, instead of a class: a channel, summed over its positions, or
+                (channel, row, column)
+            batch_size: images per forward pass, to limit memory; None for all at once
+
+        Returns:
+            The explanation of the whole batch.
 
         Raises:
-            ValueError: a wrong shape, NaN, a class out of range, options that exclude each other.
-            TypeError: not float images, not integer classes.
+            ValueError: a shape is wrong, images have NaN or infinite values, a class is out of range, arguments exclude
+                each other, or the model has no pooled classifier.
+            TypeError: images are not floats or PIL images, or classes are not integers.
         """
         model: Any = self
-        pooling = getattr(model.global_pool, "pool_type", model.global_pool)  # timm's ViTs have the name alone
+        pooling = getattr(model.global_pool, "pool_type", model.global_pool)  # timm's ViTs store only a name
         if not model.num_classes or not pooling:
-            raise ValueError("this model has no pooled classifier to explain: give it one with reset_classifier()")
+            raise ValueError("the model has no pooled classifier to explain: add one with reset_classifier()")
         if target is not None and top is not None:
-            raise ValueError(f"target={target} and top={top}: give one of them")
+            raise ValueError(f"target={target} and top={top} exclude each other: give only one")
         if top is not None and not 1 <= top <= model.num_classes:
             raise ValueError(f"top={top}: the model has {model.num_classes} classes")
         if unit is not None and (layer is None or target is not None or versus is not None or top is not None):
-            raise ValueError("unit= goes with layer=, and without target=, top= and versus=")
+            raise ValueError("unit= needs layer= and excludes target=, top= and versus=")
         if batch_size is not None and batch_size < 1:
             raise ValueError(f"batch_size={batch_size}: must be at least 1")
         batch = _as_batch(images)
@@ -181,10 +198,10 @@ def _explain_batch(
 
 
 def _as_batch(images: "Tensor | Image | Sequence[Image]") -> "Tensor | list[Image]":
-    """A (B, C, H, W) tensor or a list of PIL images."""
+    """Return images as a (B, C, H, W) tensor or a list of PIL images."""
     if isinstance(images, Tensor):
         if not images.is_floating_point():
-            raise TypeError(f"images are {images.dtype}: give floats in [0, 1], such as images / 255")
+            raise TypeError(f"images have dtype {images.dtype}: give floats in [0, 1], such as images / 255")
         batch = images[None] if images.dim() == 3 else images
     elif isinstance(images, Sequence):
         batch = list(images)
@@ -199,7 +216,7 @@ def _as_batch(images: "Tensor | Image | Sequence[Image]") -> "Tensor | list[Imag
 
 
 def _encode(model: Any, images: "Tensor | list[Image]") -> Tensor:
-    """A fresh encoded tensor with the model's device and dtype."""
+    """Encode images into a new tensor with the model's device and dtype."""
     parameter = next(model.parameters())
     if isinstance(images, Tensor):
         x = images
@@ -220,31 +237,31 @@ def _encode(model: Any, images: "Tensor | list[Image]") -> Tensor:
     encoded = model.encoding(x)
     if not torch.isfinite(x).all():
         bad = (~torch.isfinite(x)).flatten(1).any(1).nonzero().flatten().tolist()
-        raise ValueError(f"images {bad} have NaN or infinite values: an explanation of them would mean nothing")
+        raise ValueError(f"images {bad} have NaN or infinite values and cannot be explained: give finite values")
     low, high = x.min().item(), x.max().item()
     if low < -1e-3 or high > 1 + 1e-3:
         warnings.warn(
             f"images have values from {low:.3g} to {high:.3g}, outside [0, 1]: if they are normalised by mean and "
-            "std, leave that out; the model takes plain colours and encodes them itself",
+            "std, remove that step; the model expects colours in [0, 1] and encodes them itself",
             stacklevel=4,
         )
     return encoded.detach().clone() if encoded is x else encoded
 
 
 def _as_classes(name: str, value: int | Sequence[int] | Tensor | None, count: int, num_classes: int) -> Tensor | None:
-    """(B,) or (B, T) class indices, checked."""
+    """Return validated class indices, (B,) or (B, T)."""
     if value is None:
         return None
     classes = torch.as_tensor(value)
     if classes.is_floating_point() or classes.is_complex() or classes.dtype == torch.bool:
-        raise TypeError(f"{name} is {classes.dtype}: give class indices as integers")
+        raise TypeError(f"{name} has dtype {classes.dtype}: give class indices as integers")
     classes = classes.long().clone()  # an inference tensor cannot take part in autograd
     if classes.dim() == 0:
         classes = classes.expand(count)
     if classes.dim() > 2 or len(classes) != count or classes.numel() == 0:
         raise ValueError(
-            f"{name} has shape {list(classes.shape)} for {count} images: give one class, one an image ({count},), or "
-            f"several an image ({count}, T)"
+            f"{name} has shape {list(classes.shape)} for {count} images: give one class, one per image ({count},), or "
+            f"several per image ({count}, T)"
         )
     outside = classes[(classes < 0) | (classes >= num_classes)]
     if outside.numel():
@@ -254,12 +271,16 @@ def _as_classes(name: str, value: int | Sequence[int] | Tensor | None, count: in
 
 @contextmanager
 def output_of(model: nn.Module, layer: str) -> Iterator[list[Any]]:
-    """Collects what the layer of that name puts out in this thread."""
+    """Context manager that collects the outputs of the layer named `layer` in this thread.
+
+    Raises:
+        ValueError: the model has no such layer.
+    """
     try:
         module = model.get_submodule(layer)
     except AttributeError:
         names = [name for name, m in model.named_modules() if hasattr(m, "frozen_dynamics")]
-        raise ValueError(f"layer={layer!r}: no such layer; among the model's are {', '.join(names)}") from None
+        raise ValueError(f"layer={layer!r}: no such layer; choose for example one of {', '.join(names)}") from None
     thread = threading.get_ident()
     outputs = []
 
@@ -278,8 +299,8 @@ def _only_output(outputs: list[Any], layer: str) -> Tensor:
     if len(outputs) != 1 or not isinstance(outputs[0], Tensor) or outputs[0].dim() not in (3, 4):
         seen = [list(o.shape) if isinstance(o, Tensor) else type(o).__name__ for o in outputs]
         raise ValueError(
-            f"layer={layer!r} gives {seen or 'nothing'} in a forward pass, expected one (B, C, H, W), or the tokens "
-            "(B, N, C) of a vision transformer"
+            f"layer={layer!r} outputs {seen or 'nothing'} in a forward pass: choose a layer that outputs one map "
+            "(B, C, H, W), or the tokens (B, N, C) of a vision transformer"
         )
     return outputs[0]
 
@@ -288,21 +309,21 @@ def _token_grid(model: Any, encoded: Tensor, tokens: Tensor, layer: str | None) 
     """Rows and columns of the tokens (B, N, C)."""
     rows, columns = model.patch_embed.dynamic_feat_size(encoded.shape[2:]) if hasattr(model, "patch_embed") else (0, 0)
     if rows * columns != tokens.shape[1]:
-        raise ValueError(f"layer={layer!r} gives {list(tokens.shape)}, but the model has {rows} x {columns} tokens")
+        raise ValueError(f"layer={layer!r} outputs {list(tokens.shape)}, but the model has {rows} x {columns} tokens")
     return rows, columns
 
 
 def _as_map(x: Tensor, grid: tuple[int, int] | None) -> Tensor:
-    """(B, C, H, W), also of tokens (B, H * W, C), whose grid is given."""
+    """Return a map (B, C, H, W); tokens (B, H * W, C) are reshaped to `grid`, (H, W)."""
     return x.transpose(1, 2).unflatten(2, grid) if grid is not None and x.dim() == 3 else x
 
 
 def _unit_output(inner: Tensor, unit: tuple[int, ...], layer: str | None) -> Tensor:
-    """(B, 1): the unit's output."""
+    """The unit's output, (B, 1), float32 or better; a channel alone is summed over its positions."""
     size = inner.shape[1:] if len(unit) == 3 else inner.shape[1:2]
     if len(unit) != len(size) or not all(0 <= index < limit for index, limit in zip(unit, size, strict=True)):
         raise ValueError(
-            f"unit={unit}: layer {layer!r} has (channel, row, column) of {list(inner.shape[1:])}; give a channel or all"
+            f"unit={unit}: layer {layer!r} has size {list(inner.shape[1:])}; give a channel, or (channel, row, column)"
         )
     inner = inner.to(torch.promote_types(inner.dtype, torch.float32))
     return inner[:, unit[0]].sum((1, 2))[:, None] if len(unit) == 1 else inner[:, unit[0], unit[1], unit[2], None]

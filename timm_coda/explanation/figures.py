@@ -1,7 +1,7 @@
-"""Arrays to pictures: signed heat maps, overlays, coloured explanations (RGBA) and figures.
+"""Render arrays as images: signed heat maps, overlays, coloured explanations (RGBA) and figures.
 
-Takes NumPy arrays or tensors of any float type on any device. Only `figure` needs matplotlib; nothing touches its
-global state, so all of this works without a display and in several threads at once.
+Inputs are NumPy arrays, or tensors of any float dtype on any device. Only `figure` needs matplotlib. Nothing touches
+matplotlib's global state, so everything works without a display and in several threads at once.
 """
 
 import math
@@ -20,39 +20,39 @@ from .sheet import GAP, GREY, INK, PANEL, PITCH, Page
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-# From evidence against (blue) to evidence for (red), an odd number of colours so that zero is exactly the middle one.
-# ColorBrewer's RdBu: readers with any kind of colour vision can tell its ends apart.
+# From evidence against (blue) to evidence for (red). The number of colours is odd, so that zero is exactly the middle
+# one. ColorBrewer's RdBu: readers with any kind of colour vision can tell its ends apart.
 EVIDENCE_COLORS = np.frombuffer(
     bytes.fromhex("053061 2166ac 4393c3 92c5de d1e5f0 f7f7f7 fddbc7 f4a582 d6604d b2182b 67001f"), np.uint8
 ).reshape(-1, 3)
 
 
 def color_limit(contributions: ArrayLike, *, percentile: float = 99.5) -> float:
-    """The end of a symmetric colour scale, in logits, that a few extreme pixels cannot stretch.
+    """Compute the end of a symmetric colour scale, in logits, robust to a few extreme pixels.
 
-    It is positive: the maximum where the percentile is 0, and a tiny number where every contribution is 0.
+    It is always positive: the maximum if the percentile is 0, and a tiny number if every contribution is 0.
 
     Args:
-        contributions: any shape, in logits; one limit for everything given.
+        contributions: any shape, in logits; one limit is computed for all of them.
         percentile: of the absolute contributions, in (0, 100]; 100 is the maximum.
 
     Raises:
-        ValueError: a percentile out of range, an empty array, NaN or infinite contributions.
+        ValueError: the percentile is out of range, the array is empty, or a contribution is NaN or infinite.
     """
     return _limit(np.abs(_finite(contributions, "contributions", 1)), percentile, axis=None).item()
 
 
 def heatmap(contributions: ArrayLike, *, limit: float | None = None, percentile: float = 99.5) -> np.ndarray:
-    """Signed heat map, uint8 (..., H, W, 3): red is evidence for, blue against, the light grey between exactly none.
+    """Draw a signed heat map, uint8 (..., H, W, 3): red is evidence for, blue against, light grey exactly zero.
 
     Args:
         contributions: (..., H, W), signed, in logits.
-        limit: the contribution that gets the strongest colour, in logits; None takes `color_limit` of each map
-            alone. Maps that are to be compared need a common one.
+        limit: the contribution with the strongest colour, in logits; None uses `color_limit` of each map separately.
+            Pass a common limit to compare maps.
         percentile: see `color_limit`.
 
     Raises:
-        ValueError: as `color_limit`, and for a limit that is not positive.
+        ValueError: as `color_limit`, or the limit is not positive.
     """
     strength = _strength(_finite(contributions, "contributions", 2), limit, percentile)
     return np.rint(_evidence_colors(strength)).astype(np.uint8)
@@ -61,20 +61,20 @@ def heatmap(contributions: ArrayLike, *, limit: float | None = None, percentile:
 def overlay(
     images: ArrayLike, contributions: ArrayLike, *, limit: float | None = None, percentile: float = 99.5
 ) -> np.ndarray:
-    """Heat map over the greyed image, uint8 (..., H, W, 3): the stronger the evidence, the more of the image it hides.
+    """Draw a heat map over the greyscale image, uint8 (..., H, W, 3): stronger evidence is more opaque.
 
-    A map of another resolution (an inner layer's) is brought to the image's by nearest neighbour, so that every
+    A map with another resolution (of an inner layer) is resized to the image by nearest neighbour, so that every
     position of that layer stays visible as one block.
 
     Args:
         images: (..., 3 or 1, H, W) in [0, 1].
-        contributions: (..., h, w), signed, in logits; between the leading dimensions of `images` and (h, w) may
-            stand one more, for several targets an image.
+        contributions: (..., h, w), signed, in logits; with several targets per image, their dimension comes directly
+            before (h, w).
         limit: see `heatmap`.
         percentile: see `color_limit`.
 
     Raises:
-        ValueError: as `heatmap`, and for shapes that do not fit or images outside [0, 1].
+        ValueError: as `heatmap`, or shapes do not match, or images are outside [0, 1].
     """
     pictures = as_pictures(images)  # (..., H, W, 3)
     maps = _finite(contributions, "contributions", 2)
@@ -87,7 +87,8 @@ def overlay(
     strength = _strength(maps, limit, percentile)[..., row, column, None]  # (..., H, W, 1)
     grey = pictures @ np.array([[0.299], [0.587], [0.114]])
     grey = 0.35 + 0.6 * np.expand_dims(grey, tuple(range(lead, maps.ndim - 2)))
-    # Only the vivid middle of each half of the scale: low opacity already says "weak", and dark would hide the image.
+    # Use only the vivid middle of each half of the scale: opacity already shows the strength of the evidence, and dark
+    # colours would hide the image.
     color = _evidence_colors((0.6 + 0.2 * np.abs(strength[..., 0])) * np.sign(strength[..., 0])) / 255
     return np.rint(255 * (grey + np.abs(strength) * (color - grey))).astype(np.uint8)
 
@@ -95,21 +96,21 @@ def overlay(
 def rgba(
     weights: ArrayLike, *, contributions: ArrayLike, smooth: int | None = None, percentile: float = 99.5
 ) -> np.ndarray:
-    """The colours that a class looks for, opaque where it finds them: float32 RGBA (..., H, W, 4) in [0, 1].
+    """Render the colours that a class responds to, opaque where they occur: float32 RGBA (..., H, W, 4) in [0, 1].
 
-    Colour: for each pair of weights for (c, 1 - c), negative ones set to 0, w_c / (w_c + w_{1-c}): it tells the
-    direction of the weights, not their length; 0.5 if neither is positive. Opacity: the length of the weights where
-    the contribution is positive, averaged over a window, divided by its percentile, clipped at 1; 0 everywhere if
-    nothing speaks for the class. After Böhle, Fritz, Schiele, CVPR 2022 (arXiv 2205.10268).
+    Colour: w_c / (w_c + w_{1-c}) for each pair of weights for (c, 1 - c), with negative weights set to 0; 0.5 if
+    neither is positive. It shows the direction of the weights, not their length. Opacity: the length of the weights
+    where the contribution is positive, averaged over a window, divided by its percentile and clipped at 1; 0 everywhere
+    if there is no evidence for the class. After Böhle, Fritz, Schiele, CVPR 2022 (arXiv 2205.10268).
 
     Args:
         weights: (..., 6, H, W) for the channels (r, g, b, 1-r, 1-g, 1-b), or (..., 2, H, W) for (grey, 1-grey).
         contributions: (..., H, W), signed, in logits.
-        smooth: side of the window in pixels, 1 for none; None scales 15 pixels at height 224 to these pictures.
+        smooth: side of the window in pixels, 1 for no smoothing; None scales 15 pixels at height 224 to this height.
         percentile: of the opacities of a map, see `color_limit`.
 
     Raises:
-        ValueError: as `color_limit`, and for shapes that do not fit or a window below 1.
+        ValueError: as `color_limit`, or shapes do not match, or the window is below 1.
     """
     w, maps = _finite(weights, "weights", 3), _finite(contributions, "contributions", 2)
     if w.shape[-3] not in (2, 6) or (*w.shape[:-3], *w.shape[-2:]) != maps.shape:
@@ -141,26 +142,26 @@ def figure(
     titles: Sequence[Sequence[str]] | None = None,
     max_rows: int = 8,
 ) -> "Figure":
-    """A matplotlib figure: a row an image, with its most probable classes and a signed heat map for each target.
+    """Draw a matplotlib figure: one row per image, with its most probable classes and a signed heat map per target.
 
-    The maps of a row share one colour scale, so they can be compared. Under a map stands its arithmetic, logit =
-    bias + sum of the map, and the residual where that is over 1 % of the logit. Probabilities are sigmoids, as the
-    networks are trained with binary cross-entropy. Units that are no classes have `values` in place of `logits`.
+    The maps of a row share one colour scale, so they can be compared. Below each map is its sum, logit = bias + sum of
+    the map, and the residual if it exceeds 1 % of the logit (at least 0.01). Probabilities are sigmoids because the
+    networks are trained with binary cross-entropy. For units that are not classes, pass `values` instead of `logits`.
 
     Args:
         images: (B, 3 or 1, H, W) in [0, 1].
         contributions: (B, T, h, w), or (B, h, w) for T = 1; signed, in logits.
         logits: (B, classes).
-        targets: (B, T), or (B,) for T = 1: the explained classes; needed with `logits`.
+        targets: (B, T), or (B,) for T = 1: the explained classes; required with `logits`.
         bias: the part of each logit or value that no pixel contributes.
-        label_names: a name for each class; None writes "class 3".
+        label_names: a name for each class; None shows "class 3".
         true_labels: (B,), marks the predictions as correct or wrong; unused without `logits`.
         values: (B, T), or (B,) for T = 1: the explained outputs.
-        titles: (B, T) headings of the maps; None writes the names of the targets.
-        max_rows: at most this many images, the first ones, are shown.
+        titles: (B, T) headings of the maps; None shows the names of the targets.
+        max_rows: maximum number of images shown, starting with the first.
 
     Raises:
-        ValueError: as `color_limit`, and for arguments that do not fit together.
+        ValueError: as `color_limit`, or arguments do not match each other.
         ImportError: matplotlib is missing.
     """
     pictures, maps = as_pictures(images), _finite(contributions, "contributions", 3)
@@ -187,12 +188,12 @@ def figure(
         word, scores = "value", _shaped(_finite(values, "values", 1), "values", (batch, per_image))
         headings = [[""] * per_image] * batch if titles is None else titles
     else:
-        raise ValueError("figure needs logits and targets, or values alone for units that are no classes")
+        raise ValueError("figure needs logits and targets, or values without logits for units that are not classes")
     if np.shape(headings) != (batch, per_image):
         raise ValueError(f"titles must have shape {(batch, per_image)}, one for each map, got {np.shape(headings)}")
 
     rows = min(batch, max_rows)
-    height, width = (PANEL * side / max(pictures.shape[1:3]) for side in pictures.shape[1:3])  # on the page
+    height, width = (PANEL * side / max(pictures.shape[1:3]) for side in pictures.shape[1:3])  # inches
     row_height = max(height, 0.75 * PANEL)
     captions = ["input", *["probability (sigmoid)"] * (outputs is not None), "evidence for and against"]
     width_inches = (len(captions) - 1 + per_image) * PITCH + 0.85
@@ -230,23 +231,24 @@ def figure(
 
 
 def save_image(array: ArrayLike, path: str | os.PathLike[str]) -> None:
-    """Write RGB or RGBA pictures, uint8 or float in [0, 1], to a PNG file, replaced only by a complete one.
+    """Write RGB or RGBA images to a PNG file atomically.
 
     Args:
-        array: (H, W, C), or (B, H, W, C) put side by side, or (B, T, H, W, C) put in B rows and T columns.
+        array: uint8, or float in [0, 1]: (H, W, C), or (B, H, W, C) drawn side by side, or (B, T, H, W, C) drawn in B
+            rows and T columns; C is 3 or 4.
         path: ends in .png; missing folders are created.
 
     Raises:
-        ValueError: another suffix or shape, NaN.
+        ValueError: another suffix or shape, or values that are NaN or out of range.
     """
     from PIL import Image
 
     integers = str(getattr(array, "dtype", None)).endswith("uint8")
     pixels = _array(array, np.uint8) if integers else 255 * _finite(array, "array", 3)
     if pixels.ndim not in (3, 4, 5) or pixels.shape[-1] not in (3, 4):
-        raise ValueError(f"save_image needs (H, W, C), (B, H, W, C) or (B, T, H, W, C), C 3 or 4, got {pixels.shape}")
+        raise ValueError(f"save_image needs (H, W, C), (B, H, W, C) or (B, T, H, W, C), C = 3 or 4, got {pixels.shape}")
     if pixels.min() < 0 or pixels.max() > 255:
-        raise ValueError(f"pictures that are not uint8 must lie in [0, 1], got up to {pixels.max() / 255:.3g}")
+        raise ValueError(f"images that are not uint8 must lie in [0, 1], got up to {pixels.max() / 255:.3g}")
     pixels = pixels[(None,) * (5 - pixels.ndim)]
     b, t, h, w, c = pixels.shape
     grid = Image.fromarray(np.rint(pixels).astype(np.uint8).swapaxes(1, 2).reshape(b * h, t * w, c))
@@ -255,12 +257,13 @@ def save_image(array: ArrayLike, path: str | os.PathLike[str]) -> None:
 
 
 def save_figure(figure: "Figure", path: str | os.PathLike[str]) -> None:
-    """Write a figure to a PNG, SVG or PDF file, replaced only by a complete one.
+    """Write a figure to a PNG, SVG or PDF file atomically.
 
-    Without dates and versions, so the same PNG or PDF gives the same bytes (matplotlib names an SVG's parts at random).
+    Dates and versions are omitted, so the same figure gives the same PNG or PDF bytes. SVG bytes differ, because
+    matplotlib names the parts of an SVG at random.
 
     Args:
-        figure: from `figure`, or any other of matplotlib's.
+        figure: any matplotlib figure.
         path: ends in .png, .svg or .pdf; missing folders are created.
 
     Raises:
@@ -273,17 +276,25 @@ def save_figure(figure: "Figure", path: str | os.PathLike[str]) -> None:
 
 
 def save_arrays(arrays: Mapping[str, np.ndarray], path: str | os.PathLike[str]) -> None:
-    """Write arrays to an .npz file, which `numpy.load` reads; as `save_image`, replaced only by a complete one."""
+    """Write arrays to an .npz file atomically; `numpy.load` reads it.
+
+    Raises:
+        ValueError: another suffix.
+    """
     with replacing(path, (".npz",)) as stream:
         np.savez_compressed(stream, allow_pickle=False, **arrays)
 
 
 @contextmanager
 def replacing(path: str | os.PathLike[str], suffixes: tuple[str, ...]) -> Iterator[BinaryIO]:
-    """A new file that takes the path's place at the end, or vanishes after an error; missing folders are made.
+    """Context manager that opens a new file. It replaces `path` on success and is deleted after an error.
+
+    Args:
+        path: final path; missing folders are created.
+        suffixes: allowed suffixes, lower case.
 
     Raises:
-        ValueError: the path ends in none of these.
+        ValueError: the path has another suffix.
     """
     target = Path(path)
     if target.suffix.lower() not in suffixes:
@@ -301,7 +312,7 @@ def replacing(path: str | os.PathLike[str], suffixes: tuple[str, ...]) -> Iterat
 def _draw_probabilities(
     page: Page, x: float, y: float, step: float, logits: np.ndarray, explained: list[int], names: list[str]
 ) -> None:
-    """Bars of the five most probable classes, the explained ones dark."""
+    """Draw bars of the five most probable classes, with dark bars for explained classes."""
     for i, index in enumerate(np.argsort(-logits, kind="stable")[:5].tolist()):
         probability = (1 + math.tanh(logits[index] / 2)) / 2  # the sigmoid, without overflow
         ink, bar = (INK, "#444444") if index in explained else (GREY, "#b4b4b4")
@@ -313,6 +324,7 @@ def _draw_probabilities(
 
 
 def draw_scale(page: Page, x: float, y: float, height: float, limit: float, label: str) -> None:
+    """Draw the colour scale from +limit (top) to -limit (bottom)."""
     page.picture(heatmap(np.linspace(1, -1, 201)[:, None], limit=1), x, y, 0.1, height)
     page.text(x, y - 0.07, "for", color="#b2182b")
     page.text(x, y + height + 0.15, "against", color="#2166ac")
@@ -323,7 +335,7 @@ def draw_scale(page: Page, x: float, y: float, height: float, limit: float, labe
 
 
 def _array(value: ArrayLike, dtype: type = np.float32) -> np.ndarray:
-    """Also of tensors that NumPy cannot read itself: bfloat16, on another device, with a gradient."""
+    """Convert to a NumPy array, including tensors that NumPy cannot read: bfloat16, not on the CPU, with a gradient."""
     if hasattr(value, "detach"):
         tensor = value.detach().cpu()  # pyright: ignore[reportAttributeAccessIssue]
         value = (tensor.float() if tensor.is_floating_point() else tensor).numpy()
@@ -354,7 +366,11 @@ def _labels(value: ArrayLike, name: str, shape: tuple[int, ...], classes: int) -
 
 
 def as_pictures(images: ArrayLike) -> np.ndarray:
-    """Images channels last, (..., H, W, 3), in [0, 1]."""
+    """Convert images (..., 3 or 1, H, W) to channels-last RGB, (..., H, W, 3), in [0, 1].
+
+    Raises:
+        ValueError: another shape, or values that are not finite or outside [0, 1].
+    """
     pictures = _finite(images, "images", 3)
     low, high = pictures.min(), pictures.max()
     if pictures.shape[-3] not in (1, 3):
@@ -374,21 +390,21 @@ def _limit(magnitudes: np.ndarray, percentile: float, axis: tuple[int, ...] | No
 
 
 def _strength(maps: np.ndarray, limit: float | None, percentile: float) -> np.ndarray:
-    """Maps over their limit, in [-1, 1]."""
+    """Divide maps by their limit and clip them to [-1, 1]."""
     if limit is not None and not 0 < limit < math.inf:
-        raise ValueError(f"limit must be a positive number of logits, or None to choose one, got {limit}")
+        raise ValueError(f"limit must be a positive number of logits, or None for the default, got {limit}")
     end = _limit(np.abs(maps), percentile, axis=(-2, -1)) if limit is None else limit
     return np.clip(maps, -end, end) / end
 
 
 def _evidence_colors(strength: np.ndarray) -> np.ndarray:
-    """Strengths (...) in [-1, 1] to RGB (..., 3) in [0, 255]."""
+    """Map strengths (...) in [-1, 1] to RGB (..., 3) in [0, 255]."""
     anchors = np.linspace(-1, 1, len(EVIDENCE_COLORS))
     return np.stack([np.interp(strength, anchors, channel) for channel in EVIDENCE_COLORS.T], axis=-1)
 
 
 def _box_average(values: np.ndarray, window: int, axis: int) -> np.ndarray:
-    """Mean over a centred window of which only what lies in the picture counts, so that edges are not darkened."""
+    """Average over a centred window. Only positions inside the image count, so edges are not darkened."""
     index = np.arange(values.shape[axis])
     first, end = np.maximum(index - (window - 1) // 2, 0), np.minimum(index + window // 2 + 1, len(index))
     total = np.insert(np.cumsum(values, axis=axis, dtype=np.float64), 0, 0, axis=axis)

@@ -6,17 +6,17 @@ from html import escape
 
 __all__ = ["HEADINGS", "MAX_IMAGES", "html"]
 
-MAX_IMAGES = 8  # as in the figure
+MAX_IMAGES = 8  # as many as the figure shows
 HEADINGS = ("image", "prediction", "explained", "value", "bias", "for", "against", "residual")
 
 
 def html(picture: bytes | None, table: Sequence[Sequence[str]], *, total: int) -> str:
-    """A self-contained piece of HTML that sets no colours, so that it is legible on light and dark pages.
+    """Build self-contained HTML. It sets no colours, so it is legible on light and dark pages.
 
     Args:
-        picture: the figure as PNG; None without matplotlib
-        table: rows of as many cells as there are `HEADINGS`, for the first `MAX_IMAGES` images
-        total: images of the explanation
+        picture: the figure as PNG; None if matplotlib is missing
+        table: rows for the first `MAX_IMAGES` images, with one cell per heading in `HEADINGS`
+        total: number of images in the explanation
     """
     shown = ""
     if picture is not None:

@@ -1,4 +1,4 @@
-"""What an explanation is: numbers that sum to the decision, and the pictures, tables and files made of them."""
+"""The result of an explanation: contributions that sum to a logit, and figures, tables and files made from them."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields, replace
@@ -20,40 +20,41 @@ __all__ = ["Explanation", "concatenate"]
 
 @dataclass(frozen=True, repr=False)
 class Explanation:
-    """What a model decided for a batch of images and where that came from.
+    """A model's outputs for a batch of images, and the exact contribution of each position to them.
 
-    `value = bias + contributions.sum((-2, -1)) + residual`, exactly. Indexing and iteration give explanations of a
-    part of the batch, the batch axis kept. Tensors are detached, on the model's device, float32 or better but for
-    `logits`.
+    `value = bias + contributions.sum((-2, -1)) + residual`, exactly. Indexing and iteration return explanations of
+    parts of the batch; the batch axis is kept. Tensors are detached and on the model's device. They are float32 or
+    better, except `logits`, which keep the model's dtype.
     """
 
     images: Tensor
-    """Colours the model saw, in [0, 1], (B, C, H, W)."""
+    """Input colours in [0, 1], (B, C, H, W)."""
     logits: Tensor
     """(B, classes)"""
     prediction: Tensor
-    """Class of the largest logit, (B,)."""
+    """Class with the largest logit, (B,)."""
     target: Tensor
-    """Explained class, (B,), or T classes an image, (B, T)."""
+    """Explained class, (B,), or T classes per image, (B, T)."""
     value: Tensor
-    """What is explained, shaped as `target`: the target's logit, its difference to `versus`, or a unit's output."""
+    """Explained output, shaped like `target`: the target's logit (minus that of `versus`), or a unit's output."""
     contributions: Tensor
-    """Signed share of each position in `value`, in its unit (logits), (B, H, W) or (B, T, H, W)."""
+    """Signed contribution of each position to `value`, in its unit (logits), (B, H, W) or (B, T, H, W)."""
     weights: Tensor
-    """The dynamic linear map W, (B, channels, H, W) or (B, T, channels, H, W); contributions = (W * input).sum."""
+    """Dynamic linear map W, (B, C, H, W) or (B, T, C, H, W); contributions = (W * input).sum over the C channels."""
     bias: float
-    """The part of `value` that no input has a share in."""
+    """The part of `value` that does not depend on the input."""
     versus: Tensor | None = None
-    """Class the target is contrasted with, shaped as `target`."""
+    """Class that the target is contrasted with, shaped like `target`."""
     layer: str | None = None
-    """Layer whose output (without a unit) or whose unit (with one) is explained."""
+    """Layer whose output `weights` apply to (without `unit`), or layer of the explained unit; None for the pixels."""
     unit: tuple[int, ...] | None = None
     """Explained unit of `layer`: (channel,), summed over positions, or (channel, row, column)."""
     label_names: tuple[str, ...] | None = None
+    """Name of each class."""
 
     @property
     def residual(self) -> Tensor:
-        """What the contributions leave unexplained, as `value`: rounding, or what a position embedding contributes."""
+        """The unexplained part of `value`, same shape: rounding errors and a position embedding's contribution."""
         return self.value - self.bias - self.contributions.sum((-2, -1))
 
     def __len__(self) -> int:
@@ -62,7 +63,7 @@ class Explanation:
     def __getitem__(self, index: int | slice | Sequence[int] | Tensor) -> "Explanation":
         if isinstance(index, int):
             if not -len(self) <= index < len(self):
-                raise IndexError(f"image {index} of an explanation of {len(self)}")
+                raise IndexError(f"image index {index} is out of range: the explanation has {len(self)} images")
             index = slice(index, index + 1 or None)
         parts = {f.name: getattr(self, f.name) for f in fields(self)}
         return replace(self, **{k: v[index] for k, v in parts.items() if isinstance(v, Tensor)})
@@ -78,19 +79,19 @@ class Explanation:
         return f"Explanation({len(self)} images, {maps} contributions{where}, {', '.join(parts)}, bias={self.bias:.4f})"
 
     def rgba(self, **kwargs: Any) -> "np.ndarray":
-        """Colour pictures of the weights of positive contributions, see `figures.rgba`."""
+        """Render the weights of positive contributions in colour, see `figures.rgba`."""
         return figures.rgba(self.weights, contributions=self.contributions, **kwargs)
 
     def heatmap(self, **kwargs: Any) -> "np.ndarray":
-        """Signed heat maps, red for and blue against, see `figures.heatmap`."""
+        """Draw signed heat maps: red is evidence for, blue evidence against, see `figures.heatmap`."""
         return figures.heatmap(self.contributions, **kwargs)
 
     def overlay(self, **kwargs: Any) -> "np.ndarray":
-        """Heat maps over the images, see `figures.overlay`."""
+        """Draw heat maps over the images, see `figures.overlay`."""
         return figures.overlay(self.images, self.contributions, **kwargs)
 
     def plot(self, **kwargs: Any) -> "Figure":
-        """Figure of images, predictions and maps with their numbers, see `figures.figure`."""
+        """Draw a figure of images, predictions and maps with their numbers, see `figures.figure`."""
         shown: dict[str, Any] = {"contributions": self.contributions, "bias": self.bias}
         if self.unit is None and self.versus is None:
             shown |= {"logits": self.logits, "targets": self.target, "label_names": self.label_names}
@@ -99,7 +100,7 @@ class Explanation:
         return figures.figure(self.images, **shown | kwargs)
 
     def _titles(self, label_names: Sequence[str] | None) -> list[list[str]]:
-        """(B, T) headings: a class, one class in contrast with another, or a unit of a layer."""
+        """Headings of the maps, (B, T): a class, a contrast of two classes, or a unit of a layer."""
         if self.unit is not None:
             return [[f"{self.layer} {', '.join(map(str, self.unit))}"]] * len(self)
         names = [f"class {i}" for i in range(self.logits.shape[1])] if label_names is None else label_names
@@ -113,7 +114,7 @@ class Explanation:
         ]
 
     def arrays(self) -> "dict[str, np.ndarray]":
-        """Every number as a NumPy array under its field's name, and `residual`; 16-bit floats become 32-bit ones."""
+        """Convert all fields and `residual` to NumPy arrays by name; float16 and bfloat16 become float32."""
         import numpy as np
 
         found = {f.name: getattr(self, f.name) for f in fields(self)} | {"residual": self.residual}
@@ -124,11 +125,20 @@ class Explanation:
         return {name: np.asarray(value) for name, value in found.items() if value is not None}
 
     def save(self, path: str | Path, **kwargs: Any) -> None:
-        """Write the figure (.png, .svg, .pdf; `kwargs` as `plot`) or the arrays (.npz), whole or not at all."""
+        """Write the figure (.png, .svg, .pdf) or the arrays (.npz) atomically.
+
+        Args:
+            path: file to write; missing folders are created
+            kwargs: options of `plot`, only for a figure
+
+        Raises:
+            ValueError: another suffix.
+            TypeError: options for an .npz file.
+        """
         if Path(path).suffix.lower() != ".npz":
             figures.save_figure(self.plot(**kwargs), path)
         elif kwargs:
-            raise TypeError(f"{', '.join(kwargs)}: for a figure alone, {path} takes the arrays as they are")
+            raise TypeError(f"{', '.join(kwargs)}: only figures take options; omit them to write arrays to {path}")
         else:
             figures.save_arrays(self.arrays(), path)
 
@@ -136,7 +146,7 @@ class Explanation:
         return notebook.html(self._repr_png_(), self._rows(), total=len(self))
 
     def _rows(self) -> list[list[str]]:
-        """The cells of the notebook's table, one row a class of the first images, see `notebook.HEADINGS`."""
+        """Cells of the notebook table: a row per class for each of the first images, see `notebook.HEADINGS`."""
         count = min(len(self), notebook.MAX_IMAGES)
         part = self[:count]
         names = part.label_names or [f"class {i}" for i in range(part.logits.shape[1])]
@@ -158,13 +168,13 @@ class Explanation:
         stream = BytesIO()
         try:
             self.plot().savefig(stream, dpi=100)
-        except ImportError:  # without the viz extra a notebook shows the text
+        except ImportError:  # without the viz extra, a notebook shows only the table
             return None
         return stream.getvalue()
 
 
 def concatenate(parts: Sequence[Explanation]) -> Explanation:
-    """Explanations of parts of a batch, in one."""
+    """Concatenate explanations of parts of a batch into one."""
     if len(parts) == 1:
         return parts[0]
     first = parts[0]

@@ -1,4 +1,4 @@
-"""The sheet that figures are drawn on: its measures, its inks, its letters. The only file that imports matplotlib."""
+"""The page that figures are drawn on: sizes, colours and font. The only module here that imports matplotlib."""
 
 from functools import lru_cache
 from pathlib import Path
@@ -8,13 +8,13 @@ import numpy as np
 
 __all__ = ["GAP", "GREY", "INK", "PANEL", "PITCH", "Page", "letters"]
 
-PANEL, GAP = 1.6, 0.2  # inches in a figure: the side of a picture, the space between two
+PANEL, GAP = 1.6, 0.2  # inches: the side of an image in a figure, the space between two
 PITCH = PANEL + GAP
 INK, GREY = "#222222", "#707070"
 
 
 class Page:
-    """A white figure measured in inches from its upper left corner, whatever the user's matplotlib settings are."""
+    """A white figure with coordinates in inches from its upper left corner; ignores the user's matplotlib settings."""
 
     def __init__(self, width: float, height: float) -> None:
         try:
@@ -30,7 +30,7 @@ class Page:
         self._axes.set_axis_off()
 
     def text(self, x: float, y: float, text: str, *, width=PANEL, size=7.0, color=INK, shrink=False, **style) -> None:
-        """One line on the baseline y, made to fit the width: by an ellipsis, or (`shrink`, for numbers) by its size."""
+        """Draw one line of text on baseline y. Text wider than `width` is truncated, or with `shrink` made smaller."""
         text = text.replace("-", "\N{MINUS SIGN}") if shrink else " ".join(str(text).split())
         fixed = {"family": "DejaVu Sans", "parse_math": False, "usetex": False, "va": "baseline"}
         artist = self._axes.text(x, y, text, fontsize=size, color=color, **fixed | style)
@@ -43,26 +43,27 @@ class Page:
                 artist.set_text(text + "…")
 
     def picture(self, pixels: np.ndarray, x: float, y: float, width: float, height: float) -> None:
-        """Framed RGB pixels: those of small pictures stay crisp squares, those of large ones are resampled."""
+        """Draw RGB pixels with a frame. Pixels of small images stay crisp squares; large images are resampled."""
         interpolation = "nearest" if max(pixels.shape) <= 128 else "antialiased"
         self._axes.imshow(pixels, extent=(x, x + width, y + height, y), aspect="auto", interpolation=interpolation)
         self.box(x, y, width, height, facecolor="none", edgecolor="#9a9a9a", linewidth=0.5)
 
     def box(self, x: float, y: float, width: float, height: float, **style) -> None:
+        """Draw a rectangle."""
         self._axes.fill([x, x + width, x + width, x], [y, y, y + height, y + height], **style)
 
 
 @lru_cache
 def letters(size: int) -> Any:
-    """The same letters, of that many pixels, for Pillow to draw into a picture.
+    """Load the font of `Page` for Pillow, `size` pixels high.
 
     Raises:
-        ImportError: matplotlib, which has them, is missing.
+        ImportError: matplotlib, which ships the font, is missing.
     """
     from PIL import ImageFont
 
     try:
         import matplotlib
     except ImportError as error:
-        raise ImportError("legends need matplotlib's letters: pip install 'timm_coda[viz]'") from error
+        raise ImportError("legends need matplotlib's font: pip install 'timm_coda[viz]'") from error
     return ImageFont.truetype(str(Path(matplotlib.get_data_path(), "fonts/ttf/DejaVuSans.ttf")), size)

@@ -1,4 +1,4 @@
-"""Many images explained into a folder: a figure, an overlay and the arrays of each, contact sheets and one table."""
+"""Explain many images into a folder: a figure, an overlay and arrays per image, contact sheets and one table."""
 
 import csv
 import io
@@ -24,22 +24,22 @@ COLUMNS = (
     *("evidence_for", "evidence_against", "residual", "note", "skipped"),
 )
 _SMALLEST, _LARGEST = 256, 1024  # pixels of the longer side of an overlay
-_TILE = 256  # pixels of the longer side of a picture on a contact sheet
-_TILES = 48  # on one contact sheet
-_SIDE = 1.1  # inches
+_TILE = 256  # pixels of the longer side of an image on a contact sheet
+_TILES = 48  # images per contact sheet
+_SIDE = 1.1  # inches of the longer side of an image on a contact sheet
 
 
 class Row(NamedTuple):
-    """What is said of an image on the screen."""
+    """Result of one image, to be printed."""
 
     name: str
     top: list[tuple[str, float]]
-    """The most probable classes and their probabilities (sigmoid), five at most."""
+    """The most probable classes and their probabilities (sigmoid), at most five."""
     note: str
 
 
 class Tile(NamedTuple):
-    """An image on a contact sheet, with the evidence drawn over it: uint8 (H, W, 3)."""
+    """An image on a contact sheet, without (`picture`) and with evidence (`drawn`): uint8 (H, W, 3)."""
 
     name: str
     caption: str
@@ -50,28 +50,28 @@ class Tile(NamedTuple):
 @dataclass(frozen=True)
 class _Waiting:
     source: Source
-    place: int  # in the order of the inputs
-    seen: torch.Tensor  # (C, H, W)
+    place: int  # position in the order of the inputs
+    seen: torch.Tensor  # model input (C, H, W)
     shown: Image.Image
     note: str
 
 
 class Gallery:
-    """Explains images, `batch_size` at a time, and writes files named after them into a folder.
+    """Explain images in batches and write files named after them to a folder.
 
-    NAME.figure.png (or .svg, .pdf), NAME.overlay.png (with several classes an image NAME.overlay-1.png and so on) and
-    NAME.npz, see `Explanation.arrays`; at the end table.csv, a row for each image and class, and of more than one image
-    contact_sheet.png, contact_sheet-2.png, ..., 48 images on each.
+    For each image: NAME.figure.png (or .svg, .pdf), NAME.overlay.png (NAME.overlay-1.png, ... with several classes per
+    image) and NAME.npz, see `Explanation.arrays`. At the end: table.csv with a row per image and class, and for more
+    than one image contact_sheet.png, contact_sheet-2.png, ... with 48 images each.
 
     Args:
-        model: one of ours, in eval mode.
-        output: the folder.
+        model: a timm_coda model in eval mode.
+        output: output folder.
         names: a name for each class.
-        targets: classes to explain; None for the `top` most probable ones.
+        targets: classes to explain; None for the `top` most probable classes.
         versus: classes to contrast with, one or as many as `targets`.
-        top: how many classes.
-        batch_size: images at a time.
-        suffix: of the figures: .png, .svg or .pdf.
+        top: number of classes per image if `targets` is None.
+        batch_size: images per forward pass.
+        suffix: file type of the figures: .png, .svg or .pdf.
     """
 
     def __init__(
@@ -99,23 +99,23 @@ class Gallery:
         self._sheets = 0
 
     def add(self, source: Source, image: Image.Image) -> list[Row]:
-        """Take an image (RGB), and explain those that wait if they are a batch; returns what is then done."""
+        """Queue an RGB image. Explain the queued images once they fill a batch, and return their rows."""
         self._count += 1
         note = image.info.get("note", "")
         self._waiting.append(_Waiting(source, self._count, self._transform(image), _resized(image), note))
         return self._explain() if len(self._waiting) == self.batch_size else []
 
     def skip(self, source: Source, reason: str) -> None:
-        """Note in the table that there is no explanation, and why."""
+        """Record in the table that an input was skipped, and why."""
         self._count += 1
         self._table[self._count] = [{"image": source.name, "skipped": reason}]
 
     def finish(self) -> list[Row]:
-        """Explain what waits, write the last contact sheet and the table; returns what is then done."""
+        """Explain the queued images, write the last contact sheet and the table, and return the images' rows."""
         rows = self._explain() if self._waiting else []
         if self._tiles and self.explained > 1:
             self._write_sheet()
-        if not self._table:  # there were videos alone
+        if not self._table:  # all inputs were videos
             return rows
         text = io.StringIO()
         writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
@@ -193,7 +193,7 @@ class Gallery:
 
 
 def contact_sheet(tiles: Sequence[Tile]) -> Any:
-    """A matplotlib figure of images, each beside its evidence, with their names above and what is said of them below.
+    """Draw a matplotlib figure of images, each beside its evidence, with the name above and the caption below.
 
     Raises:
         ImportError: matplotlib is missing.
@@ -215,11 +215,11 @@ def contact_sheet(tiles: Sequence[Tile]) -> Any:
 
 
 def _with_ending(stem: Path, ending: str) -> Path:
-    return stem.with_name(stem.name + ending)  # with_suffix would take the end of "photo.2021"
+    return stem.with_name(stem.name + ending)  # with_suffix would drop the end of "photo.2021"
 
 
 def _resized(image: Image.Image) -> Image.Image:
-    """Large enough that one sees something, small enough to keep many."""
+    """Resize an image for an overlay: large enough to see details, small enough to hold many in memory."""
     side = max(image.size)
     if side < _SMALLEST:
         times = math.ceil(_SMALLEST / side)

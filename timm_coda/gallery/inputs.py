@@ -1,4 +1,4 @@
-"""What a person names to be explained, files, folders and links: each as a file here, with a name for its results."""
+"""Resolve command-line inputs (files, folders, URLs) to local files and output names."""
 
 import http.client
 import os
@@ -17,15 +17,15 @@ from pathlib import Path, PurePosixPath
 __all__ = ["MAX_DOWNLOAD", "InputError", "Source", "fetched", "find_sources"]
 
 MAX_DOWNLOAD = 500_000_000
-"""Bytes behind one link."""
+"""Maximum bytes of one download."""
 MAX_WAIT = 20.0
-"""Seconds without an answer."""
+"""Timeout in seconds while a server sends nothing."""
 MAX_SECONDS = 600.0
-"""Seconds that a whole download may take."""
+"""Maximum seconds of one download."""
 
 
 class InputError(ValueError):
-    """Nothing there to be explained, or it cannot be had; the message names it."""
+    """An input is missing, cannot be used or cannot be downloaded."""
 
 
 @dataclass(frozen=True)
@@ -33,21 +33,25 @@ class Source:
     """One file to explain."""
 
     place: str
-    """The file, or a link to it."""
+    """Path or URL of the file."""
     name: str
-    """What it is called on screen and in tables: without a part that cannot be printed."""
+    """Name on screen and in tables, with "?" for characters that cannot be printed."""
     stem: str
-    """Path, below the folder of results and without an ending, that its results alone have."""
+    """Unique path of its results, relative to the output folder and without suffix."""
 
 
 def find_sources(words: Sequence[str], output: Path) -> list[Source]:
-    """Find the files that files, folders and links name, in order.
+    """Resolve files, folders and URLs to sources, in order.
 
-    Of a folder all files are taken, also those in folders below, but for hidden ones (.name) and those in `output`.
-    Results are called as the files without their endings; of equal names the second gets "-2" at its end.
+    A folder stands for all files in it and its subfolders, except hidden files (.name) and files in `output`. Results
+    are named after the files, without suffix; the second of two equal names ends in "-2".
+
+    Args:
+        words: paths and URLs.
+        output: output folder.
 
     Raises:
-        InputError: there is no such file, a folder has none, or one is the folder of results.
+        InputError: a path does not exist, a folder has no files, or a folder is the output folder.
     """
     sources: list[Source] = []
     taken: set[str] = set()
@@ -58,12 +62,12 @@ def find_sources(words: Sequence[str], output: Path) -> list[Source]:
             continue
         place = Path(word)
         if not place.exists():
-            raise InputError(f"{word!r}: there is no such file or folder")
+            raise InputError(f"{word!r}: no such file or folder")
         if not place.is_dir():
             sources.append(_source(str(place), str(place), place.stem, taken))
             continue
         if output.resolve() == place.resolve():
-            raise InputError(f"{word!r} is also the folder of results: name another with --output")
+            raise InputError(f"{word!r} is also the output folder: choose another with --output")
         inside = [path for path in sorted(place.rglob("*")) if path.is_file() and not _hidden(path.relative_to(place))]
         inside = [path for path in inside if not path.resolve().is_relative_to(output.resolve())]
         if not inside:
@@ -76,10 +80,11 @@ def find_sources(words: Sequence[str], output: Path) -> list[Source]:
 
 @contextmanager
 def fetched(source: Source) -> Iterator[Path]:
-    """The source as a file; one behind a link is downloaded, and gone at the end.
+    """Context manager that gives the source as a local file. A URL is downloaded, and its file deleted on exit.
 
     Raises:
-        InputError: No connection, no answer in time, an error as answer, or too many bytes.
+        InputError: the connection fails, the server does not answer in time or answers with an error, or the file is
+            too large.
     """
     if not _is_link(source.place):
         yield Path(source.place)
@@ -99,18 +104,18 @@ def _download(url: str, folder: Path) -> Path:
             file = folder / f"download{ending.lower()}"
             length = answer.headers.get("Content-Length")
             if length is not None and int(length) > MAX_DOWNLOAD:
-                raise InputError(f"{int(length):,} bytes, the limit is {MAX_DOWNLOAD:,}")
+                raise InputError(f"the file has {int(length):,} bytes, the limit is {MAX_DOWNLOAD:,}")
             size = 0
             with file.open("wb") as target:
                 while chunk := answer.read1(1 << 16):
                     size += target.write(chunk)
                     if size > MAX_DOWNLOAD:
-                        raise InputError(f"more than {MAX_DOWNLOAD:,} bytes, the limit")
+                        raise InputError(f"the file has more than {MAX_DOWNLOAD:,} bytes, the limit")
                     if time.monotonic() > end:
-                        raise InputError(f"{size:,} bytes in {MAX_SECONDS:.0f} s: too slow")
+                        raise InputError(f"too slow: {size:,} bytes in {MAX_SECONDS:.0f} s")
     except (OSError, ValueError, http.client.HTTPException) as error:
         if isinstance(error, urllib.error.HTTPError):
-            error.close()  # the connection
+            error.close()  # closes the connection
         raise InputError(f"cannot be downloaded: {error}") from error
     if length is not None and size != int(length):
         raise InputError(f"cannot be downloaded: the connection broke after {size:,} of {int(length):,} bytes")
@@ -126,7 +131,7 @@ def _hidden(path: Path) -> bool:
 
 
 def _source(place: str, name: str, stem: str, taken: set[str]) -> Source:
-    parts = [re.sub(r"[^\w .()+,=@-]", "_", part)[:100] for part in Path(stem).parts]  # what any file system takes
+    parts = [re.sub(r"[^\w .()+,=@-]", "_", part)[:100] for part in Path(stem).parts]  # valid on any file system
     stem = os.path.join(*parts) if any(part.strip(" .") for part in parts) else "image"
     unique, count = stem, 1
     while unique.casefold() in taken:

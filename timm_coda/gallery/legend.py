@@ -1,4 +1,4 @@
-"""A legend drawn into the pixels of a picture: which class, how probable, and what the colours mean in logits."""
+"""Draw a legend into the pixels of an image: the class, its probability, and the colour scale in logits."""
 
 from typing import Any
 
@@ -9,22 +9,22 @@ from ..explanation import INK, letters, overlay
 
 __all__ = ["draw_legend"]
 
-_SMALLEST, _LARGEST = 11, 40  # pixels of the letters: below they cannot be read
+_SMALLEST, _LARGEST = 11, 40  # font size in pixels; smaller text is illegible
 
 
 def draw_legend(picture: np.ndarray, caption: str, probability: float, limit: float) -> np.ndarray:
-    """The picture with a legend in its lower left corner, or as it is if it is too small for one.
+    """Draw a legend into the lower left corner; an image that is too small for it is returned unchanged.
 
-    The legend of pictures of one size, caption and limit has the same place and size in all of them.
+    For the same image size, caption and limit, the legend always has the same position and size.
 
     Args:
         picture: uint8 (H, W, 3).
-        caption: what is explained, cut to fit.
-        probability: of it.
+        caption: name of what is explained, truncated to fit.
+        probability: probability of the explained class.
         limit: the end of the colour scale, in logits.
 
     Raises:
-        ImportError: matplotlib, whose letters are used, is missing.
+        ImportError: matplotlib, which ships the font, is missing.
     """
     height, width = picture.shape[:2]
     size = min(max(round(height / 26), _SMALLEST), _LARGEST)
@@ -33,7 +33,7 @@ def draw_legend(picture: np.ndarray, caption: str, probability: float, limit: fl
         return picture
     font = letters(size)
     shown = f"p = {probability:.2f}"
-    room = width - 4 * pad - round(font.getlength(shown)) - size  # all digits are of one width
+    room = width - 4 * pad - round(font.getlength(shown)) - size  # all digits have the same width
     if font.getlength(caption) > room:
         while caption and font.getlength(caption + "…") > room:
             caption = caption[:-1].rstrip()
@@ -46,7 +46,7 @@ def draw_legend(picture: np.ndarray, caption: str, probability: float, limit: fl
     draw.rectangle((left, top, left + panel_width, top + panel_height), fill="#ffffff")
     draw.text((left + pad, top + pad), caption, fill=INK, font=font)
     draw.text((left + pad + inner, top + pad), shown, fill=INK, font=font, anchor="ra")
-    # As the evidence looks over a middle grey.
+    # The scale shows evidence as it looks over middle grey.
     colors = overlay(np.full((3, size // 2, inner), 0.5), np.linspace(-1, 1, inner)[None], limit=1)
     page.paste(Image.fromarray(colors), (left + pad, top + pad + round(1.6 * size)))
     line = top + pad + round(2.5 * size)

@@ -1,6 +1,6 @@
-"""Where in a whole picture the part lies that a model sees, and its evidence drawn there.
+"""Locate the part of an image that a model sees, and draw its evidence there.
 
-A model's eval transform resizes a picture and crops its middle: a map of contributions belongs to that part alone.
+A model's eval transform resizes an image and crops its centre, so a contribution map covers only that part.
 """
 
 import math
@@ -19,7 +19,7 @@ __all__ = ["eval_transform", "overlay_whole", "seen_box"]
 
 
 def eval_transform(model: Any) -> Callable[[Image.Image], Tensor]:
-    """From an RGB picture to what the model sees of it, (C, H, W) in [0, 1]."""
+    """Create the transform from an RGB image to the model's input, (C, H, W) in [0, 1]."""
     transform: Any = create_transform(**resolve_model_data_config(model), is_training=False)
     if model.in_chans == 1:
         return lambda image: transform(image.convert("L").convert("RGB"))[:1]
@@ -27,14 +27,14 @@ def eval_transform(model: Any) -> Callable[[Image.Image], Tensor]:
 
 
 def seen_box(config: dict[str, Any], width: int, height: int) -> tuple[float, float, float, float]:
-    """The part of a picture that timm's eval transform keeps: (left, top, right, bottom) in pixels of the picture.
+    """Compute the part of an image that timm's eval transform keeps: (left, top, right, bottom), in image pixels.
 
-    It reaches beyond the picture where the transform adds borders.
+    It extends beyond the image where the transform adds borders.
 
     Args:
         config: timm's data configuration (`timm.data.resolve_model_data_config`).
-        width: of the picture, in pixels.
-        height: of the picture, in pixels.
+        width: image width in pixels.
+        height: image height in pixels.
     """
     size = config["input_size"][-2:]
     resized_height, resized_width = (math.floor(side / config["crop_pct"]) for side in size)
@@ -50,13 +50,13 @@ def seen_box(config: dict[str, Any], width: int, height: int) -> tuple[float, fl
 def overlay_whole(
     picture: np.ndarray, contributions: ArrayLike, *, box: tuple[float, float, float, float], limit: float
 ) -> np.ndarray:
-    """Evidence over a whole picture, uint8 (H, W, 3), as `visualize.overlay`; what the model does not see is dark.
+    """Draw evidence over a whole image, uint8 (H, W, 3), as `overlay` does; parts the model does not see are dark.
 
     Args:
         picture: uint8 (H, W, 3).
         contributions: (h, w), signed, in logits.
-        box: where in the picture they lie, see `seen_box`.
-        limit: the contribution that gets the strongest colour, in logits.
+        box: position of the contributions in the image, see `seen_box`.
+        limit: the contribution with the strongest colour, in logits.
     """
     maps = np.asarray(contributions)
     left, top, right, bottom = box

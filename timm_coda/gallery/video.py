@@ -1,8 +1,8 @@
-"""Videos with the evidence drawn over every frame, in colours that mean the same in all of them. Needs PyAV.
+"""Videos with evidence drawn over every frame, on the same colour scale in all frames. Needs PyAV.
 
-A video is read twice. The first time some frames, evenly spread, are explained: they say which class is looked at and
-where the colour scale ends. The second time every frame is explained and drawn on that one scale. No more than a batch
-of frames is in memory.
+A video is read twice. The first pass explains 64 evenly spaced frames to choose the class and the end of the colour
+scale. The second pass explains every frame and draws it on that scale. Frames are processed in batches, so memory does
+not grow with the length of the video.
 """
 
 import csv
@@ -32,19 +32,19 @@ from .placement import eval_transform, overlay_whole, seen_box
 __all__ = ["VIDEO_SUFFIXES", "VideoError", "VideoSummary", "explain_video"]
 
 VIDEO_SUFFIXES = (".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".mpg", ".mpeg", ".ts", ".flv", ".wmv", ".ogv")
-# FFmpeg's names. Others read more than the file: playlists and lists of images open further files and links.
+# FFmpeg's names of container formats. Other formats (playlists, image lists) could open further files and URLs.
 _FORMATS = "mov,mp4,matroska,webm,avi,mpeg,mpegts,flv,asf,ogg"
-_SAMPLES = 64  # frames that set the scale
-_CLOCK = 90_000  # ticks a second: every usual frame rate is a whole number of them
+_SAMPLES = 64  # frames that set the colour scale
+_CLOCK = 90_000  # ticks per second: at every usual frame rate, a frame lasts a whole number of ticks
 
 
 class VideoError(ValueError):
-    """A video that cannot be read; the message names it, what was seen and how to mend it."""
+    """A video cannot be read; the message names the file, the problem and the remedy."""
 
 
 @dataclass(frozen=True)
 class VideoSummary:
-    """What was drawn."""
+    """Summary of an explained video."""
 
     frames: int
     width: int
@@ -52,17 +52,17 @@ class VideoSummary:
     height: int
     """Pixels."""
     rate: float
-    """Frames a second, on average."""
+    """Average frames per second."""
     target: int
     """Explained class."""
     versus: int | None
-    """Class it is contrasted with."""
+    """Class that the target is contrasted with."""
     predicted: int
-    """Frames whose most probable class is the target."""
+    """Number of frames whose most probable class is the target."""
     limit: float
-    """The contribution that gets the strongest colour, in logits, in every frame."""
+    """The contribution with the strongest colour, in logits, in every frame."""
     note: str
-    """Empty, or what a person should know."""
+    """A warning for the user, or empty."""
 
 
 def explain_video(
@@ -75,30 +75,31 @@ def explain_video(
     label_names: Sequence[str] | None = None,
     batch_size: int = 16,
 ) -> VideoSummary:
-    """Explain one class in every frame of a video: an .mp4 (H.264) of its size and rate, and a table of its frames.
+    """Explain one class in every frame of a video.
 
-    The colour scale ends at the 99.5th percentile of the contributions in 64 frames, evenly spread over the video.
-    Sound is left out; a side of an odd number of pixels gets one more, which H.264 needs.
+    Writes an .mp4 (H.264) of the same size and frame rate, and a table of its frames. The colour scale ends at the
+    99.5th percentile of the contributions in 64 evenly spaced frames. Audio is dropped. Odd widths and heights grow by
+    one pixel, because H.264 needs even ones.
 
     Args:
-        model: one of ours, in eval mode.
+        model: a timm_coda model in eval mode.
         source: the video.
-        output: ends in .mp4; beside it comes a table with the ending .csv: a row a frame, with its time in seconds, its
-            prediction, the target, their probabilities (sigmoid), and the explained value: the target's logit, or its
-            difference to that of `versus`.
-        target: class to explain; None for the one with the largest logit on average.
+        output: ends in .mp4. The table is written beside it with the suffix .csv: one row per frame with its number,
+            time in seconds, prediction, target, their probabilities (sigmoid), and the explained value (the target's
+            logit, minus that of `versus` if given).
+        target: class to explain; None for the class with the largest average logit.
         versus: class to contrast with.
-        label_names: a name for each class; by default the model's.
-        batch_size: frames at a time.
+        label_names: a name for each class; None for the model's names.
+        batch_size: frames per forward pass.
 
     Raises:
-        VideoError: no video, no frame in it, or a damaged one; nothing is written.
-        ValueError: a class out of range, or `output` is no .mp4.
+        VideoError: the file is not a video, is damaged or has no frames; nothing is written.
+        ValueError: a class is out of range, or `output` does not end in .mp4.
         ImportError: PyAV is missing.
     """
     source, output = Path(source), Path(output)
     if output.suffix.lower() != ".mp4":
-        raise ValueError(f"{output}: the name of a video to write must end in .mp4")
+        raise ValueError(f"{output}: the output name must end in .mp4")
     for name, value in (("target", target), ("versus", versus)):
         if value is not None and not 0 <= value < model.num_classes:
             raise ValueError(f"{name}={value}: the model's classes are 0 to {model.num_classes - 1}")
@@ -138,20 +139,20 @@ def explain_video(
 @dataclass(frozen=True)
 class _Header:
     count: int
-    """Frames, as far as the file says without being decoded."""
+    """Number of frames, counted without decoding them."""
     rate: Fraction
-    """Frames a second, on average."""
+    """Average frames per second."""
     seconds: float | None
-    """How long the file says that it is."""
+    """Duration that the file states."""
     aspect: Fraction
-    """Width of a pixel over its height."""
+    """Width of a pixel divided by its height."""
 
 
 def _read_header(path: Path) -> _Header:
     with _opened(path) as (container, stream):
         width, height = stream.codec_context.width, stream.codec_context.height
         if width * height > MAX_PIXELS or max(width, height) > MAX_RATIO * min(width, height):
-            raise VideoError(f"{path}: frames of {width}x{height} pixels: make them smaller, or crop them")
+            raise VideoError(f"{path}: frames of {width}x{height} pixels are too large or narrow: resize or crop them")
         rate = Fraction(stream.average_rate or stream.guessed_rate or 25)
         seconds = container.duration and container.duration / 1e6
         aspect = Fraction(stream.sample_aspect_ratio or 1)
@@ -162,7 +163,12 @@ def _read_header(path: Path) -> _Header:
 
 
 def _read_frames(path: Path, wanted: set[int] | None = None) -> Iterator[tuple[np.ndarray, float]]:
-    """Upright pictures, uint8 (H, W, 3), all of the first one's size, with their seconds; or the wanted ones alone."""
+    """Yield upright frames, uint8 (H, W, 3), all of the first one's size, with their time in seconds.
+
+    Args:
+        path: the video.
+        wanted: frame numbers to yield; None for all.
+    """
     with _opened(path) as (container, stream):
         stream.thread_type = "AUTO"
         rate = float(stream.average_rate or 25)
@@ -171,15 +177,15 @@ def _read_frames(path: Path, wanted: set[int] | None = None) -> Iterator[tuple[n
             first = frame.time if first is None else first
             seconds = seconds + 1 / rate if frame.time is None or first is None else frame.time - first
             even = round(seconds * rate) / rate
-            seconds = even if abs(even - seconds) < 1e-3 else seconds  # Matroska has whole milliseconds alone
+            seconds = even if abs(even - seconds) < 1e-3 else seconds  # Matroska rounds to milliseconds
             size = size or {"width": frame.width, "height": frame.height}
             if wanted is None or number in wanted:
-                # A telephone writes frames as its sensor lies, and by how much they are turned, counterclockwise.
+                # Phones store frames in the sensor's orientation, plus a counterclockwise rotation to apply.
                 yield np.rot90(frame.to_ndarray(format="rgb24", **size), round(frame.rotation / 90)), seconds
 
 
 def _sample(path: Path, count: int, transform: Any) -> Tensor:
-    """What the model sees (N, C, H, W) of the frames that set the scale."""
+    """Model inputs, (N, C, H, W), of the frames that set the colour scale."""
     wanted = {int(number) for number in np.linspace(0, count - 1, min(_SAMPLES, count)).round()}
     images = [transform(Image.fromarray(picture)) for picture, _ in _read_frames(path, wanted)]
     if not images:
@@ -190,7 +196,7 @@ def _sample(path: Path, count: int, transform: Any) -> Tensor:
 def _choose_scale(
     model: Any, images: Tensor, target: int | None, versus: int | None, batch_size: int
 ) -> tuple[int, float]:
-    """The class to explain, and the end of the colour scale in logits."""
+    """Choose the class to explain and the end of the colour scale in logits."""
     parts = images.split(batch_size)
     if target is None:
         means = torch.cat([model.explain(part).logits for part in parts]).float().mean(0)
@@ -201,25 +207,23 @@ def _choose_scale(
 
 @contextmanager
 def _opened(path: Path) -> Iterator[Any]:
-    """FFmpeg's container and video stream, its errors in our words."""
+    """Open FFmpeg's container and video stream; its errors become `VideoError`."""
     av = _import_av()
     try:
         with av.open(str(path.resolve()), options={"format_whitelist": _FORMATS}) as container:
             if not container.streams.video:
-                raise VideoError(
-                    f"{path}: there is no picture in this video, or it is damaged: copy or convert it again"
-                )
+                raise VideoError(f"{path}: the file has no video stream, or is damaged: copy or convert it again")
             yield container, container.streams.video[0]
     except (av.FFmpegError, EOFError) as error:
         reason = getattr(error, "strerror", None) or str(error)
         if not path.is_file():
             raise VideoError(f"{path}: cannot be opened: {reason}") from error
-        raise VideoError(f"{path}: no video, or a damaged one ({reason}): copy or convert it again") from error
+        raise VideoError(f"{path}: not a video, or damaged ({reason}): copy or convert it again") from error
 
 
 @contextmanager
 def _writing(output: Path, header: _Header) -> Iterator[Any]:
-    """Functions that add a frame (picture, seconds) and a row of the table; files that are there only when complete."""
+    """Yield functions that add a frame (pixels, seconds) and a table row. Both files are written atomically."""
     av = _import_av()
     output.parent.mkdir(parents=True, exist_ok=True)
     finals = [output, output.with_suffix(".csv")]

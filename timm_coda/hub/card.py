@@ -1,6 +1,6 @@
-"""Model cards: the page of a model on the Hugging Face Hub, from its config and from what was measured; nothing else.
+"""Generate model cards, the pages of models on the Hugging Face Hub, from a config and measured results.
 
-What is not known is left out.
+Unknown facts are left out.
 """
 
 import re
@@ -11,7 +11,7 @@ import timm
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 CARD, PICTURE, SUMMARY, RECIPE = "README.md", "explanation.png", "summary.json", "recipe.yaml"
-_HUB_LICENSES = {  # of those the Hub knows by name, the ones models have; others are "other" there, with their name
+_HUB_LICENSES = {  # Hub identifiers of common model licences; any other becomes "other" with a `license_name`
     *("apache-2.0", "mit", "bsd-2-clause", "bsd-3-clause", "cc0-1.0", "cc-by-4.0", "cc-by-sa-4.0", "cc-by-nc-4.0"),
     *("cc-by-nc-sa-4.0", "cc-by-nc-nd-4.0", "gpl-3.0", "lgpl-3.0", "agpl-3.0", "mpl-2.0", "openrail", "unlicense"),
 }
@@ -26,22 +26,22 @@ def make_card(
     picture: str | None = None,
     license: str | None = None,
 ) -> ModelCard:
-    """Write the model card of a model in timm's format.
+    """Generate the model card of a model in timm's format.
 
     Args:
-        config: Its `config.json`.
+        config: The content of its `config.json`.
         repo_id: Its id on the Hub, `USER/NAME`; None for a tag in timm's registry.
-        summary: What train.py measured, its `summary.json`; more numbers may stand there: `localisation`, either one or
-            a mapping from names to numbers; and `evaluation`, the `command` of one and its `scores`, a mapping from
-            names to (number, ends of its 95 % interval).
-        picture: Name of a picture of explanations beside the card.
-        license: Of the weights, such as `"mit"`; by default what the config says, unless the summary says that they
-            were trained from scratch: the config's description and licence are those of other weights then.
+        summary: The results of train.py, the content of its `summary.json`. Two more entries are read if present:
+            `localisation`, a number or a mapping from names to numbers; and `evaluation`, with the `command` that was
+            run and its `scores`, a mapping from names to (score, low, high), low to high being the 95 % interval.
+        picture: File name of a figure of explanations next to the card.
+        license: Licence of the weights, such as `"mit"`; by default the config's. If the summary says that the weights
+            were trained from scratch, the config's licence and description belong to other weights and are left out.
     """
     summary = summary or {}
     source = dict(config.get("pretrained_cfg", {}))
     name = repo_id.split("/")[-1] if repo_id else f"{config['architecture']}.{source['tag']}"
-    if repo_id and summary.get("options", {}).get("pretrained") is False:  # a tag's description is of its weights
+    if repo_id and summary.get("options", {}).get("pretrained") is False:  # the config describes other weights
         source = {key: value for key, value in source.items() if key not in _OF_WEIGHTS}
     if license:
         source["license"] = license
@@ -93,8 +93,8 @@ def _metadata(name: str, source: Mapping[str, Any], summary: Mapping[str, Any], 
 def _what_it_is(config: Mapping[str, Any], source: Mapping[str, Any], summary: Mapping[str, Any]) -> str:
     if _explains(config):
         lines = [
-            f"An image classifier that explains itself, exactly: `{config['architecture']}` of timm_coda, a timm model "
-            "whose logits are `W(x)·x + b`, so that `W(x) * x` is the decision, pixel by pixel."
+            f"An image classifier with exact explanations: `{config['architecture']}`, a timm model from timm_coda. "
+            "Its logits are `W(x)·x + b`, so `W(x) * x` is the exact contribution of each pixel."
         ]
     else:
         lines = [f"An image classifier: `{config['architecture']}` of timm."]
@@ -104,11 +104,11 @@ def _what_it_is(config: Mapping[str, Any], source: Mapping[str, Any], summary: M
         lines.append(f"Fine-tuned from `{start}`.")
     if "description" in source:
         tag = f".{source['tag']}" if source.get("tag") else ""
-        lines.append(f"Of the weights of `{config['architecture']}{tag}`: {source['description'].rstrip('.')}.")
+        lines.append(f"About the weights of `{config['architecture']}{tag}`: {source['description'].rstrip('.')}.")
     paper, ids = source.get("paper_name"), source.get("paper_ids") or ()
     links = [f"https://arxiv.org/abs/{i.split(':')[1]}" for i in ([ids] if isinstance(ids, str) else ids) if ":" in i]
     if paper:
-        lines.append(f"The paper: [*{paper}*]({links[0]})." if links else f"The paper: *{paper}*.")
+        lines.append(f"Paper: [*{paper}*]({links[0]})." if links else f"Paper: *{paper}*.")
     facts = []
     classes, names = config.get("num_classes"), config.get("label_names") or source.get("label_names")
     if classes is not None:
@@ -127,14 +127,14 @@ def _usage_of_tag(name: str) -> str:
     if known and known.has_weights:
         return _usage(name, explains=True)
     recipe = f"python train.py --config hub_configs/{name}/{RECIPE}"
-    return f"## Make it\n\nThere are no weights yet. In a clone of timm_coda:\n\n```bash\n{recipe}\n```"
+    return f"## Train it\n\nThere are no weights yet. To train them, in a clone of timm_coda:\n\n```bash\n{recipe}\n```"
 
 
 def _usage(name: str, *, explains: bool) -> str:
     ours = _IMPORT.format("create_model") if explains else ""
     explanation = """
 explanation = model.explain(image)  # of the predicted class; or explain(image, target=3)
-explanation.contributions  # (1, H, W), signed, in logits: with the bias their sum is the logit
+explanation.contributions  # (1, H, W), signed, in logits; their sum plus the bias is the logit
 explanation.save("explanation.png")"""
     logits = """
 transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))
@@ -164,9 +164,9 @@ pipeline("image-classification", model="{repo_id}")("image.png")
 
 
 def _explains(config: Mapping[str, Any]) -> bool:
-    """True for this package's models."""
+    """Return True for this package's models."""
     name = config["architecture"].split(".")[0]
-    return timm.is_model(name) and timm.model_entrypoint(name).__module__.split(".")[0] == __package__
+    return timm.is_model(name) and timm.model_entrypoint(name).__module__.split(".")[0] == __name__.split(".")[0]
 
 
 def _measured(summary: Mapping[str, Any]) -> str:
@@ -175,7 +175,7 @@ def _measured(summary: Mapping[str, Any]) -> str:
         count = f"{summary['test_images']:,} test images" if "test_images" in summary else "the test images"
         rows.append(f"| accuracy | {summary['accuracy']:.2%} of {count} of {_data_name(summary)} |")
     if "loss" in summary:
-        rows.append(f"| loss on them | {summary['loss']:.4f} |")
+        rows.append(f"| loss on the same images | {summary['loss']:.4f} |")
     found = summary.get("localisation")
     scores = found.items() if isinstance(found, Mapping) else [("", found)]
     for name, score in scores:
@@ -189,9 +189,9 @@ def _measured(summary: Mapping[str, Any]) -> str:
     lines = ["## Measured", "", "| | |", "| --- | --- |", *rows]
     if (epochs := len(summary.get("history", ()))) > 1:
         note = f"Epoch {summary['epoch']} of {epochs} was kept because it was the best on these test images, so expect "
-        lines += ["", note + "a little less on new ones."]
+        lines += ["", note + "slightly worse results on new ones."]
     if evaluation:
-        lines += ["", "The explanations were measured by", "", f"```bash\n{evaluation['command']}\n```"]
+        lines += ["", "The explanations were evaluated with", "", f"```bash\n{evaluation['command']}\n```"]
     return "\n".join(lines)
 
 
@@ -216,18 +216,18 @@ def _training(summary: Mapping[str, Any]) -> str:
         lines.append(f"- commit of timm_coda: `{environment['commit']}`")
     packages = [f"{name} {environment[name]}" for name in ("timm_coda", "torch", "timm") if name in environment]
     if packages:
-        lines.append(f"- with {', '.join(packages)}")
+        lines.append(f"- versions: {', '.join(packages)}")
     if "command" in summary:
         command = summary["command"]
         command = f"python {command}" if command.startswith("train.py") else command
-        lines.append(f"\n```bash\n{command}\n```\n\nEvery option and number stands in `{SUMMARY}`.")
+        lines.append(f"\n```bash\n{command}\n```\n\nAll options and results are in `{SUMMARY}`.")
     return "\n".join(["## How it was trained", "", *lines]) if lines else ""
 
 
 def _license(source: Mapping[str, Any], summary: Mapping[str, Any]) -> str:
     lines = [f"Weights: {source['license']}."] if "license" in source else []
     if "origin_url" in source:
-        lines.append(f"They {'started' if _is_tuned(summary) else 'come'} from {source['origin_url']}.")
+        lines.append(f"They {'were fine-tuned' if _is_tuned(summary) else 'come'} from {source['origin_url']}.")
     notes = source.get("notes") or ()
     lines += [notes] if isinstance(notes, str) else notes
     if "license" in source:
@@ -240,7 +240,7 @@ def _is_tuned(summary: Mapping[str, Any]) -> bool:
 
 
 def _data_name(summary: Mapping[str, Any]) -> str:
-    """The data set as people call it, without folders of the machine it was on."""
+    """Return the dataset's name, without local folders."""
     sources = summary.get("options", {}).get("data", [])
     if list(sources) == ["digits"]:
         return "digits"

@@ -1,6 +1,6 @@
-"""Published checkpoints to ours: fetched, read without running code in them, checked, and saved in timm's format.
+"""Convert published checkpoints: download, read without running code in them, check, and save in timm's format.
 
-What published keys mean, `checkpoint_filter_fn` in each family's model file says; timm calls it on every load.
+`checkpoint_filter_fn` in each family's model file converts the published keys; timm calls it on every load.
 """
 
 import functools
@@ -31,11 +31,11 @@ from .factory import create_model
 from .folder import HubError, SaveError, save_model
 
 _logger = logging.getLogger(__name__)
-TIMEOUT = 30.0  # seconds without an answer after which a server counts as dead
+TIMEOUT = 30.0  # seconds without a response after which a download fails
 
 
 class ConvertError(HubError):
-    """A checkpoint that cannot be had, or is not this model's; the message says which and how to mend it."""
+    """A checkpoint that cannot be obtained or does not fit the model; the message names it and says how to fix it."""
 
 
 def resolve_weights(
@@ -46,33 +46,33 @@ def resolve_weights(
     pretrained_cfg_overlay: dict[str, Any] | None = None,
     cache_dir: str | os.PathLike | None = None,
 ) -> PretrainedCfg:
-    """The configuration of a model to be built; with `pretrained`, of weights that timm can load.
+    """Return the configuration of a model to create; with `pretrained`, one whose weights timm can load.
 
-    A `url` that is a pair (link, file name) is downloaded here, because timm names its copy after the end of a link,
-    and the authors' links all end alike. Their licence is logged once.
+    A `url` that is a pair (link, file name) is downloaded here: timm names its copy after the end of a link, and the
+    authors' links all have the same end. The licence of each such download is logged once.
 
     Args:
         variant: The model's name without tag.
-        pretrained: Whether weights are wanted.
-        pretrained_cfg: The tag, or all of the configuration, as timm hands it to an entrypoint.
-        pretrained_cfg_overlay: What replaces it in parts; a `url` or `hf_hub_id` replaces a file that is shipped, too.
-        cache_dir: Where downloads are kept; by default where torch and timm keep theirs.
+        pretrained: Whether to load weights.
+        pretrained_cfg: The tag, or the whole configuration, as timm passes it to an entrypoint.
+        pretrained_cfg_overlay: Entries that override it; a `url` or `hf_hub_id` also overrides weights in the package.
+        cache_dir: Download cache; by default that of torch and timm.
 
     Raises:
-        HubError: There are no such weights yet.
-        ConvertError: They cannot be downloaded.
+        HubError: The weights do not exist yet.
+        ConvertError: The weights cannot be downloaded.
     """
     overlay = pretrained_cfg_overlay or {}
     if overlay.keys() & {"url", "hf_hub_id"}:
-        overlay = {"file": None, **overlay}  # timm would take the file
+        overlay = {"file": None, **overlay}  # otherwise timm would load the file
     config = resolve_pretrained_cfg(variant, pretrained_cfg, overlay)  # type: ignore[arg-type]  # timm: str or dict
     name = f"{config.architecture}.{config.tag}" if config.tag else str(config.architecture)
     if not pretrained or config.source or config.state_dict or config.file or config.hf_hub_id:
         return config
     if not config.url:
-        known = ", ".join(timm.list_pretrained(f"{variant}.*")) or "none of this model"
+        known = ", ".join(timm.list_pretrained(f"{variant}.*")) or "none for this model"
         raise HubError(
-            f"{name} has no weights yet (there are: {known}): make them, python train.py --config "
+            f"{name} has no weights yet (available: {known}): train them with python train.py --config "
             f"hub_configs/{name}/recipe.yaml, or create the model with pretrained=False"
         )
     if isinstance(config.url, str):
@@ -81,7 +81,7 @@ def resolve_weights(
     try:
         file = fetch(url, filename, cache_dir)
     except ConvertError as error:
-        hint = f"if you have the file: timm-coda convert FILE --model {name} --output FOLDER"
+        hint = f"if you have the file, convert it: timm-coda convert FILE --model {name} --output FOLDER"
         raise ConvertError(f"{name}: {error}; {hint}") from error
     if config.license:
         _note_licence(name, config.license, config.description or "")
@@ -94,10 +94,10 @@ def _note_licence(name: str, licence: str, description: str) -> None:
 
 
 def fetch(url: str, filename: str, cache_dir: str | os.PathLike | None = None) -> Path:
-    """The checkpoint behind a link, downloaded the first time; what is in the cache is always complete and readable.
+    """Return the checkpoint at a URL, from the cache or downloaded to it. Only complete, readable files are cached.
 
     Raises:
-        ConvertError: It cannot be downloaded, or what comes is not a checkpoint.
+        ConvertError: The download failed, or the response is not a checkpoint.
     """
     folder = Path(cache_dir or Path(torch.hub.get_dir()) / "checkpoints")
     file = folder / filename
@@ -116,10 +116,10 @@ def fetch(url: str, filename: str, cache_dir: str | os.PathLike | None = None) -
 
 
 def download(url: str, file: Path) -> None:
-    """Download a checkpoint, and see that it is one.
+    """Download a checkpoint and check that it can be read.
 
     Raises:
-        ConvertError: No connection, another answer than a checkpoint, or not all of it.
+        ConvertError: There is no connection, the download is incomplete, or the response is not a checkpoint.
     """
     if not url.startswith(("https://", "http://")):
         raise ConvertError(f"cannot download {url}: only https:// and http://")
@@ -139,16 +139,16 @@ def download(url: str, file: Path) -> None:
     try:
         read_checkpoint(file)
     except ConvertError as error:
-        raise ConvertError(f"what {url} sends is no checkpoint: {error}".replace(str(file), "it")) from error
+        raise ConvertError(f"the response of {url} is not a checkpoint: {error}".replace(str(file), "it")) from error
 
 
 def read_checkpoint(file: str | os.PathLike) -> dict[str, Tensor]:
-    """Read the weights in a safetensors or PyTorch file, without wrapping and prefixes of training scripts.
+    """Read the weights in a safetensors or PyTorch file, without the wrapping and prefixes of training scripts.
 
-    Code in a file, which a pickle can hold, is never run: such a file is refused.
+    A pickle can contain code: such a file raises an error and its code is never run.
 
     Raises:
-        ConvertError: It is missing, damaged, something else, or holds more than weights.
+        ConvertError: The file is missing, damaged, not a checkpoint, or holds more than weights.
     """
     file = Path(file)
     try:
@@ -157,29 +157,29 @@ def read_checkpoint(file: str | os.PathLike) -> dict[str, Tensor]:
         if not start:
             raise ConvertError(f"{file} is empty")
         if start.startswith(b"<"):
-            raise ConvertError(f"{file} is a web page, not a checkpoint: a browser shows what it says")
+            raise ConvertError(f"{file} is a web page, not a checkpoint: open it in a browser to see why")
         state_dict: Any = load_state_dict(str(file), weights_only=True)
     except ConvertError:
         raise
-    except Exception as error:  # damaged files make the readers raise nearly anything
+    except Exception as error:  # readers raise almost any exception for damaged files
         if isinstance(error.__cause__, pickle.UnpicklingError):
             found = re.search(r"GLOBAL ([\w.]+)", str(error.__cause__))
             raise ConvertError(
-                f"{file} holds more than weights ({found[1] if found else 'or is damaged'}), and to load these would "
-                "run code in it: it was not loaded. Ask whoever made it for the weights alone, as safetensors"
+                f"{file} holds more than weights ({found[1] if found else 'or is damaged'}), and loading these "
+                "would run code in it: it was not loaded. Ask its authors for the weights alone, as safetensors"
             ) from error
         said = str(error.__cause__ or error).split("\n")[0] or type(error).__name__
         raise ConvertError(f"{file} cannot be read as a checkpoint: {said}") from error
     if not isinstance(state_dict, dict) or not state_dict:
-        raise ConvertError(f"{file} holds no weights, but {type(state_dict).__name__}: {state_dict!r:.60}")
+        raise ConvertError(f"{file} holds no weights but a {type(state_dict).__name__}: {state_dict!r:.60}")
     for name, value in state_dict.items():
         if not isinstance(value, Tensor):
-            raise ConvertError(f"{file} holds more than weights: {name} is {value!r:.60}; save the state_dict alone")
+            raise ConvertError(f"{file} holds more than weights: {name} is {value!r:.60}; save only the state_dict")
     return state_dict
 
 
 def unwrap(state_dict: Mapping[str, Any]) -> dict[str, Tensor]:
-    """Weights without the wrapping ({'state_dict': ...}) and the prefixes ('module.') of training scripts."""
+    """Remove a training script's wrapping ({'state_dict': ...}) and prefixes ('module.') from weights."""
     for key in ("state_dict", "model"):
         if isinstance(state_dict.get(key), Mapping):
             state_dict = state_dict[key]
@@ -187,12 +187,13 @@ def unwrap(state_dict: Mapping[str, Any]) -> dict[str, Tensor]:
 
 
 def check_fit(state_dict: Mapping[str, Tensor], model: nn.Module) -> None:
-    """Check that a checkpoint has a model's weights, all of them and no others.
+    """Check that a checkpoint has all of a model's weights and no others.
 
-    Its classifier may differ where the model's number of classes differs from that of the weights: timm drops it.
+    The classifier may differ if the model has another number of classes than the checkpoint: timm then drops the
+    checkpoint's classifier.
 
     Raises:
-        ConvertError: It does not; the message names the first differences.
+        ConvertError: The checkpoint does not fit; the message names the first differences.
     """
     config: dict[str, Any] = getattr(model, "pretrained_cfg", None) or {}
     there = {name: list(value.shape) for name, value in state_dict.items()}
@@ -220,27 +221,28 @@ def check_fit(state_dict: Mapping[str, Tensor], model: nn.Module) -> None:
     ]
     if said:
         raise ConvertError(
-            f"the checkpoint is not of this {type(model).__name__}: {'; '.join(said)}. Was it trained with other "
+            f"the checkpoint does not fit this {type(model).__name__}: {'; '.join(said)}. Was it trained with other "
             "arguments (rank, ...) or another number of classes?"
         )
 
 
 def from_bcos_v2(state_dict: dict[str, Tensor], in_chans: int = 3, first_conv: str = "conv1") -> dict[str, Tensor]:
-    """Weights of B-cos v2 (torchvision's names, `.linear.` inside each B-cos layer) under torchvision's names alone.
+    """Convert weights of B-cos v2 (torchvision's names with `.linear.` in each B-cos layer) to torchvision's names.
 
-    Left out is what the networks never read: the running mean of normalisations that subtract none, and the count of
-    batches. A state dict in our own names comes back as it is.
+    Entries that the networks never read are dropped: the running mean of normalisations that subtract no mean, and the
+    number of batches. The names of a state dict that is already in our format do not change.
 
     Args:
-        state_dict: as published, or ours
-        in_chans: colours of the target's images; weights of both halves of the encoding are adapted by timm's rule
-        first_conv: name of the first layer, which sees (rgb, 1 - rgb)
+        state_dict: published weights, or ours
+        in_chans: colour channels of the target model; the weights of both halves of the encoding are adapted to them by
+            timm's rule
+        first_conv: name of the first layer, whose input is (rgb, 1 - rgb)
     """
     unread = ("running_mean", "num_batches_tracked")
     converted = {k.replace(".linear.", "."): v for k, v in state_dict.items() if not k.endswith(unread)}
     name = f"{first_conv}.weight"
     weight = converted.get(name)
-    if weight is not None and weight.dim() > 1:  # else it is another network's, which `check_fit` says
+    if weight is not None and weight.dim() > 1:  # otherwise it is another network's: `check_fit` raises
         converted[name] = adapt_colours(weight, in_chans)
     return converted
 
@@ -256,35 +258,35 @@ def convert_checkpoint(
     half: bool = False,
     overwrite: bool = False,
 ) -> nn.Module:
-    """Convert a checkpoint, in the authors' format or ours, to a folder in timm's format; returns the model.
+    """Convert a checkpoint, in the authors' format or ours, to a folder in timm's format; return the model.
 
     Args:
         source: A file, or an http(s) link to one.
-        name: The model in timm's registry, best with tag, as coda_net_s.mpi_t1000_cifar10.
+        name: A model in timm's registry, preferably with tag, such as coda_net_s.mpi_t1000_cifar10.
         output: The folder; or FILE.safetensors, for the weights alone.
-        num_classes: Number of classes of the checkpoint, if not the tag's.
-        label_names: What the classes are called; by default the tag's names.
-        model_args: Further arguments of the model, as for `hub.create_model`.
+        num_classes: Number of classes of the checkpoint; by default the tag's.
+        label_names: Class names; by default the tag's.
+        model_args: Extra model arguments, as for `hub.create_model`.
         half: Save in half precision.
-        overwrite: Replace what is there: config.json and model.safetensors of a folder, nothing else in it.
+        overwrite: Replace the file, or config.json and model.safetensors in the folder; other files there stay.
 
     Raises:
-        ConvertError: The source cannot be had or read, or is not this model's; or the output is in use.
-        HubError: There is no such model.
+        ConvertError: The source cannot be obtained or read, or does not fit the model; or the output is in use.
+        HubError: The model is unknown.
         SaveError: The output could not be written.
     """
     output = Path(output)
     weights_only = output.suffix == ".safetensors"
     used = output.exists() if weights_only or not output.is_dir() else any(output.iterdir())
     if used and not (overwrite and output.is_file() == weights_only):
-        raise ConvertError(f"{output} is in use: name another folder (or FILE.safetensors), or give --overwrite")
-    with wrap_errors(f"cannot make the model {name}", HubError):
+        raise ConvertError(f"{output} is in use: choose another folder (or FILE.safetensors), or add --overwrite")
+    with wrap_errors(f"cannot create the model {name}", HubError):
         known = timm.get_pretrained_cfg(name)
     if num_classes is None:
-        num_classes = known.num_classes if known else 0  # then there is no such model
+        num_classes = known.num_classes if known else 0  # 0: create_model raises for the unknown model
     model: Any = create_model(name, num_classes=num_classes, model_args=model_args)
     config = model.pretrained_cfg
-    if model.num_classes != config["num_classes"]:  # those of the checkpoint, here
+    if model.num_classes != config["num_classes"]:  # then the tag's names are wrong
         config.update(num_classes=model.num_classes, label_names=None, label_descriptions=None)
     names = config.get("label_names") if label_names is None else list(label_names)
     if names is not None and len(names) != model.num_classes:
@@ -292,7 +294,7 @@ def convert_checkpoint(
 
     convert = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
     if convert is None:
-        raise ConvertError(f"{name} is no model of timm_coda: there is no conversion for a {type(model).__name__}")
+        raise ConvertError(f"{name} is not a timm_coda model: there is no conversion for a {type(model).__name__}")
     with tempfile.TemporaryDirectory() as temporary:
         file = Path(source)
         if "://" in str(source):

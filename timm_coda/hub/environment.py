@@ -1,4 +1,4 @@
-"""The versions and the hardware that a result was made with."""
+"""Record the software versions and the hardware of a run."""
 
 import contextlib
 import importlib.metadata
@@ -14,13 +14,13 @@ __version__ = "0.2.0"
 
 
 def environment() -> dict[str, str]:
-    """Versions and hardware, for the record of a run."""
+    """Return versions, commit and hardware as strings, to record with a run's results."""
     versions = {"python": platform.python_version(), "torch": torch.__version__, "timm_coda": __version__}
     for name in ("torchvision", "timm", "accelerate", "datasets", "safetensors"):
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             versions[name] = importlib.metadata.version(name)
     root = Path(__file__).parents[2]
-    if (root / ".git").exists():  # a clone, and not what pip installed
+    if (root / ".git").exists():  # a git clone, not an installed package
         with contextlib.suppress(OSError, subprocess.CalledProcessError):
             ask = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
             versions["commit"] = subprocess.run(ask, capture_output=True, text=True, check=True).stdout.strip()

@@ -1,6 +1,6 @@
-"""Models in and out: from what a person types, from folders and the Hugging Face Hub, and back there.
+"""Create and load models by name, and save them to folders or the Hugging Face Hub.
 
-`timm.create_model("hf-hub:USER/NAME", pretrained=True)` and `"local-dir:FOLDER"` read what is written here.
+`timm.create_model("hf-hub:USER/NAME", pretrained=True)` and `"local-dir:FOLDER"` read the files written here.
 """
 
 import contextlib
@@ -35,17 +35,18 @@ def create_model(
     model_args: Sequence[str] = (),
     head_only: bool = False,
 ) -> torch.nn.Module:
-    """Make a model as `timm.create_model` does, from what a person types.
+    """Create a model with `timm.create_model` from command-line values.
 
     Args:
-        name: In timm's registry, or `local-dir:FOLDER`, or `hf-hub:ID`.
+        name: A name in timm's registry, `local-dir:FOLDER`, or `hf-hub:ID`.
         num_classes: Number of classes.
-        pretrained: Load its published weights.
-        model_args: Further arguments, each `NAME=VALUE` with the value in JSON, such as `logit_temperature=100`.
-        head_only: Freeze everything but the classifier.
+        pretrained: Load the published weights.
+        model_args: Extra model arguments `NAME=VALUE`, such as `logit_temperature=100`; a value that is not JSON is
+            passed as a string.
+        head_only: Freeze everything except the classifier.
 
     Raises:
-        HubError: There is no such model, or it cannot be made with these arguments.
+        HubError: The model is unknown, or cannot be created with these arguments.
     """
     _check_name(name)
     arguments = {}
@@ -57,9 +58,9 @@ def create_model(
             value = json.loads(value)
         arguments[key] = value
     if "num_classes" in arguments:
-        raise HubError(f"model argument num_classes={arguments['num_classes']}: the data set says it, {num_classes}")
+        raise HubError(f"model argument num_classes={arguments['num_classes']}: leave it out, it is {num_classes} here")
     said = "".join(f", {key}={value!r}" for key, value in arguments.items())
-    with wrap_errors(f"cannot make the model {name} with num_classes={num_classes}{said}", HubError):
+    with wrap_errors(f"cannot create the model {name} with num_classes={num_classes}{said}", HubError):
         model: Any = timm.create_model(name, pretrained=pretrained, num_classes=num_classes, **arguments)
     if head_only:
         model.requires_grad_(False)
@@ -68,14 +69,14 @@ def create_model(
 
 
 def load_model(name: str, *, pretrained: bool = True) -> Any:
-    """A finished model in eval mode, to look at and not to train.
+    """Load a model in eval mode, for inference rather than training.
 
     Args:
-        name: In timm's registry, or a folder (with or without `local-dir:`), or `hf-hub:ID`.
-        pretrained: Load its weights; random ones otherwise.
+        name: A name in timm's registry, a folder (with or without `local-dir:`), or `hf-hub:ID`.
+        pretrained: Load the weights; otherwise they are random.
 
     Raises:
-        HubError: There is no such model, or its weights cannot be loaded.
+        HubError: The model is unknown, or its weights cannot be loaded.
     """
     if os.path.isdir(name):
         name = f"local-dir:{name}"
@@ -87,13 +88,13 @@ def load_model(name: str, *, pretrained: bool = True) -> Any:
 def _check_name(name: str) -> None:
     if ":" not in name and not timm.is_model(name.split(".")[0]):
         near = difflib.get_close_matches(name, timm.list_models()) or timm.list_models("coda*")
-        raise HubError(f"timm has no model {name!r}; there is {', '.join(near)}, or local-dir:FOLDER")
+        raise HubError(f"timm has no model {name!r}: did you mean {', '.join(near)}, or local-dir:FOLDER?")
 
 
 class HubMixin(ModelHubMixin):
-    """Adds `save_pretrained`, `push_to_hub` and `from_pretrained`, in timm's format, to a model that timm registers."""
+    """Add `save_pretrained`, `push_to_hub` and `from_pretrained`, in timm's format, to models registered in timm."""
 
-    # ModelHubMixin would keep the constructor's arguments here if nothing were there; timm remembers them already.
+    # If this were missing, ModelHubMixin would store the constructor's arguments here; timm already records them.
     _hub_mixin_config: Mapping[str, Any] = MappingProxyType({})
 
     def save_pretrained(
@@ -103,11 +104,11 @@ class HubMixin(ModelHubMixin):
         label_names: Sequence[str] | None = None,
         data_config: dict[str, Any] | None = None,
     ) -> None:
-        """Write `config.json` and `model.safetensors` into a folder, whole or not at all; arguments as `save_model`.
+        """Write `config.json` and `model.safetensors` to a folder atomically. Arguments as for `save_model`.
 
         Raises:
-            HubError: timm did not make the model, or there are not as many names as classes.
-            SaveError: It could not be written; the model that was there before still is.
+            HubError: The model was not created by timm, or there is not one label name per class.
+            SaveError: Writing failed; a model that was in the folder before is unchanged.
         """
         model: Any = self
         save_model(model, save_directory, label_names=label_names, data_config=data_config)
@@ -125,25 +126,25 @@ class HubMixin(ModelHubMixin):
         create_pr: bool = False,
         license: str | None = None,
     ) -> CommitInfo:
-        """Upload the model with a model card to the Hub, in one commit.
+        """Upload the model with a model card to the Hub in one commit.
 
-        The card says what the model's config knows. What train.py measured comes with `push_folder`, which uploads
-        a run's folder.
+        The card is made from the model's config. To include the results of train.py, upload the run's folder with
+        `push_folder` instead.
 
         Args:
-            repo_id: `USER/NAME`, or `NAME` for the token's own user; made if there is none.
-            label_names: What the classes are called; by default what the model was loaded with.
-            data_config: The image size, crop and interpolation it was trained with; by default the model's own.
-            private: For a new repository; by default public, or as the organisation says.
-            revision: Branch to commit to, which is there already; by default main.
-            commit_message: First line of the commit.
-            token: Of a user who may write there; by default HF_TOKEN or what `hf auth login` saved.
-            create_pr: Open a pull request in place of committing.
-            license: Of the weights, for the card, such as `"mit"`; by default what the config says of the weights that
-                the model's name stands for.
+            repo_id: `USER/NAME`, or `NAME` for the token's own user; created if missing.
+            label_names: Class names; by default those the model was loaded with.
+            data_config: Image size, crop and interpolation used in training; by default the model's own.
+            private: Visibility of a new repository; by default public, or the organisation's default.
+            revision: Existing branch to commit to; by default main.
+            commit_message: First line of the commit message.
+            token: Token of a user with write access; by default HF_TOKEN or the one saved by `hf auth login`.
+            create_pr: Open a pull request instead of committing.
+            license: Licence of the weights, for the card, such as `"mit"`; by default the one in the config of the
+                model's pretrained tag.
 
         Raises:
-            HubError: As `save_pretrained` and `push_folder`.
+            HubError: As for `save_pretrained` and `push_folder`.
         """
         with tempfile.TemporaryDirectory() as folder:
             self.save_pretrained(folder, label_names=label_names, data_config=data_config)
@@ -170,27 +171,29 @@ class HubMixin(ModelHubMixin):
         local_files_only: bool = False,
         **model_args: Any,
     ) -> _M:
-        """Load a model from a folder or the Hub, in eval mode, after checks that name what is wrong.
+        """Check a model in a folder or on the Hub, and load it in eval mode.
 
-        `timm.create_model` makes the same model of the same files. Only safetensors are read, nothing is executed.
+        `timm.create_model` creates the same model from the same files. Weights are read only from safetensors files,
+        so no code in the files is executed.
 
         Args:
-            pretrained_model_name_or_path: A folder, or an id on the Hub.
+            pretrained_model_name_or_path: A folder, or a repository id on the Hub.
             revision: Branch, tag or commit on the Hub; by default main.
-            token: Of a user who may read it; by default HF_TOKEN or what `hf auth login` saved.
-            cache_dir: Where downloads are kept; by default huggingface_hub's cache.
-            force_download: Download also what is in the cache.
-            local_files_only: Take what is in the cache, as HF_HUB_OFFLINE=1 does.
+            token: Token of a user with read access; by default HF_TOKEN or the one saved by `hf auth login`.
+            cache_dir: Download cache; by default huggingface_hub's.
+            force_download: Download the files even if they are cached.
+            local_files_only: Use only cached files, as with HF_HUB_OFFLINE=1.
             model_args: Arguments of `timm.create_model`, such as `num_classes=5` for a new classifier.
 
         Raises:
-            HubError: No such folder or model, or it is damaged, incomplete or of another class; or no connection.
+            HubError: The model is missing, damaged, incomplete or of another class, or the Hub cannot be reached. The
+                message names what is wrong.
         """
         source = os.fspath(pretrained_model_name_or_path)
         if os.path.isdir(source):
             folder = source
         elif source.count("/") > 1 or source.startswith((".", "~", "/")):
-            raise HubError(f"{source!r}: there is no such folder, and it is no id on the Hub, which is USER/NAME")
+            raise HubError(f"{source!r} is neither a folder nor a repository id on the Hub: give a folder or USER/NAME")
         else:
             folder = fetch(
                 source,
@@ -202,14 +205,14 @@ class HubMixin(ModelHubMixin):
             )
         name = check_folder(folder)["architecture"]
         said = "".join(f", {key}={value!r}" for key, value in model_args.items())
-        with wrap_errors(f"cannot make the {name} in {source}{said}", HubError):
+        with wrap_errors(f"cannot create the {name} in {source}{said}", HubError):
             model: Any = timm.create_model(f"local-dir:{os.fspath(folder)}", pretrained=True, **model_args).eval()
         if not isinstance(model, cls):
             kind = type(model).__name__
-            raise HubError(f"{source} makes a {kind}, no {cls.__name__}: load it with {kind}, or timm.create_model")
+            raise HubError(f"{source} is a {kind}, not a {cls.__name__}: load it with {kind} or timm.create_model")
         return model
 
     def generate_model_card(self, *, repo_id: str) -> ModelCard:
-        """The model card that `push_to_hub(repo_id)` uploads."""
+        """Return the model card that `push_to_hub(repo_id)` uploads."""
         model: Any = self
         return make_card(model_config(model), repo_id=repo_id)

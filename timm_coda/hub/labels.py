@@ -1,4 +1,4 @@
-"""What a model's classes are called, and which one a person means."""
+"""The names of a model's classes, and the class that a user's word names."""
 
 import difflib
 from collections.abc import Sequence
@@ -10,7 +10,7 @@ __all__ = ["class_names", "find_class"]
 
 
 def class_names(model: Any) -> tuple[str, ...]:
-    """A name for each class: what the model's config calls it, in plain words where it knows them; else "class 3"."""
+    """Return one name per class: the config's description, or else its label name, or else a number: "class 3"."""
     config = getattr(model, "pretrained_cfg", None) or {}
     names, plain = config.get("label_names"), config.get("label_descriptions") or {}
     if names is None and model.num_classes == 1000 and "in1k" in (config.get("tag") or ""):
@@ -21,19 +21,19 @@ def class_names(model: Any) -> tuple[str, ...]:
 
 
 def find_class(names: Sequence[str], word: str) -> int:
-    """The number of the class that `word` names: by its name, by one of several ("tench, Tinca tinca"), or by number.
+    """Return the index of the class that `word` names: the whole name, one of "tench, Tinca tinca", or a number.
 
-    Small and capital letters are the same. Names come before numbers, as the name of a class may be a number.
+    Case is ignored. Names are tried before numbers, because the name of a class may be a number.
 
     Raises:
-        ValueError: no class is called so, or several are.
+        ValueError: No class has this name, or several have it.
     """
     wanted = word.strip().casefold()
     whole = [index for index, name in enumerate(names) if name.casefold() == wanted]
     parts = [index for index, name in enumerate(names) if wanted in name.casefold().split(", ")]
     found = whole or parts
     if len(found) > 1:
-        raise ValueError(f"class {word!r}: {len(found)} classes are called so, give a number: {found}"[:500])
+        raise ValueError(f"class {word!r}: {len(found)} classes have this name, give a number: {found}"[:500])
     if found:
         return found[0]
     if wanted.removeprefix("class ").isdecimal():
@@ -42,5 +42,5 @@ def find_class(names: Sequence[str], word: str) -> int:
             return index
         raise ValueError(f"class {word}: the model's classes are 0 to {len(names) - 1}")
     near = difflib.get_close_matches(wanted, [part for name in names for part in name.casefold().split(", ")])
-    hint = f"; near are {', '.join(near)}" if near else ""
-    raise ValueError(f"no class is called {word!r}{hint}: give a name, or a number from 0 to {len(names) - 1}")
+    hint = f"; similar: {', '.join(near)}" if near else ""
+    raise ValueError(f"no class is named {word!r}{hint}: give a name, or a number from 0 to {len(names) - 1}")

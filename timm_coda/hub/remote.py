@@ -1,7 +1,7 @@
-"""Model folders over the network: to a repository of the Hugging Face Hub in one commit, and from there.
+"""Upload model folders to a Hugging Face Hub repository in one commit, and download them.
 
-huggingface_hub talks; what is added here is patience where it has none, and errors in one line that say how to mend
-them. Which Hub it is, the variable HF_ENDPOINT says.
+huggingface_hub makes the requests. This module adds retries where it has none, and one-line errors that say how to fix
+the problem. The environment variable HF_ENDPOINT selects the Hub.
 """
 
 import contextlib
@@ -33,44 +33,44 @@ from ..errors import wrap_errors
 from .card import CARD, PICTURE, RECIPE, SUMMARY, make_card
 from .folder import CONFIG, WEIGHTS, HubError, check_folder, read_config
 
-_FILES = (CONFIG, WEIGHTS, CARD, PICTURE, SUMMARY, RECIPE)  # never checkpoints: those are for going on, and pickles
-_WAITS = (1.0, 4.0)  # seconds between tries of what huggingface_hub itself does not try again
-# What the client that huggingface_hub is made with, httpx or httpx2, raises where no answer comes.
+_FILES = (CONFIG, WEIGHTS, CARD, PICTURE, SUMMARY, RECIPE)  # never checkpoints: they are for resuming, and pickles
+_WAITS = (1.0, 4.0)  # seconds before each retry of a request that huggingface_hub does not retry
+# Base error of huggingface_hub's HTTP client (httpx or httpx2), raised when there is no response.
 _ClientError: Any = HfHubHTTPError.__bases__[0]
 _logger = logging.getLogger(__name__)
 _T = TypeVar("_T")
 
 
 def check_repo_id(repo_id: str) -> None:
-    """Raise `HubError` for what can be no repository's id: a path, a letter that is not allowed."""
+    """Raise `HubError` if this is not a valid repository id, such as a path or an id with a forbidden character."""
     try:
         validate_repo_id(repo_id)
     except HFValidationError as error:
         said = str(error).split(" Use `repo_type`")[0]
-        raise HubError(f"{repo_id!r} is no repository's id: {said} Give USER/NAME, such as me/my-model") from error
+        raise HubError(f"{repo_id!r} is not a valid repository id: {said} Give USER/NAME, e.g. me/my-model") from error
 
 
 def check_access(repo_id: str, *, token: str | None = None) -> str:
-    """Find out before long work whether a push can succeed; returns the id with the user's name in front.
+    """Check the repository id and the token before long work that ends in a push; return the id as `USER/NAME`.
 
     Raises:
-        HubError: The id is none, or the Hub cannot be reached or does not accept the token.
+        HubError: The id is invalid, or the Hub cannot be reached or rejects the token.
     """
     check_repo_id(repo_id)
     api = HfApi(token=token)
     with _one_line(repo_id, api):
-        user = _patiently("asking whose token it is", api.whoami)["name"]
+        user = _patiently("checking the token", api.whoami)["name"]
     return repo_id if "/" in repo_id else f"{user}/{repo_id}"
 
 
 def files_to_push(folder: str | os.PathLike, repo_id: str, *, license: str | None = None) -> dict[str, Path | bytes]:
-    """What a push of a model's folder uploads: name in the repository and where it is, or what it says.
+    """Return the files that a push of a model folder uploads: a mapping from name in the repository to path or content.
 
-    The model card is made from `config.json`, `summary.json` and `explanation.png`, unless the folder has its own
-    `README.md`; `license` is for that card, see `make_card`.
+    The model card is the folder's `README.md`. If that is missing, the card is generated from `config.json`,
+    `summary.json` and `explanation.png`; `license` is for this generated card, see `make_card`.
 
     Raises:
-        HubError: The folder is not a whole model, see `check_folder`.
+        HubError: The folder is not a complete model, see `check_folder`.
     """
     folder = Path(folder)
     check_folder(folder)
@@ -81,9 +81,9 @@ def files_to_push(folder: str | os.PathLike, repo_id: str, *, license: str | Non
 
 
 def card_of_folder(folder: str | os.PathLike, repo_id: str | None, *, license: str | None = None) -> str:
-    """The text of the model card of a folder that has a `config.json`, with what else is known there.
+    """Generate a folder's model card from `config.json` and, if they exist, `summary.json` and `explanation.png`.
 
-    `repo_id` and `license` as `make_card`.
+    `repo_id` and `license` as for `make_card`.
 
     Raises:
         HubError: `config.json` or `summary.json` cannot be read.
@@ -94,9 +94,9 @@ def card_of_folder(folder: str | os.PathLike, repo_id: str | None, *, license: s
         try:
             summary = json.loads((folder / SUMMARY).read_text(encoding="utf-8"))
         except ValueError as error:
-            raise HubError(f"{folder / SUMMARY} is not JSON: {error}; move it away, or train again") from error
+            raise HubError(f"{folder / SUMMARY} is not JSON: {error}; remove it, or train again") from error
     picture = PICTURE if (folder / PICTURE).is_file() else None
-    with wrap_errors(f"no model card can be made of what {folder / CONFIG} and {SUMMARY} say", HubError):
+    with wrap_errors(f"cannot make a model card from {folder / CONFIG} and {SUMMARY}", HubError):
         return str(make_card(config, repo_id=repo_id, summary=summary, picture=picture, license=license))
 
 
@@ -111,28 +111,28 @@ def push_folder(
     create_pr: bool = False,
     license: str | None = None,
 ) -> CommitInfo:
-    """Upload a model's folder, such as `save_pretrained` or train.py makes, to the Hub, in one commit.
+    """Upload a model folder, as written by `save_pretrained` or train.py, to the Hub in one commit.
 
-    The repository is made if there is none. Of the folder go config.json, model.safetensors, README.md (the model card,
-    made if missing), explanation.png, summary.json and recipe.yaml; nothing else. What is uploaded becomes visible with
-    the commit, all of it or nothing; after a failure another call goes on with what is there already.
+    The repository is created if missing. Only config.json, model.safetensors, README.md (the model card, generated if
+    missing), explanation.png, summary.json and recipe.yaml are uploaded. The commit makes all of them visible at once.
+    If a push fails, nothing becomes visible, and the next call does not upload the finished files again.
 
     Args:
-        folder: The model.
+        folder: The model folder.
         repo_id: `USER/NAME`, or `NAME` for the token's own user.
-        private: For a new repository; by default public, or as the organisation says.
-        revision: Branch to commit to, which is there already; by default main.
-        commit_message: First line of the commit.
-        token: Of a user who may write there; by default HF_TOKEN or what `hf auth login` saved.
-        create_pr: Open a pull request in place of committing.
-        license: Of the weights, for the card, such as `"mit"`; by default what is known of them.
+        private: Visibility of a new repository; by default public, or the organisation's default.
+        revision: Existing branch to commit to; by default main.
+        commit_message: First line of the commit message.
+        token: Token of a user with write access; by default HF_TOKEN or the one saved by `hf auth login`.
+        create_pr: Open a pull request instead of committing.
+        license: Licence of the weights, for the card, such as `"mit"`; the default is explained in `make_card`.
 
     Returns:
-        The commit: `.commit_url`, `.oid`, `.pr_url`.
+        The commit, with `.commit_url`, `.oid` and `.pr_url`.
 
     Raises:
-        HubError: The folder is not a whole model, the id is none, the token or the right to write there is missing, or
-            the Hub cannot be reached, also after some tries.
+        HubError: The folder is not a complete model, the id is invalid, the token or write access is missing, or the
+            Hub cannot be reached after retries.
     """
     check_repo_id(repo_id)
     check_folder(folder)
@@ -141,7 +141,7 @@ def push_folder(
     api = HfApi(token=token)
 
     def commit() -> CommitInfo:
-        # Each try asks anew what is there: a commit whose answer got lost is not made a second time.
+        # New operations for each try check the Hub's files again: a commit whose response was lost is not repeated.
         operations = [
             CommitOperationAdd(name, content if isinstance(content, bytes) else str(content))
             for name, content in files.items()
@@ -151,8 +151,8 @@ def push_folder(
         )
 
     with _one_line(repo_id, api, revision):
-        _patiently(f"making {repo_id}", lambda: api.create_repo(repo_id, private=private, exist_ok=True))
-        # ... but for pull requests, which would be opened twice.
+        _patiently(f"creating {repo_id}", lambda: api.create_repo(repo_id, private=private, exist_ok=True))
+        # Never retry a pull request: a second one would be opened.
         return commit() if create_pr else _patiently(f"uploading to {repo_id}", commit)
 
 
@@ -165,13 +165,14 @@ def fetch(
     force_download: bool = False,
     local_files_only: bool = False,
 ) -> Path:
-    """Download `config.json` and `model.safetensors` of one commit into the cache; arguments as `hf_hub_download`.
+    """Download `config.json` and `model.safetensors` of one commit to the cache. Arguments as for `hf_hub_download`.
 
     Returns:
         Their folder in the cache.
 
     Raises:
-        HubError: No such model, no right to read it, no connection, or the weights are not those that the Hub says.
+        HubError: The model is missing or not readable with this token, the Hub cannot be reached, or the weights do not
+            match the Hub's checksum.
     """
     check_repo_id(repo_id)
 
@@ -189,24 +190,24 @@ def fetch(
 
     with _one_line(repo_id, HfApi(token=token), revision):
         config = download(CONFIG)
-        commit = config.parent.name  # so that both are of one commit, also while somebody pushes
+        commit = config.parent.name  # so that both files are of one commit, even if a push comes in between
         weights = download(WEIGHTS, revision=commit)
         if not _is_what_it_says(weights):
-            _logger.warning(f"{repo_id}: {WEIGHTS} is damaged, its checksum is wrong; downloading it again")
+            _logger.warning(f"{repo_id}: {WEIGHTS} is damaged (wrong checksum); downloading it again")
             weights = download(WEIGHTS, revision=commit, force_download=True)
             if not _is_what_it_says(weights):
                 weights.resolve().unlink()
                 raise HubError(
-                    f"{repo_id}: {WEIGHTS} is damaged on its way, twice its checksum was wrong: try again later, or "
-                    "from another network; no part of it was kept"
+                    f"{repo_id}: {WEIGHTS} was damaged in both downloads (wrong checksum) and was deleted: try again "
+                    "later, or from another network"
                 )
     return config.parent
 
 
 def _is_what_it_says(path: Path) -> bool:
-    """False if a large file in the cache has not the SHA-256 that the Hub says, which is its name there."""
+    """Return False if a large cached file does not have the Hub's SHA-256, which is its name in the cache."""
     blob = path.resolve()
-    if not re.fullmatch("[0-9a-f]{64}", blob.name):  # a small file, or a cache without links: nothing to compare with
+    if not re.fullmatch("[0-9a-f]{64}", blob.name):  # a small file, or a cache without links: the SHA-256 is unknown
         return True
     digest = hashlib.sha256()
     with blob.open("rb") as file:
@@ -216,7 +217,7 @@ def _is_what_it_says(path: Path) -> bool:
 
 
 def _patiently(what: str, action: Callable[[], _T]) -> _T:
-    """Try again, twice, after what may pass: a dropped connection, an overloaded Hub, a commit at the same moment."""
+    """Run `action`; retry it twice after a dropped connection, an overloaded Hub or a concurrent commit."""
     for wait in _WAITS:
         try:
             return action()
@@ -233,7 +234,7 @@ def _may_pass(error: BaseException) -> bool:
         if isinstance(cause, HfHubHTTPError):
             status = cause.response.status_code
             return status >= 500 or status in (408, 409, 412, 429)
-        if isinstance(cause, (_ClientError, json.JSONDecodeError)):  # JSON: an error page in its place
+        if isinstance(cause, (_ClientError, json.JSONDecodeError)):  # JSONDecodeError: an error page instead of JSON
             return True
     return False
 
@@ -246,7 +247,7 @@ def _causes(error: BaseException) -> Iterator[BaseException]:
 
 
 def _reason(error: BaseException) -> str:
-    """One line: what the Hub says, else what the library says."""
+    """Return the reason in one line: the Hub's message, or else the library's."""
     for cause in _causes(error):
         if isinstance(cause, HfHubHTTPError):
             return " ".join(
@@ -258,7 +259,7 @@ def _reason(error: BaseException) -> str:
 
 @contextlib.contextmanager
 def _one_line(repo_id: str, api: HfApi, revision: str | None = None) -> Iterator[None]:
-    """Turn whatever goes wrong on the way into a `HubError` of one line that says how to mend it."""
+    """Turn any error inside into a one-line `HubError` that says how to fix the problem."""
     try:
         yield
     except HubError:
@@ -271,41 +272,41 @@ def _explain(error: BaseException, repo_id: str, api: HfApi, revision: str | Non
     causes, hub = list(_causes(error)), f"the Hub ({api.endpoint})"
     status = next((cause.response.status_code for cause in causes if isinstance(cause, HfHubHTTPError)), 0)
     token: Any = get_token() if api.token is None else api.token
-    login = f"make one at {api.endpoint}/settings/tokens, then `hf auth login`, HF_TOKEN or --token"
+    login = f"create a token at {api.endpoint}/settings/tokens and pass it with `hf auth login`, HF_TOKEN or --token"
 
     def is_any(*kinds: type[BaseException]) -> bool:
         return any(isinstance(cause, kinds) for cause in causes)
 
     if is_any(LocalTokenNotFoundError):
-        return f"{repo_id}: there is no token for {hub}: {login}"
+        return f"{repo_id}: the token for {hub} is missing: {login}"
     if is_any(OfflineModeIsEnabled) or (is_any(LocalEntryNotFoundError) and len(causes) == 1):
         missing = " is not in the cache, and" if is_any(LocalEntryNotFoundError) else ":"
-        return f"{repo_id}{missing} HF_HUB_OFFLINE (or local_files_only) is set, so {hub} is not asked: unset it"
+        return f"{repo_id}{missing} HF_HUB_OFFLINE (or local_files_only) is set, so {hub} is not contacted: unset it"
     if is_any(RevisionNotFoundError):
-        return f"{repo_id} has no revision {revision!r}: make it with `hf repos branch create {repo_id} {revision}`"
+        return f"{repo_id} has no revision {revision!r}: create it with `hf repos branch create {repo_id} {revision}`"
     if is_any(RemoteEntryNotFoundError):
         name = next((name for name in (CONFIG, WEIGHTS) if name in str(error)), "file")
-        pickles = "; pickles such as pytorch_model.bin can run code and are not read" if name == WEIGHTS else ""
+        pickles = "; pickles such as pytorch_model.bin can run code and are not loaded" if name == WEIGHTS else ""
         return f"{repo_id} has no {name}{pickles}: push the model again with model.push_to_hub({repo_id!r})"
     if is_any(GatedRepoError):
         return f"{repo_id} is gated ({_reason(error)}): ask for access at {api.endpoint}/{repo_id}; then {login}"
     if status == 403:
-        owner = f"the token {token[:6]}..." if isinstance(token, str) else "without a token one"
+        owner = f"the token {token[:6]}..." if isinstance(token, str) else "a request without a token"
         return (
-            f"{owner} has no right to do this with {repo_id} ({_reason(error)}): if it is somebody else's, choose "
-            f"another name; if it is yours, {login}, with the right to write"
+            f"{owner} has no permission for this on {repo_id} ({_reason(error)}): if the repository is not yours, "
+            f"choose another name; if it is, the token needs write access: {login}"
         )
     if is_any(RepositoryNotFoundError):
-        seen = "may not see it" if token else "is missing"
+        seen = "cannot access it" if token else "is missing"
         return f"{hub} has no model {repo_id!r}; if it is private, the token {seen}: {login}"
     if status == 401:
         shown = f"the token {token[:6]}..." if isinstance(token, str) else "a request without a token"
         return f"{hub} does not accept {shown} for {repo_id} ({_reason(error)}): {login}"
     if status == 409:
-        return f"{hub} says that {repo_id} is taken or in use ({_reason(error)}): choose another name, or try again"
+        return f"{hub} reports that {repo_id} is taken or in use ({_reason(error)}): choose another name, or try again"
     if status >= 500 or (not status and is_any(_ClientError, LocalEntryNotFoundError)):
         return (
-            f"{hub} cannot be reached for {repo_id}, or answers with errors ({_reason(error)}): run the same again "
-            "later, what is done already stays"
+            f"{hub} cannot be reached for {repo_id}, or responds with errors ({_reason(error)}): try again later; "
+            "finished transfers are not repeated"
         )
-    return f"{hub} refuses {repo_id}: {_reason(error)}" if status else f"{repo_id}: {_reason(error)}"
+    return f"{hub} rejected the request for {repo_id}: {_reason(error)}" if status else f"{repo_id}: {_reason(error)}"

@@ -1,4 +1,4 @@
-"""Layers whose output is `W(x) x`: dynamic alignment units (DAUs), B-cos layers, and what networks need beside them."""
+"""Layers that compute `W(x) x`: dynamic alignment units (DAUs), B-cos layers, and other layers of these networks."""
 
 from .attention import DynamicGroupNorm2d, DynamicLayerNorm, SinCosPositions, freezable
 from .base import DynamicLinear, GlobalPool, InverseEncoding, Logits, adapt_colours

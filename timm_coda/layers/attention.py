@@ -1,4 +1,4 @@
-"""What B-cos transformers need beside `bcos.py`: normalisations, an attention that can be frozen, positions."""
+"""Further layers of B-cos transformers: normalisations, attention that can be frozen, position embeddings."""
 
 import torch
 import torch.nn.functional as F
@@ -12,16 +12,16 @@ __all__ = ["DynamicGroupNorm2d", "DynamicLayerNorm", "FrozenFactor", "SinCosPosi
 
 
 def _rescale(x: Tensor, dim: list[int], eps: float) -> Tensor:
-    """(x - mean) / sqrt(var + eps) over the axes `dim`, float32 or better; the variance a constant to backward."""
+    """Return (x - mean) / sqrt(var + eps) over the axes `dim`, in float32 or better; var is a constant in backward."""
     x = x.to(torch.promote_types(x.dtype, torch.float32))
     var, mean = torch.var_mean(x, dim, correction=0, keepdim=True)
     return (x - mean) * (var.detach() + eps).rsqrt()
 
 
 class DynamicLayerNorm(DynamicLinear):
-    """Layer normalisation without bias, (..., C): (x - mean) / sqrt(var + eps) * weight, over the last axis.
+    """Layer normalisation without bias over the last axis, (..., C): (x - mean) / sqrt(var + eps) * weight.
 
-    Subtracting the mean is linear; the variance is a constant while `frozen_dynamics` is held.
+    Subtracting the mean is linear. While `frozen_dynamics` is active, the variance is a constant in backward.
     """
 
     def __init__(self, num_features: int, eps: float = 1e-5, *, device=None, dtype=None) -> None:
@@ -43,14 +43,15 @@ class DynamicLayerNorm(DynamicLinear):
 
 
 class DynamicGroupNorm2d(DynamicLinear):
-    """Group normalisation without bias, (B, C, H, W): as `DynamicLayerNorm`, over a group's channels and positions.
+    """Group normalisation without bias, (B, C, H, W): `DynamicLayerNorm` over each group's channels and positions.
 
     Args:
         num_features: C
-        num_groups: divides C; with 1, all channels and positions of an image share their statistics
+        num_groups: must divide C; with 1, all channels and positions of an image share one mean and variance
+        eps: added to the variance
 
     Raises:
-        ValueError: groups that do not divide the channels.
+        ValueError: `num_groups` does not divide `num_features`.
     """
 
     def __init__(self, num_features: int, num_groups: int = 1, eps: float = 1e-5, *, device=None, dtype=None) -> None:
@@ -77,7 +78,7 @@ class DynamicGroupNorm2d(DynamicLinear):
 
 
 class FrozenFactor(DynamicLinear):
-    """Passes its input on, any shape; a constant to backward while `frozen_dynamics` is held."""
+    """Identity, any shape, whose output is a constant in backward while `frozen_dynamics` is active."""
 
     def forward(self, x: Tensor) -> Tensor:
         frozen = False
@@ -87,9 +88,10 @@ class FrozenFactor(DynamicLinear):
 
 
 def freezable(attention: Attention) -> Attention:
-    """timm's attention whose matrix softmax(q k^T) is a constant to backward while `frozen_dynamics` is held; in place.
+    """Make softmax(q k^T) of timm's attention a constant in backward while `frozen_dynamics` is active.
 
-    Detached queries and keys are enough: values go through the same fused operation, and no matrix is kept for them.
+    Modifies `attention` in place and returns it. Detaching queries and keys is enough: the values still go through the
+    fused operation, so the attention matrix is never stored.
     """
     for name in ("q_norm", "k_norm"):
         norm = getattr(attention, name)
@@ -99,25 +101,25 @@ def freezable(attention: Attention) -> Attention:
 
 
 class SinCosPositions(nn.Module):
-    """Adds sines and cosines of each position to a map of any size, (B, C, H, W) to the same.
+    """Add a sine-cosine position embedding to a feature map of any size, (B, C, H, W) to (B, C, H, W).
 
-    C / 4 frequencies from 1 to 1 / temperature; first those of the column, then of the row.
+    The C / 4 frequencies go from 1 to 1 / temperature. The first C / 2 channels encode the column, the rest the row.
 
     Source: Beyer, Zhai, Kolesnikov, `Better plain ViT baselines for ImageNet-1k`, arXiv 2205.01580.
 
     Raises:
-        ValueError: a number of channels that is no multiple of 4 from 8 up.
+        ValueError: `num_features` is not a multiple of 4, or below 8.
     """
 
     def __init__(self, num_features: int, temperature: float = 10000.0) -> None:
         super().__init__()
         if num_features % 4 or num_features < 8:
-            raise ValueError(f"num_features={num_features}: two sines and two cosines need a multiple of 4, at least 8")
+            raise ValueError(f"num_features={num_features}: use a multiple of 4, at least 8, for 2 sines and 2 cosines")
         self.num_features = num_features
         self.temperature = temperature
 
     def forward(self, x: Tensor) -> Tensor:
-        # In float32 even for float64: the published embedding, with its rounding.
+        # In float32 even for float64 inputs, to reproduce the rounding of the published embedding.
         bands = self.num_features // 4
         exponents = torch.arange(bands, device=x.device, dtype=torch.float32) / (bands - 1)
         frequencies = (1 / self.temperature**exponents)[:, None]
@@ -132,4 +134,4 @@ class SinCosPositions(nn.Module):
 
 
 for layer in (DynamicGroupNorm2d, DynamicLayerNorm, FrozenFactor, SinCosPositions):
-    register_notrace_module(layer)  # as a decorator it would hide their types
+    register_notrace_module(layer)  # as a decorator it would hide the classes' types

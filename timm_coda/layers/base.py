@@ -1,4 +1,4 @@
-"""What every dynamic-linear network is made of: the frozen mode of a layer, the encoding, pooling, and logits."""
+"""Parts of every dynamic-linear network: frozen mode of a layer, image encoding, pooling, and logits."""
 
 import threading
 
@@ -8,13 +8,13 @@ from torch import Tensor, nn
 
 __all__ = ["DynamicLinear", "FrozenDynamics", "GlobalPool", "InverseEncoding", "Logits", "adapt_colours"]
 
-_ForeignThread = threading._DummyThread  # type: ignore[attr-defined]  # one that Python has not started
+_ForeignThread = threading._DummyThread  # type: ignore[attr-defined]  # a thread not started by Python
 
 
 class FrozenDynamics:
-    """A switch of one layer, `with layer.frozen_dynamics:`, true inside. Re-entrant; each thread has its own.
+    """Switch that freezes one layer inside `with layer.frozen_dynamics:`. Re-entrant; each thread has its own state.
 
-    A copied or unpickled layer gets a fresh, open one.
+    A copied or unpickled layer gets a new, inactive switch.
     """
 
     def __init__(self) -> None:
@@ -33,25 +33,26 @@ class FrozenDynamics:
             self._holders -= 1
 
     def held(self) -> bool:
-        if torch.compiler.is_compiling():  # dynamo guards a plain number, not a thread's own
+        """Return whether the switch is active in this thread (under torch.compile: in any thread)."""
+        if torch.compiler.is_compiling():  # dynamo can guard a plain number, but no thread-local one
             return self._holders > 0
         if getattr(self._thread, "depth", 0) > 0:
             return True
-        # On a GPU, what checkpointing left out is computed again by a thread of autograd's, which entered nothing.
+        # On a GPU, gradient checkpointing recomputes in a thread of autograd, which has not entered the switch.
         autograds = torch._C._current_graph_task_id() != -1 and isinstance(threading.current_thread(), _ForeignThread)
         return autograds and self._holders > 0
 
-    __bool__ = held  # dynamo before torch 2.15 cannot trace bool() of it
+    __bool__ = held  # dynamo before torch 2.15 cannot trace bool() of this object
 
     def __reduce__(self) -> tuple[type, tuple]:
         return FrozenDynamics, ()
 
 
 class DynamicLinear(nn.Module):
-    """Base of all dynamic-linear layers.
+    """Base class of all dynamic-linear layers, y = W(x) x.
 
-    While `frozen_dynamics` is held, backward treats every input-dependent factor of the layer as a constant: it is
-    exactly multiplication by W^T. The forward value never depends on it.
+    While `frozen_dynamics` is active, backward treats every input-dependent factor of the layer as a constant, so that
+    backward is exactly multiplication by W(x)^T. The forward value is the same in both modes.
     """
 
     def __init__(self) -> None:
@@ -61,16 +62,17 @@ class DynamicLinear(nn.Module):
 
 @register_notrace_module
 class InverseEncoding(nn.Module):
-    """`x` and its inverse, (B, C, H, W) in [0, 1] to (B, 2C, H, W): dark pixels can contribute like bright ones.
+    """Concatenate x and its inverse 1 - x: (B, C, H, W) in [0, 1] to (B, 2C, H, W).
 
-    An already encoded input passes through.
+    With this encoding, dark pixels can contribute as much as bright ones. An input with 2C channels is already encoded
+    and is returned unchanged.
 
     Args:
-        in_chans: C, colours of an image
-        min_size: pixels a side an image needs, the stride of the network behind
+        in_chans: C, number of colour channels
+        min_size: smallest height and width in pixels, the stride of the network that follows
 
     Raises:
-        ValueError: another channel count, or a smaller image.
+        ValueError: the input has another number of channels, or is smaller than `min_size`.
     """
 
     def __init__(self, in_chans: int = 3, min_size: int = 1) -> None:
@@ -96,15 +98,16 @@ class InverseEncoding(nn.Module):
 
 
 def adapt_colours(weight: Tensor, in_chans: int) -> Tensor:
-    """Weights of an encoded image, (N, 2 C, k, k), for another number of colours, (N, 2 in_chans, k, k).
+    """Adapt weights for encoded images, (N, 2C, k, k), to another number of colours, (N, 2 in_chans, k, k).
 
-    Colours are summed to one, or repeated and scaled, as timm does.
+    As in timm, weights are summed over colours for `in_chans=1`, else repeated and scaled by C / in_chans. Weights with
+    an odd number of input channels are returned unchanged.
     """
     source = weight.shape[1] // 2
     if source == in_chans or weight.shape[1] % 2:
         return weight
-    weight = weight.to(torch.promote_types(weight.dtype, torch.float32))  # sums want more than half precision
-    halves = weight.unflatten(1, (2, source))  # colours, and inverse colours
+    weight = weight.to(torch.promote_types(weight.dtype, torch.float32))  # sums need more than half precision
+    halves = weight.unflatten(1, (2, source))  # (N, 2, C, k, k): colours, then inverse colours
     if in_chans == 1:
         return halves.sum(2)
     repeated = halves[:, :, torch.arange(in_chans) % source]
@@ -112,7 +115,11 @@ def adapt_colours(weight: Tensor, in_chans: int) -> Tensor:
 
 
 class GlobalPool(nn.Module):
-    """Pools positions: 'sum' (CoDA-Nets) or 'avg' (B-cos networks), (B, C, H, W) to (B, C); '' leaves them."""
+    """Pool over positions, (B, C, H, W) to (B, C), by 'sum' (CoDA-Nets) or 'avg' (B-cos networks); '' does not pool.
+
+    Raises:
+        ValueError: another `pool_type`.
+    """
 
     def __init__(self, pool_type: str = "sum") -> None:
         super().__init__()
@@ -133,14 +140,14 @@ class GlobalPool(nn.Module):
 
 @register_notrace_module
 class Logits(nn.Module):
-    """votes / temperature + bias, the same bias for all classes; float32 under autocast.
+    """Compute votes / temperature + bias, with one bias for all classes; in float32 under autocast.
 
     Args:
-        temperature: T; larger ones ask for more alignment before a class is believed
+        temperature: T; a larger T requires more alignment for the same confidence
         bias: b0, the logit of an image without evidence
 
     Raises:
-        ValueError: a temperature that is not above 0.
+        ValueError: `temperature` is not above 0.
     """
 
     def __init__(self, temperature: float, bias: float) -> None:
@@ -151,9 +158,9 @@ class Logits(nn.Module):
         self.bias = float(bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        if not torch.jit.is_scripting():  # noqa: SIM102, TorchScript leaves out only a branch of its own
+        if not torch.jit.is_scripting():  # noqa: SIM102, TorchScript skips this only as a branch of its own
             if not x.is_meta and torch.is_autocast_enabled(x.device.type):
-                x = x.float()  # evidence of 1e-4 would vanish beside the bias
+                x = x.float()  # in half precision, adding the bias would round away evidence of 1e-4
         return x / self.temperature + self.bias
 
     def extra_repr(self) -> str:

@@ -1,4 +1,4 @@
-"""B-cos layers and the normalisations of B-cos networks: y = W(x) x, with all their statistics detachable."""
+"""B-cos layers and the normalisations of B-cos networks: y = W(x) x, where backward can hold W(x) constant."""
 
 from typing import Any
 
@@ -20,7 +20,7 @@ def _pair(size: int | tuple[int, int]) -> tuple[int, int]:
 
 
 class _Bcos(DynamicLinear):
-    """Weights of `units` B-cos units, each the largest of `max_out` candidates, that see inputs of shape `seen`."""
+    """Weights of `units` B-cos units for inputs of shape `seen`; each unit is the largest of `max_out` candidates."""
 
     def __init__(
         self,
@@ -49,7 +49,7 @@ class _Bcos(DynamicLinear):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """He's normal initialisation; with `unit_norm` only the directions matter to the output."""
+        """Initialise with He's normal distribution. With `unit_norm`, the output depends only on the directions."""
         nn.init.kaiming_normal_(self.weight)
 
     def extra_repr(self) -> str:
@@ -58,22 +58,22 @@ class _Bcos(DynamicLinear):
 
 
 class BcosConv2d(_Bcos):
-    """B-cos convolution without bias: (B, C, H, W) to (B, D, H', W'), y = w^T p |cos(w, p)|^(B-1) / s.
+    """B-cos convolution without bias, (B, C, H, W) to (B, D, H', W'): y = w^T p |cos(w, p)|^(b-1) / s for patches p.
 
     Source: Böhle et al., CVPR 2022 (arXiv 2205.10268), section 3.
 
     Args:
         in_channels: C
         out_channels: D
-        kernel_size, stride, padding, dilation, groups: as `torch.nn.Conv2d`, an int or (rows, columns)
-        b: B, at least 1; 2 in most published models, 1 is a linear layer
-        max_out: a unit is the largest of so many candidates; 2 in B-cos v1
-        scale: s; 1 in B-cos v2
-        unit_norm: scale each weight to norm 1; free weights are those of B-cosification
+        kernel_size, stride, padding, dilation, groups: as in `torch.nn.Conv2d`, an int or (rows, columns)
+        b: exponent, B in the papers, at least 1; 2 in most published models; 1 gives a linear layer
+        max_out: number of candidates per unit, of which the largest is the output; 2 in B-cos v1
+        scale: s, divides the output; 1 in B-cos v2
+        unit_norm: scale each w to norm 1; False (free weights) in B-cosification
         norm_eps: added to |p|^2; 1e-6 in published convolutions, 1e-24 in published linear layers
 
     Raises:
-        ValueError: a size or b below 1, a scale of 0 or less, channels that the groups do not divide.
+        ValueError: a size or `b` is below 1, `scale` is not above 0, or `groups` does not divide the channels.
     """
 
     def __init__(
@@ -140,13 +140,16 @@ class BcosConv2d(_Bcos):
 
 
 class EncodedBcosConv2d(BcosConv2d):
-    """The first layer of a network: encodes images (B, C, H, W) as (B, 2C, H, W), then as `BcosConv2d`.
+    """First layer of a network: encode images (B, C, H, W) as (B, 2C, H, W), then apply `BcosConv2d`.
 
-    With the encoding inside, the network around it stays as it is. Errors also as `InverseEncoding`.
+    Because this layer includes the encoding, the rest of the network needs no change.
 
     Args:
-        in_chans: C, colours of an image; `in_channels` is 2C
-        out_channels, kernel_size, options: as `BcosConv2d`
+        in_chans: C, number of colour channels; `in_channels` is 2C
+        out_channels, kernel_size, options: as in `BcosConv2d`
+
+    Raises:
+        ValueError: as in `BcosConv2d`; in the forward pass, as in `InverseEncoding`.
     """
 
     def __init__(
@@ -160,7 +163,7 @@ class EncodedBcosConv2d(BcosConv2d):
 
 
 class BcosLinear(_Bcos):
-    """B-cos units on the last axis: (..., K) to (..., D), no bias. Arguments and errors as `BcosConv2d`."""
+    """B-cos units on the last axis, (..., K) to (..., D), without bias. Arguments and errors as in `BcosConv2d`."""
 
     def __init__(
         self,
@@ -190,11 +193,12 @@ class BcosLinear(_Bcos):
 
 
 class BatchNormUncentered2d(DynamicLinear):
-    """Batch normalisation that only rescales, (B, C, H, W): x * weight / sqrt(var + eps), var about the batch's mean.
+    """Batch normalisation that only rescales, (B, C, H, W): x * weight / sqrt(var + eps).
 
-    Nothing is subtracted and nothing added, so the layer is linear once the variance is fixed: in evaluation always,
-    in training while `frozen_dynamics` is held, when the running variance is left alone, too. The running variance
-    takes up the batch's biased one, as in the published models.
+    var is the usual variance about the batch's mean, but nothing is subtracted from x or added to it. So the layer is
+    linear when var is constant: always in evaluation, and in training while `frozen_dynamics` is active. The running
+    variance is updated only in training that is not frozen, with the batch's biased variance, as in the published
+    models.
 
     Source: Böhle et al., TPAMI 2024 (arXiv 2306.10898), section 3.
     """
@@ -225,9 +229,9 @@ class BatchNormUncentered2d(DynamicLinear):
 
 
 class PositionNorm2d(DynamicLinear):
-    """Layer normalisation of each position, (B, C, H, W): (x - mean) / sqrt(var + eps) * weight, over its channels.
+    """Layer normalisation over the channels of each position, (B, C, H, W): (x - mean) / sqrt(var + eps) * weight.
 
-    Subtracting the mean is linear; the variance is a constant while `frozen_dynamics` is held.
+    Subtracting the mean is linear. While `frozen_dynamics` is active, the variance is a constant in backward.
     """
 
     def __init__(self, num_features: int, eps: float = 1e-6, *, device=None, dtype=None) -> None:
@@ -252,4 +256,4 @@ class PositionNorm2d(DynamicLinear):
 
 
 for layer in (BcosConv2d, EncodedBcosConv2d, BcosLinear, BatchNormUncentered2d, PositionNorm2d):
-    register_notrace_module(layer)  # as a decorator it would hide their types
+    register_notrace_module(layer)  # as a decorator it would hide the classes' types

@@ -18,7 +18,7 @@ def _pair(size: int | tuple[int, int]) -> tuple[int, int]:
 
 
 class _Down(nn.Module):
-    """Holds B under the name timm expects of a layer."""
+    """Hold B as `weight`, the name that timm expects in a layer."""
 
     def __init__(self, weight: Tensor) -> None:
         super().__init__()
@@ -26,7 +26,7 @@ class _Down(nn.Module):
 
 
 class _Up(nn.Module):
-    """Holds A and b under the names timm expects of a layer."""
+    """Hold A and b as `weight` and `bias`, the names that timm expects in a layer."""
 
     def __init__(self, weight: Tensor, bias: Tensor) -> None:
         super().__init__()
@@ -35,7 +35,7 @@ class _Up(nn.Module):
 
 
 class _DAU(DynamicLinear):
-    """Parameters of `units` dynamic alignment units that see inputs of shape `seen`."""
+    """Parameters of `units` dynamic alignment units for inputs of shape `seen`."""
 
     def __init__(self, units: int, seen: tuple[int, ...], rank: int, activation: str, device, dtype) -> None:
         super().__init__()
@@ -52,7 +52,7 @@ class _DAU(DynamicLinear):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """PyTorch's default for the two linear maps of the papers: uniform, bound 1 / sqrt(inputs of the map)."""
+        """Initialise the papers' two linear maps with PyTorch's default: uniform, bound 1 / sqrt(inputs of the map)."""
         bound = self.down.weight[0].numel() ** -0.5
         nn.init.uniform_(self.down.weight, -bound, bound)
         bound = self.rank**-0.5
@@ -65,19 +65,21 @@ class _DAU(DynamicLinear):
 
 @register_notrace_module
 class DAUConv2d(_DAU):
-    """Convolution of dynamic alignment units: (B, C, H, W) to (B, D, H', W'), |y_d| <= |patch|.
+    """Convolution of dynamic alignment units, (B, C, H, W) to (B, D, H', W').
+
+    Unit d computes y_d = w_d(p)^T p for each patch p, with dynamic weights w(p) = g(A B p + b), so that |y_d| <= |p|.
 
     Source: Böhle et al., CVPR 2021 (arXiv 2104.00032), section 3.
 
     Args:
         in_channels: C
         out_channels: D, the number of units
-        kernel_size, stride, padding, dilation: as `torch.nn.Conv2d`, an int or (rows, columns)
-        rank: width of the bottleneck shared by all units; more is more expressive and proportionally slower
-        activation: 'squash' (the papers' default) or 'l2'
+        kernel_size, stride, padding, dilation: as in `torch.nn.Conv2d`, an int or (rows, columns)
+        rank: rows of B, which all units share; a higher rank is more expressive and proportionally slower
+        activation: g, 'squash' (the papers' default) or 'l2'
 
     Raises:
-        ValueError: an unknown activation, or a size below 1.
+        ValueError: `activation` is unknown, or a size is below 1.
     """
 
     def __init__(
@@ -125,7 +127,7 @@ class DAUConv2d(_DAU):
 
 @register_notrace_module
 class DAULinear(_DAU):
-    """Dynamic alignment units on the last axis: (..., K) to (..., D). Arguments and errors as `DAUConv2d`."""
+    """Dynamic alignment units on the last axis, (..., K) to (..., D). Arguments and errors as in `DAUConv2d`."""
 
     def __init__(
         self,

@@ -1,10 +1,10 @@
-"""Dynamic linear operations as plain functions: argument checks and choice of backend.
+"""Dynamic linear operations as functions, with argument checks and selection of the backend.
 
-The published formulation writes D*K dynamic weights a position to memory. Nothing needs them. With B (r, K) `down`,
-A_d (r, K) unit d's rows of `up` and b_d (K) its `up_bias`,
+The published formulation writes D*K dynamic weights per position to memory, which the output does not need. For a patch
+p (K), with `down` B (r, K), unit d's rows A_d (r, K) of `up`, and its bias b_d (K) in `up_bias`:
 
     z = B p,   v_d^T p = z^T (A_d p) + b_d^T p          one convolution with D*r channels, contracted with z
-    |v_d|^2 = z^T G_d z + 2 c_d^T z + |b_d|^2           G_d = A_d A_d^T, c_d = A_d b_d, once a forward
+    |v_d|^2 = z^T G_d z + 2 c_d^T z + |b_d|^2           G_d = A_d A_d^T, c_d = A_d b_d, once per forward pass
     y_d = v_d^T p * h(|v_d|^2)                          h = |v| / (1 + |v|^2) or 1 / |v|
 """
 
@@ -37,24 +37,24 @@ ACTIVATIONS = ("squash", "l2")
 
 
 def _triton(x: Tensor, down: Tensor, *others) -> Tensor:
-    from .kernels import dau_triton as cuda  # Triton comes with PyTorch for CUDA only
+    from .kernels import dau_triton as cuda  # Triton is installed only with CUDA builds of PyTorch
 
     supported = cuda.supports(x.dtype, down.shape[0])
     return (cuda.dau_conv2d if supported else convolution.dau_conv2d)(x, down, *others)
 
 
 BACKENDS = {
-    "reference": reference.dau_conv2d,  # the published formulation: slow, the truth
-    "torch": convolution.dau_conv2d,  # convolutions: every device, exports, any order of derivative
-    "cpu": cpu.dau_conv2d,  # blocks of matrix products
-    "triton": _triton,  # CUDA kernels; 'torch' for ranks and dtypes that they do not take
+    "reference": reference.dau_conv2d,  # the published formulation: slow, the reference implementation
+    "torch": convolution.dau_conv2d,  # convolutions: for every device, export and any order of derivative
+    "cpu": cpu.dau_conv2d,  # matrix products over blocks of positions
+    "triton": _triton,  # CUDA kernels; fall back to 'torch' for other ranks and dtypes
 }
 BEST_BACKEND = {"cpu": "cpu", "cuda": "triton" if find_spec("triton") else "torch"}
 
 
 def _checked(name: str | None) -> str | None:
     if name is not None and name not in BACKENDS:
-        raise ValueError(f"backend {name!r}: choose one of {', '.join(BACKENDS)}, or None for the device's best")
+        raise ValueError(f"unknown backend {name!r}: choose one of {', '.join(BACKENDS)}, or None for the default")
     return name
 
 
@@ -62,12 +62,15 @@ _backend: str | None = _checked(os.environ.get("TIMM_CODA_BACKEND") or None)
 
 
 def set_backend(name: str | None) -> None:
-    """Choose how DAUs are computed, in the whole process; None is each device's best.
+    """Set the backend of DAUs for the whole process.
 
-    The environment variable TIMM_CODA_BACKEND sets the same at import.
+    The environment variable TIMM_CODA_BACKEND sets the backend at import.
+
+    Args:
+        name: 'reference', 'torch', 'cpu' or 'triton', or None for the best backend for each device
 
     Raises:
-        ValueError: an unknown name.
+        ValueError: `name` is unknown.
     """
     global _backend
     _backend = _checked(name)
@@ -75,7 +78,7 @@ def set_backend(name: str | None) -> None:
 
 @contextmanager
 def use_backend(name: str | None) -> Iterator[None]:
-    """`set_backend` for the body of a `with` statement."""
+    """Set the backend as `set_backend` does, for the body of a `with` statement."""
     before = _backend
     set_backend(name)
     try:
@@ -95,23 +98,23 @@ def dau_conv2d(
     activation: str = "squash",
     frozen: bool = False,
 ) -> Tensor:
-    """Convolution of dynamic alignment units, equal to `reference.dau_conv2d` without ever forming a dynamic weight.
+    """Convolution of dynamic alignment units, equal to `reference.dau_conv2d`, without forming dynamic weights.
 
     Args:
         x: input, (B, C, H, W)
         down: (r, C, kh, kw), shared by all units
-        up: (D*r, C, kh, kw), the r rows of a unit adjacent
+        up: (D*r, C, kh, kw), with the r rows of a unit adjacent
         up_bias: (D, C, kh, kw)
-        stride, padding, dilation: rows and columns
+        stride, padding, dilation: (rows, columns)
         activation: 'squash', v*|v| / (1+|v|^2), or 'l2', v / |v|
-        frozen: backward treats the dynamic weights as constants: the gradient of `x` is W^T times the output's, and
-            the parameters get none. The value is the same.
+        frozen: treat the dynamic weights as constants in backward: the gradient of `x` is W(x)^T times the output
+            gradient, and the parameters get no gradient. The forward value is the same.
 
     Returns:
         (B, D, H', W'), in the autocast dtype under autocast
 
     Raises:
-        ValueError: an unknown activation, or an input of another channel count or smaller than the kernel.
+        ValueError: `activation` is unknown, shapes do not match, or the input is smaller than the kernel.
     """
     if torch.jit.is_scripting():
         return convolution.dau_conv2d(x, down, up, up_bias, stride, padding, dilation, activation, frozen)
@@ -122,7 +125,7 @@ def dau_conv2d(
             name = "torch"
         elif name is None:
             name = BEST_BACKEND.get(x.device.type, "torch")
-        # The others' convolutions follow autocast by themselves; like these, leave float64 alone.
+        # Autocast handles the convolutions of the other backends. As it does there, leave float64 unchanged.
         if name in ("cpu", "triton") and torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
             low = torch.get_autocast_dtype(x.device.type)
             x, down, up, up_bias = x.to(low), down.to(low), up.to(low), up_bias.to(low)
@@ -132,9 +135,9 @@ def dau_conv2d(
 def dau_linear(
     x: Tensor, down: Tensor, up: Tensor, up_bias: Tensor, activation: str = "squash", frozen: bool = False
 ) -> Tensor:
-    """Dynamic alignment units on the last axis: (..., K) to (..., D); `down` (r, K), `up` (D*r, K), `up_bias` (D, K).
+    """Dynamic alignment units on the last axis: (..., K) to (..., D).
 
-    Other arguments and errors as `dau_conv2d`.
+    `down` is (r, K), `up` (D*r, K) and `up_bias` (D, K). Other arguments and errors as in `dau_conv2d`.
     """
     p = x.reshape(-1, x.shape[-1], 1, 1)
     y = dau_conv2d(
@@ -178,28 +181,28 @@ def bcos_conv2d(
     frozen: bool = False,
     norm_eps: float = alignment.NORM_EPS,
 ) -> Tensor:
-    """B-cos convolution, equal to `reference.bcos_conv2d`: y = w^T p |w^T p / |p||^(B-1) / s.
+    """B-cos convolution, equal to `reference.bcos_conv2d`: y = w^T p |w^T p / |p||^(b-1) / s for patches p.
 
     Source: Böhle et al., CVPR 2022 (arXiv 2205.10268), section 3.
 
     Args:
         x: input, (B, C, H, W)
-        weight: (D * max_out, C / groups, kh, kw), the candidates of a unit adjacent
-        stride, padding, dilation: rows and columns
-        groups: as `torch.nn.Conv2d`
-        b: B, at least 1; larger ones ask for more alignment of w and patch, 1 is a linear layer
-        max_out: a unit is the largest of so many candidates
+        weight: (D * max_out, C / groups, kh, kw), with the candidates of a unit adjacent
+        stride, padding, dilation: (rows, columns)
+        groups: as in `torch.nn.Conv2d`
+        b: exponent, B in the papers, at least 1; a larger b requires more alignment of w and p; 1 is a linear layer
+        max_out: number of candidates per unit, of which the largest is the output
         scale: s, divides the output
-        unit_norm: w is `weight` scaled to norm 1 (else free, as in B-cosification)
-        frozen: backward treats the cosine as a constant: the gradient of `x` is W^T times the output's, and `weight`
-            gets none. The value is the same.
+        unit_norm: scale each row of `weight` to norm 1; False (free weights) in B-cosification
+        frozen: treat the cosine as a constant in backward: the gradient of `x` is W(x)^T times the output gradient,
+            and `weight` gets no gradient. The forward value is the same.
         norm_eps: added to |p|^2, above 0
 
     Returns:
-        (B, D, H', W'), in the autocast dtype under autocast; the patch norm is in float32 or better
+        (B, D, H', W'), in the autocast dtype under autocast; the patch norm is computed in float32 or better
 
     Raises:
-        ValueError: an input of another channel count or smaller than the kernel.
+        ValueError: the input has another number of channels, or is smaller than the kernel.
     """
     if not torch.jit.is_scripting():
         _check_image(x, weight.shape[1] * groups, weight.shape[2], weight.shape[3], padding, dilation)
@@ -235,10 +238,12 @@ def bcos_linear(
     frozen: bool = False,
     norm_eps: float = alignment.NORM_EPS,
 ) -> Tensor:
-    """B-cos units on the last axis: (..., K) to (..., D), `weight` (D * max_out, K). Others as `bcos_conv2d`.
+    """B-cos units on the last axis: (..., K) to (..., D).
+
+    `weight` is (D * max_out, K). Other arguments as in `bcos_conv2d`.
 
     Raises:
-        ValueError: an input of another size of the last axis.
+        ValueError: the last axis of `x` is not of size K.
     """
     if x.shape[-1] != weight.shape[1]:
         raise ValueError(f"expected input (..., {weight.shape[1]}), got {list(x.shape)}")

@@ -1,4 +1,4 @@
-"""Non-linear parts that a converted architecture keeps, as gates that an explanation holds constant."""
+"""Non-linear parts of converted architectures, as gates that explanations treat as constants."""
 
 import torch
 from timm.models import register_notrace_module
@@ -10,9 +10,9 @@ __all__ = ["FrozenActivation", "FrozenGate"]
 
 
 class FrozenGate(DynamicLinear):
-    """x * gate(x), such as squeeze-excitation: any shape, with a gate that broadcasts against it.
+    """Compute x * gate(x), such as squeeze-and-excitation, for x of any shape and a gate that broadcasts against it.
 
-    While `frozen_dynamics` is held, the gate is a constant, so that nothing inside it needs a B-cos counterpart.
+    While `frozen_dynamics` is active, the gate is a constant in backward, so its layers need no B-cos counterparts.
     """
 
     def __init__(self, gate: nn.Module) -> None:
@@ -27,7 +27,7 @@ class FrozenGate(DynamicLinear):
 
 
 class FrozenActivation(DynamicLinear):
-    """An activation f with f(0) = 0 as x * (f(x) / x), any shape; the quotient is a constant while frozen."""
+    """Compute an activation f with f(0) = 0 as x * (f(x) / x), any shape; while frozen, f(x) / x is a constant."""
 
     def __init__(self, activation: nn.Module) -> None:
         super().__init__()
@@ -40,10 +40,10 @@ class FrozenActivation(DynamicLinear):
         if not frozen:
             return self.activation(x)
         seen = x.detach()
-        y = self.activation(seen.clone()).detach()  # some work in place
+        y = self.activation(seen.clone()).detach()  # some activations work in place
         gate = torch.where(seen == 0, torch.zeros_like(seen), y / seen)
-        return y + (x - seen) * gate  # the sum is y to the last bit
+        return y + (x - seen) * gate  # equals y bit for bit, because x - seen is 0
 
 
 for layer in (FrozenActivation, FrozenGate):
-    register_notrace_module(layer)  # as a decorator it would hide their types
+    register_notrace_module(layer)  # as a decorator it would hide the classes' types

@@ -1,9 +1,9 @@
-"""The papers' formulas, literally: slow, memory-hungry, any floating dtype.
+"""Reference implementation: the papers' formulas, literally. Slow, memory-hungry, for any floating dtype.
 
-This is the stated truth that tests and `timm-coda benchmark` compare every fast path with. Each function writes the
-dynamic weights out, as the publications do, and leaves differentiation to autograd.
+Tests and `timm-coda benchmark` compare every fast implementation with this one. Each function forms the dynamic weights
+explicitly, as the papers do, and leaves differentiation to autograd.
 
-Source: Böhle, Fritz, Schiele, "Convolutional Dynamic Alignment Networks for Interpretable Classifications",
+Sources: Böhle, Fritz, Schiele, "Convolutional Dynamic Alignment Networks for Interpretable Classifications",
 CVPR 2021 (arXiv 2104.00032), section 3; and for B-cos "B-cos Networks: Alignment is All We Need for Interpretability",
 CVPR 2022 (arXiv 2205.10268), section 3.
 """
@@ -16,7 +16,10 @@ __all__ = ["bcos_conv2d", "bcos_weights", "dau_conv2d", "dynamic_weights", "resc
 
 
 def rescale(v: Tensor, activation: str, *, dim: int) -> Tensor:
-    """g(v) along `dim`: 'squash' is v * |v| / (1 + |v|^2), 'l2' is v / |v|; 0 at v = 0, where both are undefined."""
+    """Return g(v) along `dim`: v * |v| / (1 + |v|^2) for 'squash', v / |v| for 'l2'.
+
+    At v = 0, where v / |v| is undefined, g is 0.
+    """
     squared = (v * v).sum(dim, keepdim=True)
     norm = torch.where(squared > 0, squared, 1).sqrt()
     factor = norm / (1 + squared) if activation == "squash" else 1 / norm
@@ -34,10 +37,10 @@ def dynamic_weights(
     dilation: tuple[int, int] = (1, 1),
     activation: str = "squash",
 ) -> Tensor:
-    """w = g(A B p + b) of all D units at all positions, (B, D, K, H', W'), K = C*kh*kw ordered (c, kh, kw).
+    """Return w = g(A B p + b) of all D units at all positions, (B, D, K, H', W'), K = C*kh*kw ordered (c, kh, kw).
 
-    As many numbers as make the published formulation slow: one convolution gives the code z = B p, a 1x1 convolution
-    the raw weights v = A z + b. Arguments as `functional.dau_conv2d`.
+    One convolution gives the code z = B p, and a 1x1 convolution the raw weights v = A z + b. The size of this result
+    is what makes the published formulation slow. Arguments as in `functional.dau_conv2d`.
     """
     units, rank, inputs = up_bias.shape[0], down.shape[0], up_bias[0].numel()
     z = F.conv2d(x, down, None, stride, padding, dilation)
@@ -57,7 +60,7 @@ def dau_conv2d(
     activation: str = "squash",
     frozen: bool = False,
 ) -> Tensor:
-    """y_d = w_d(p)^T p for every patch p, (B, D, H', W'). Arguments as `functional.dau_conv2d`."""
+    """Return y_d = w_d(p)^T p for every patch p, (B, D, H', W'). Arguments as in `functional.dau_conv2d`."""
     w = dynamic_weights(x, down, up, up_bias, stride=stride, padding=padding, dilation=dilation, activation=activation)
     if frozen:
         w = w.detach()
@@ -77,16 +80,17 @@ def bcos_weights(
     unit_norm: bool,
     norm_eps: float = 1e-6,
 ) -> Tensor:
-    """The dynamic weights of all D units at all patches `p` (B, C*kh*kw, L), channels first: (B, D, C*kh*kw, L).
+    """Return the dynamic weights of all D units at all patches `p` (B, C*kh*kw, L): (B, D, C*kh*kw, L).
 
-    w is the candidate with the largest w^T p of a unit's `max_out`; its dynamic weight is |cos|^(B-1) w / s. The
-    published models take |p| = sqrt(sum p^2 + norm_eps) and, where B is not 2, |cos| + 1e-6.
+    K = C*kh*kw is ordered (c, kh, kw). Among the `max_out` candidates of a unit, w is the one with the largest w^T p;
+    the dynamic weight is |cos(w, p)|^(b-1) w / s. As in the published models, |p| is sqrt(sum p^2 + norm_eps) and, if b
+    is not 2, 1e-6 is added to |cos|. Other arguments as in `functional.bcos_conv2d`.
     """
     w = weight.flatten(1)
     if unit_norm:
         w = w / torch.linalg.vector_norm(w, dim=1, keepdim=True)
     candidates, inputs = w.shape
-    in_group = p.new_zeros(candidates, groups)  # which group's channels a candidate sees
+    in_group = p.new_zeros(candidates, groups)  # the group whose channels a candidate sees
     in_group[torch.arange(candidates), torch.arange(candidates) * groups // candidates] = 1
     w = (in_group.unsqueeze(2) * w.unsqueeze(1)).reshape(candidates, groups * inputs)
     linear = torch.einsum("dk,bkl->bdl", w, p)
@@ -112,7 +116,7 @@ def bcos_conv2d(
     frozen: bool = False,
     norm_eps: float = 1e-6,
 ) -> Tensor:
-    """y_d = w_d(p)^T p for every patch p, (B, D, H', W'). Arguments as `functional.bcos_conv2d`."""
+    """Return y_d = w_d(p)^T p for every patch p, (B, D, H', W'). Arguments as in `functional.bcos_conv2d`."""
     kernel_size = (weight.shape[2], weight.shape[3])
     p = F.unfold(x, kernel_size, dilation, padding, stride)  # (B, K, L)
     options = {"groups": groups, "b": b, "max_out": max_out, "scale": scale, "unit_norm": unit_norm}

@@ -1,4 +1,4 @@
-"""What all families of B-cos v2 share: a classifier in front of the pooling, the published files and their loading."""
+"""Shared parts of the B-cos v2 families: a classifier before the pooling, and loading of the published weights."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -15,10 +15,10 @@ __all__ = ["LONG", "BcosHead", "v2_cfg", "v2_weights"]
 
 
 class BcosHead(ExplainMixin, HubMixin):
-    """Each position votes for the classes, the votes are pooled. A base in front of timm's architecture.
+    """Head that classifies each position and pools the votes. List this base class before timm's architecture.
 
-    The model's `global_pool` and `logits` come after its classifier, a 1x1 B-cos convolution in the place timm has its
-    own at. `_head_args` and `_logit_args` keep what `reset_classifier` makes new ones with.
+    The classifier is a 1x1 B-cos convolution, under timm's own name for it; `global_pool` and `logits` follow it.
+    `reset_classifier` creates new ones with the arguments in `_head_args` and `_logit_args`.
     """
 
     classifier_name = "classifier"
@@ -39,11 +39,18 @@ class BcosHead(ExplainMixin, HubMixin):
 
 _RELEASE = "https://github.com/B-cos/B-cos-v2/releases/download/v0.0.1-weights/"
 
-LONG = {"crop_pct": 224 / 232}  # the longer training's evaluation resizes to 232 pixels
+LONG = {"crop_pct": 224 / 232}  # models of the longer training resize images to 232 pixels
 
 
 def v2_cfg(file: str, top1: float, first_conv: str, classifier: str, **kwargs: Any) -> dict[str, Any]:
-    """timm's config of a published file: its name, accuracy in percent, names of the first and the last layer."""
+    """Create timm's config of a published file.
+
+    Args:
+        file: name of the file
+        top1: ImageNet top-1 accuracy in percent
+        first_conv, classifier: names of the first and the last layer
+        kwargs: entries that replace the defaults
+    """
     return {
         "url": _RELEASE + file,
         "num_classes": 1000,
@@ -67,16 +74,16 @@ def v2_cfg(file: str, top1: float, first_conv: str, classifier: str, **kwargs: A
 def v2_weights(
     state_dict: Mapping[str, Any], model: Any, first_conv: str, our_name: Callable[[str], str] | None = None
 ) -> dict[str, Tensor]:
-    """Weights of a published checkpoint or ours, as `model` wants them, also with another number of colours.
+    """Convert a published state dict, or one of ours, for `model`, also for another number of colour channels.
 
     Args:
         state_dict: as published, or ours
-        model: what they are for
+        model: model to load the weights into
         first_conv: our name of its first layer
-        our_name: from a published parameter's name; None if only the `.linear.` in it differs
+        our_name: converts a published parameter name to ours; None if they differ only by `.linear.`
 
     Raises:
-        ConvertError: they are another network's; the message names the first differences.
+        ConvertError: the weights belong to another network; the message names the first differences.
     """
     state_dict = unwrap(state_dict)
     if our_name is not None and any(".linear." in name for name in state_dict):

@@ -1,10 +1,13 @@
-"""Turns the modules of timm's own architectures into their B-cos counterparts.
+"""Replace the modules of timm's architectures with their B-cos counterparts.
 
-What changes: convolutions and linear layers become B-cos ones, normalisations those without bias whose statistics an
-explanation can hold constant, max pooling average pooling. Activations vanish, as the B-cos transform is the
-non-linearity, or stay as gates (`keep_activations`). Squeeze-excitation and attention always stay, with the gate or the
-attention matrix a constant to explanations. The encoding of the image goes into the first convolution, or in front of
-the network, and the classifier in front of the pooling, so that the architecture's own forward pass stays as it is.
+- Convolutions and linear layers become B-cos layers.
+- Normalisations lose their bias, and explanations hold their statistics constant.
+- Max pooling becomes average pooling.
+- Activations are removed, because the B-cos transform is the non-linearity, or become gates (`keep_activations`).
+- Squeeze-excitation and attention stay; explanations hold the gate and the attention matrix constant.
+
+The image encoding moves into the first convolution, or in front of the network, and the classifier in front of the
+pooling. The architecture's own forward pass does not change.
 """
 
 from collections import OrderedDict
@@ -38,10 +41,10 @@ _ACTIVATIONS = (
     *(nn.Tanh, timm_activations.Swish, timm_activations.Mish, timm_activations.HardSwish, timm_activations.HardMish),
     *(timm_activations.Tanh, timm_activations.GELU, timm_activations.GELUTanh, timm_activations.QuickGELU),
 )
-_PIECEWISE_LINEAR = (nn.ReLU, nn.LeakyReLU, nn.PReLU)  # and through the origin: backward is their frozen gate already
+_PIECEWISE_LINEAR = (nn.ReLU, nn.LeakyReLU, nn.PReLU)  # f(0) = 0: the gradient already is the frozen gate
 _GATES = (nn.Sigmoid, nn.Hardsigmoid, nn.Softmax, nn.GLU, timm_activations.Sigmoid, timm_activations.HardSigmoid)
 _SQUEEZE_EXCITE = (timm_layers.SEModule, timm_layers.EffectiveSEModule, efficientnet_blocks.SqueezeExcite)
-_SCALES = (timm_layers.LayerScale, timm_layers.LayerScale2d)  # linear as they are
+_SCALES = (timm_layers.LayerScale, timm_layers.LayerScale2d)  # already linear
 _NORMS_2D = (
     *(timm_layers.LayerNorm2d, timm_layers.LayerNorm2dFp32, timm_layers.LayerNormAct2d),
     *(timm_layers.LayerNormAct2dFp32, timm_layers.norm.LayerNormExp2d),
@@ -50,7 +53,7 @@ _NORMS_2D = (
 
 @dataclass(frozen=True)
 class _Rules:
-    """What `replace_modules` was asked for."""
+    """Options of `replace_modules`."""
 
     first_conv: str | None
     b: float
@@ -66,19 +69,19 @@ def replace_modules(
     unit_norm: bool = True,
     keep_activations: bool = False,
 ) -> None:
-    """Replace, in place, every module inside `network` that has a B-cos counterpart; parameters are carried over.
+    """Replace every module inside `network` with its B-cos counterpart, in place.
 
-    Biases are left out.
+    Weights are carried over; biases are dropped.
 
     Args:
-        network: with a first convolution for the encoded image's channels
-        first_conv: name of that convolution, which takes the encoding up; None to encode in front of the network
-        b: B of all layers
-        unit_norm: scale each weight of convolutions and linear layers to norm 1
-        keep_activations: keep them, as gates that an explanation holds constant
+        network: network whose first convolution takes the channels of the encoded image
+        first_conv: name of that convolution, which will include the encoding; None to encode in front of the network
+        b: exponent B of all B-cos layers
+        unit_norm: scale the weights of each unit of convolutions and linear layers to norm 1
+        keep_activations: keep activations, as gates that explanations hold constant
 
     Raises:
-        ValueError: a module that has no counterpart here.
+        ValueError: a module has no counterpart; the message names it.
     """
     _replace_children(network, "", _Rules(first_conv, b, unit_norm, keep_activations))
 
@@ -111,24 +114,24 @@ def _counterpart(name: str, module: nn.Module, rules: _Rules) -> nn.Module:
     if isinstance(module, _SQUEEZE_EXCITE):
         return _squeeze_excite(name, module)
     if type(module) is timm_layers.Attention and module.gate is None:
-        setattr(module, "qkv", _linear(module.qkv, 1.0, False))  # noqa: B010, linear as in published transformers
+        setattr(module, "qkv", _linear(module.qkv, 1.0, False))  # noqa: B010, linear as in the published transformers
         return freezable(module)
     if isinstance(module, _GATES) or "Attention" in type(module).__name__:
         raise ValueError(
-            f"{name} ({type(module).__name__}) weighs features by others of the image in a way unknown here, so its "
-            "weights could not be held constant and no explanation would be exact: choose an architecture without it"
+            f"{name} ({type(module).__name__}) has input-dependent weights that cannot be held constant, so no "
+            "explanation would be exact: choose an architecture without it"
         )
     leaf = next(module.children(), None) is None
     if leaf and next(module.parameters(), None) is not None and not isinstance(module, _SCALES):
-        raise ValueError(f"{name} ({type(module).__name__}) has no B-cos counterpart: replace it before")
+        raise ValueError(f"{name} ({type(module).__name__}) has no B-cos counterpart: replace it first")
     return module
 
 
 def _bcos_conv(name: str, conv: nn.Conv2d, rules: _Rules) -> BcosConv2d:
     if isinstance(conv.padding, str) or conv.padding_mode != "zeros" or type(conv) is not nn.Conv2d:
         raise ValueError(
-            f"{name} ({type(conv).__name__}, padding={conv.padding!r}, {conv.padding_mode}): only plain convolutions "
-            "with a number of zeros around the image have a B-cos counterpart"
+            f"{name} ({type(conv).__name__}, padding={conv.padding!r}, {conv.padding_mode}) has no B-cos counterpart: "
+            "use nn.Conv2d with a fixed number of zeros as padding"
         )
     rows, columns = conv.kernel_size
     options = {
@@ -155,7 +158,7 @@ def _linear(linear: nn.Linear, b: float, unit_norm: bool) -> BcosLinear:
 
 
 def _norm(name: str, module: nn.BatchNorm2d | nn.LayerNorm | nn.GroupNorm, rules: _Rules) -> nn.Module:
-    """The norm's counterpart, followed by the activation that timm's norms can hold where it is kept."""
+    """Return the norm's counterpart, followed by the norm's own activation (timm's norms can have one) if kept."""
     if isinstance(module, nn.BatchNorm2d):
         if module.running_var is None or not module.affine or module.momentum is None:
             raise ValueError(f"{name} ({module}) needs a weight and running statistics with a momentum")
@@ -166,7 +169,7 @@ def _norm(name: str, module: nn.BatchNorm2d | nn.LayerNorm | nn.GroupNorm, rules
     elif isinstance(module, nn.GroupNorm):
         norm = DynamicGroupNorm2d(module.num_channels, module.num_groups, module.eps, device="meta")
     elif len(module.normalized_shape) > 1:
-        raise ValueError(f"{name} ({module}) normalises several axes, only one, the channels, has a counterpart")
+        raise ValueError(f"{name} ({module}) normalises several axes: only norms over the channels have a counterpart")
     else:
         kind = PositionNorm2d if isinstance(module, _NORMS_2D) else DynamicLayerNorm
         norm = kind(module.weight.numel(), module.eps, device="meta")
@@ -185,21 +188,21 @@ def _activation(module: nn.Module, rules: _Rules) -> nn.Module:
 
 
 def _squeeze_excite(name: str, module: nn.Module) -> FrozenGate:
-    """Its layers in their order of use as a gate; they stay ordinary, biases and activations included."""
+    """Turn the module's layers, in their order of use, into a gate. They keep their biases and activations."""
     if getattr(module, "add_maxpool", False) or any(isinstance(m, nn.BatchNorm2d) for m in module.modules()):
-        raise ValueError(f"{name} ({type(module).__name__}) has max pooling or a norm inside, which is unknown here")
+        raise ValueError(f"{name} ({type(module).__name__}) has max pooling or a norm inside, which is not supported")
     return FrozenGate(nn.Sequential(OrderedDict(pool=nn.AdaptiveAvgPool2d(1), **dict(module.named_children()))))
 
 
 def bcos_classifier(
     num_features: int, num_classes: int, *, b: float = 2.0, unit_norm: bool = True, device=None, dtype=None
 ) -> nn.Module:
-    """Each position's votes for the classes, (B, C, H, W) to (B, num_classes, H, W); nothing for 0 classes."""
+    """Create the classifier of each position, (B, C, H, W) to (B, num_classes, H, W); the identity for 0 classes."""
     if num_classes == 0:
         return nn.Identity()
     return BcosConv2d(num_features, num_classes, b=b, unit_norm=unit_norm, device=device, dtype=dtype)
 
 
 def bcos_logits(num_classes: int, temperature: float, bias: float | None) -> Logits:
-    """The last layer; without a bias given, b0 = -log(classes - 1): a class's odds where nothing is seen."""
+    """Create the last layer. By default b0 = -log(classes - 1): probability 1 / classes if there is no evidence."""
     return Logits(temperature, -log(max(num_classes - 1, 1)) if bias is None else bias)

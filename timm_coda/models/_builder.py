@@ -1,4 +1,4 @@
-"""How a family is built whose weights its authors keep on a file share: timm's builder, and what a tag brings."""
+"""Build models with timm's builder, plus downloads from the authors' file share and constructor arguments per tag."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -24,15 +24,16 @@ def build_model(
     cache_dir: str | None = None,
     **kwargs: Any,
 ) -> Any:
-    """Make a model as timm's `build_model_with_cfg` does, with the links that `resolve_weights` understands.
+    """Build a model as timm's `build_model_with_cfg` does, also with the URLs that `resolve_weights` understands.
 
     Args:
-        model_cls, variant, pretrained: as timm's
-        checkpoint_filter_fn: of the family
-        tag_args: of a tag, the constructor's arguments that are not the entrypoint's; the caller's win, all are saved
-        feature_cfg: what timm makes of the model under `features_only=True`
-        pretrained_cfg, pretrained_cfg_overlay, cache_dir: as timm hands them to an entrypoint
-        kwargs: of timm's builder and the constructor
+        model_cls, variant, pretrained: as in timm
+        checkpoint_filter_fn: converts state dicts of this model family
+        tag_args: for each tag, constructor arguments that differ from the entrypoint's; the caller's arguments take
+            precedence, and all are saved with the model
+        feature_cfg: timm's options for `features_only=True`
+        pretrained_cfg, pretrained_cfg_overlay, cache_dir: as timm passes them to an entrypoint
+        kwargs: arguments of timm's builder and of the constructor
     """
     config = resolve_weights(
         variant,
@@ -47,12 +48,12 @@ def build_model(
         model_cls,
         variant,
         pretrained,
-        pretrained_cfg=config,  # type: ignore[arg-type]  # timm passes one on, too
+        pretrained_cfg=config,  # type: ignore[arg-type]  # timm passes a PretrainedCfg, too
         pretrained_filter_fn=checkpoint_filter_fn,
         cache_dir=cache_dir,
-        feature_cfg=dict(feature_cfg or {}),  # a copy, because timm takes keys out of what it is given
+        feature_cfg=dict(feature_cfg or {}),  # a copy, because timm removes keys from it
         **kwargs,
     )
     if brought:
-        model._model_args = {name: kwargs[name] for name in brought}  # timm adds the caller's, and saves them
+        model._model_args = {name: kwargs[name] for name in brought}  # timm adds the caller's arguments and saves all
     return model

@@ -2,13 +2,13 @@
 
 Paper: `B-cos Networks: Alignment is All We Need for Interpretability` - https://arxiv.org/abs/2205.10268
 
-A stack of B-cos convolutions with two candidates a unit (MaxOut) and nothing between them: CoDA-Net S with another kind
-of layer. Its authors published weights for seven values of B, from a piecewise linear network (B = 1) up: from 1.5 on
-accuracy falls slowly, while explanations become sharp. Written from the paper's formulas; those weights are for
-non-commercial research only.
+A stack of B-cos convolutions with two candidates per unit (MaxOut) and nothing between them: CoDA-Net S with another
+kind of layer. The authors published weights for seven values of B, starting with a piecewise linear network (B = 1).
+From B = 1.5 on, accuracy falls slowly while explanations become sharp. Written from the paper's formulas. The published
+weights are for non-commercial research only.
 """
 
-# torch declares too little of what a module holds, timm of what it takes:
+# The type annotations of torch (module attributes) and timm (arguments) are too narrow:
 # pyright: reportArgumentType=false
 
 import re
@@ -28,7 +28,7 @@ from .conv_stack import STAGE_FEATURES, ConvStack
 
 __all__ = ["BcosConvNet"]
 
-# B: temperature, CIFAR-10 top-1 in %, link
+# B: temperature, CIFAR-10 top-1 in %, token in the download URL
 _PUBLISHED = {
     1.0: (0.001, 93.53, "q8cRRojXZ2WNWbS"),
     1.25: (0.001, 93.81, "oX6H7jQiSN2dfWJ"),
@@ -41,23 +41,25 @@ _PUBLISHED = {
 
 
 class BcosConvNet(ConvStack):
-    """Plain B-cos network. RGB images in [0, 1] (B, 3, H, W), or encoded ones (B, 6, H, W), to (B, num_classes).
+    """Plain B-cos network.
+
+    Maps RGB images in [0, 1] (B, 3, H, W), or encoded images (B, 6, H, W), to logits (B, num_classes).
 
     Args:
-        depths: layers of each stage
-        channels, strides: of each layer before the head
-        b: B of all layers; larger ones ask for more alignment
-        max_out: a unit is the largest of so many candidates
-        scale: s of all layers; None for the published 10^(-2 + 1.5 (2.5 - B))
-        logit_temperature: T; None for the published one of this B
-        logit_bias: b0, the logit of every class where there is no evidence
-        num_classes: 0 for pooled features
-        in_chans: colours of an image, encoded as twice as many channels inside
-        global_pool: 'avg' (the paper's), 'sum' or '' (a logit map)
-        drop_rate: 0, for there is no dropout; timm's train script passes it to every model
+        depths: number of layers in each stage
+        channels, strides: output channels and stride of each layer before the head
+        b: exponent B of all layers; a larger B requires more alignment between weights and input
+        max_out: number of candidates per unit, of which the largest is its output
+        scale: s, divides the output of all layers; None for the published 10^(-2 + 1.5 (2.5 - B))
+        logit_temperature: T, divides the votes; None for the published value of this B
+        logit_bias: b0, the logit of a class without evidence
+        num_classes: number of classes; 0 returns pooled features
+        in_chans: colour channels of an image; the encoding doubles them
+        global_pool: 'avg' (as in the paper), 'sum', or '' to return a logit map
+        drop_rate: must be 0 (no dropout); it exists because timm's training script passes it to every model
 
     Raises:
-        ValueError: layers that do not go together, or a B without a published temperature and none given.
+        ValueError: the numbers of layers do not match, or B has no published temperature and none is given.
     """
 
     def __init__(
@@ -85,7 +87,7 @@ class BcosConvNet(ConvStack):
         if logit_temperature is None:
             if b not in _PUBLISHED:
                 known = ", ".join(f"{known:g}" for known in _PUBLISHED)
-                raise ValueError(f"b={b}: there is no published temperature for it (only for {known}): give one")
+                raise ValueError(f"b={b} has no published temperature (only {known} have): give logit_temperature")
             logit_temperature = _PUBLISHED[b][0]
         dd = {"device": device, "dtype": dtype}
         unit = {"b": b, "max_out": max_out, "scale": 10 ** (-2 + 1.5 * (2.5 - b)) if scale is None else scale}
@@ -105,10 +107,10 @@ class BcosConvNet(ConvStack):
 
 
 def checkpoint_filter_fn(state_dict: Mapping[str, Any], model: BcosConvNet) -> dict[str, Tensor]:
-    """Weights of the authors' checkpoints or ours, as `model` wants them, also with another number of colours.
+    """Convert the authors' state dict, or one of ours, for `model`, also for another number of colour channels.
 
     Raises:
-        ConvertError: They are another network's; the message names the first differences.
+        ConvertError: the weights belong to another network; the message names the first differences.
     """
     state_dict = unwrap(state_dict)
     if any(".linear." in name for name in state_dict):
@@ -121,7 +123,7 @@ def checkpoint_filter_fn(state_dict: Mapping[str, Any], model: BcosConvNet) -> d
 
 
 def _from_authors(state_dict: Mapping[str, Tensor], model: BcosConvNet) -> dict[str, Tensor]:
-    """Theirs are numbered layers."""
+    """Convert the authors' numbered layers to our names."""
     names = [f"stages.{s}.{i}" for s, stage in enumerate(model.stages) for i in range(len(stage))] + ["head"]
     converted = {}
     for key, value in state_dict.items():
@@ -153,7 +155,7 @@ def _cfg(**kwargs: Any) -> dict[str, Any]:
 
 
 def _mpi_cfg(name: str, token: str, top1: float) -> dict[str, Any]:
-    """Weights that the paper's authors published, downloaded from their file share."""
+    """Create the config of weights that the paper's authors published, downloaded from their file share."""
     return _cfg(
         url=(f"https://nextcloud.mpi-klsb.mpg.de/index.php/s/{token}/download", f"{name}.pt"),
         license="non-commercial-research",
@@ -165,7 +167,7 @@ def _mpi_cfg(name: str, token: str, top1: float) -> dict[str, Any]:
 
 _MPI_TAGS = {f"mpi_b{b:g}_cifar10".replace(".", "_"): b for b in _PUBLISHED}
 
-# The last * is the default. Without it, the first with weights would be, and the authors' have another licence.
+# "*" marks the default tag. Otherwise timm would choose the first tag with weights: the authors', with another licence.
 default_cfgs = generate_default_cfgs(
     {
         **{
@@ -175,7 +177,7 @@ default_cfgs = generate_default_cfgs(
         "bcos_v1_conv9.b2_cifar10*": _cfg(),
     }
 )
-# What a tag's weights were trained with, where that is not the entrypoint's default.
+# Arguments that a tag's weights were trained with, if they differ from the entrypoint's defaults.
 _TAG_ARGS = {tag: {"b": b} for tag, b in _MPI_TAGS.items()}
 
 
@@ -187,7 +189,7 @@ def _create_bcos_conv_net(variant: str, pretrained: bool = False, **kwargs: Any)
 
 @register_model
 def bcos_v1_conv9(pretrained: bool = False, **kwargs: Any) -> BcosConvNet:
-    """The published layout for CIFAR-10; `b` is any of the published values, or others with `logit_temperature`."""
+    """The published layout for CIFAR-10. Values of `b` that were not published need `logit_temperature`."""
     model_args = {
         "depths": (2, 3, 3),
         "channels": (64, 64, 128, 128, 128, 256, 256, 256),

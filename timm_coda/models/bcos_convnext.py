@@ -1,12 +1,12 @@
-"""B-cos ConvNeXts, made of timm's ConvNeXt.
+"""B-cos ConvNeXts, built from timm's ConvNeXt.
 
 Papers:
     `B-cos Alignment for Inherently Interpretable CNNs and Vision Transformers` - https://arxiv.org/abs/2306.10898
     `A ConvNet for the 2020s` - https://arxiv.org/abs/2201.03545
 
-B-cos v2 with its authors' ImageNet weights: timm's ConvNeXt with its modules replaced (see `bcosify.py`), B = 2, with
-position norm, or with uncentred batch normalisation in the models named `_bnu`. The last norm and the classifier, a
-1x1 B-cos convolution, are in front of the pooling. logits = W(x) x + bias.
+B-cos v2 with the authors' ImageNet weights: timm's ConvNeXt with its modules replaced (see `_bcosify.py`) and B = 2.
+Models named `_bnu` have uncentred batch normalisation, the others position norm. The last norm and the classifier, a
+1x1 B-cos convolution, come before the pooling. logits = W(x) x + bias.
 """
 
 import re
@@ -28,17 +28,19 @@ _NORMS = {"pn": PositionNorm2d, "bnu": BatchNormUncentered2d}
 
 
 class BcosConvNeXt(BcosHead, ConvNeXt):
-    """B-cos ConvNeXt. RGB images in [0, 1] (B, 3, H, W), or encoded ones (B, 6, H, W), to logits (B, num_classes).
+    """B-cos ConvNeXt.
+
+    Maps RGB images in [0, 1] (B, 3, H, W), or encoded images (B, 6, H, W), to logits (B, num_classes).
 
     Args:
-        depths, dims, ls_init_value, drop_rate, drop_path_rate: as timm's `ConvNeXt`
-        norm: 'pn', normalises each position over its channels, or 'bnu', uncentred batch normalisation
-        b: B of all layers
-        logit_temperature: T; high ones give sharper explanations and start slower
-        logit_bias: b0, the logit of every class where there is no evidence; None for -log(num_classes - 1)
-        num_classes: 0 for pooled features
-        in_chans: colours of an image, encoded as twice as many channels inside
-        global_pool: 'avg', 'sum' or '' (a logit map)
+        depths, dims, ls_init_value, drop_rate, drop_path_rate: as in timm's `ConvNeXt`
+        norm: 'pn' to normalise each position over its channels, or 'bnu' for uncentred batch normalisation
+        b: exponent B of all B-cos layers
+        logit_temperature: T, divides the votes; a larger T gives sharper explanations and slower initial training
+        logit_bias: b0, the logit of a class without evidence; None for -log(num_classes - 1)
+        num_classes: number of classes; 0 returns pooled features
+        in_chans: colour channels of an image; the encoding doubles them
+        global_pool: 'avg', 'sum', or '' to return a logit map
 
     Raises:
         ValueError: an unknown norm.
@@ -95,7 +97,7 @@ class BcosConvNeXt(BcosHead, ConvNeXt):
         self.logits = bcos_logits(num_classes, logit_temperature, logit_bias)
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None, reset_other: bool = False) -> None:
-        """`reset_other` is timm's for a head with further layers; this one has none."""
+        """Replace the classifier. `reset_other` has no effect: in timm it resets further layers of the head."""
         super().reset_classifier(num_classes, global_pool)
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
@@ -116,7 +118,7 @@ _PARTS = {"0": "conv_dw", "1": "norm", "2": "mlp.fc1", "3": "mlp.fc2"}
 
 
 def _our_name(name: str) -> str:
-    """Published names count the stem, the stages and the layers between them in one list."""
+    """Convert a published name, which numbers the stem, the stages and the layers between them in one list."""
     name = re.sub(r"^features\.([01])\.", r"stem.\1.", name)
     name = re.sub(r"^features\.([357])\.", lambda m: f"stages.{int(m[1]) // 2}.downsample.", name)
     name = re.sub(r"^features\.([2468])\.", lambda m: f"stages.{int(m[1]) // 2 - 1}.blocks.", name)

@@ -1,11 +1,11 @@
-"""B-cos DenseNets, made of timm's DenseNet.
+"""B-cos DenseNets, built from timm's DenseNet.
 
 Papers:
     `B-cos Alignment for Inherently Interpretable CNNs and Vision Transformers` - https://arxiv.org/abs/2306.10898
     `Densely Connected Convolutional Networks` - https://arxiv.org/abs/1608.06993
 
-B-cos v2 with its authors' ImageNet weights: timm's DenseNet with its modules replaced (see `bcosify.py`), B = 2, the
-classifier a 1x1 B-cos convolution in front of the pooling. logits = W(x) x + bias.
+B-cos v2 with the authors' ImageNet weights: timm's DenseNet with its modules replaced (see `_bcosify.py`) and B = 2.
+The classifier is a 1x1 B-cos convolution before the pooling. logits = W(x) x + bias.
 """
 
 from collections.abc import Mapping
@@ -23,16 +23,18 @@ __all__ = ["BcosDenseNet"]
 
 
 class BcosDenseNet(BcosHead, DenseNet):
-    """B-cos DenseNet. RGB images in [0, 1] (B, 3, H, W), or encoded ones (B, 6, H, W), to logits (B, num_classes).
+    """B-cos DenseNet.
+
+    Maps RGB images in [0, 1] (B, 3, H, W), or encoded images (B, 6, H, W), to logits (B, num_classes).
 
     Args:
-        growth_rate, block_config, bn_size, drop_rate, proj_drop_rate, memory_efficient: as timm's `DenseNet`
-        b: B of all layers
-        logit_temperature: T; high ones give sharper explanations and start slower
-        logit_bias: b0, the logit of every class where there is no evidence; None for -log(num_classes - 1)
-        num_classes: 0 for pooled features
-        in_chans: colours of an image, encoded as twice as many channels inside
-        global_pool: 'avg', 'sum' or '' (a logit map)
+        growth_rate, block_config, bn_size, drop_rate, proj_drop_rate, memory_efficient: as in timm's `DenseNet`
+        b: exponent B of all B-cos layers
+        logit_temperature: T, divides the votes; a larger T gives sharper explanations and slower initial training
+        logit_bias: b0, the logit of a class without evidence; None for -log(num_classes - 1)
+        num_classes: number of classes; 0 returns pooled features
+        in_chans: colour channels of an image; the encoding doubles them
+        global_pool: 'avg', 'sum', or '' to return a logit map
     """
 
     def __init__(

@@ -1,16 +1,17 @@
-"""B-cos ResNets and ResNeXts, made of timm's ResNet.
+"""B-cos ResNets and ResNeXts, built from timm's ResNet.
 
 Papers:
     `B-cos Networks: Alignment is All We Need for Interpretability` - https://arxiv.org/abs/2205.10268
     `B-cos Alignment for Inherently Interpretable CNNs and Vision Transformers` - https://arxiv.org/abs/2306.10898
 
-The networks of the second paper (B-cos v2) with its authors' ImageNet weights: timm's ResNet with its modules replaced
-(see `bcosify.py`), B = 2, the classifier a 1x1 B-cos convolution in front of the pooling. logits = W(x) x + bias. The
-two for CIFAR-10 have three stages of 16, 32 and 64 channels (He et al., CVPR 2016, section 4.2), and ours are the
-convolutions in their shortcuts.
+The networks of the second paper (B-cos v2) with the authors' ImageNet weights: timm's ResNet with its modules replaced
+(see `_bcosify.py`) and B = 2. The classifier is a 1x1 B-cos convolution before the pooling. logits = W(x) x + bias.
+
+The two networks for CIFAR-10 have three stages of 16, 32 and 64 channels (He et al., CVPR 2016, section 4.2). The
+convolutions in their shortcuts are our own choice.
 """
 
-# torch.jit.ignore is declared for a flag only:
+# torch annotates torch.jit.ignore only for calls with a flag:
 # pyright: reportArgumentType=false
 
 from collections.abc import Mapping
@@ -30,19 +31,21 @@ __all__ = ["BcosResNet"]
 
 
 class BcosResNet(BcosHead, ResNet):
-    """B-cos ResNet. RGB images in [0, 1] (B, 3, H, W), or encoded ones (B, 6, H, W), to logits (B, num_classes).
+    """B-cos ResNet.
+
+    Maps RGB images in [0, 1] (B, 3, H, W), or encoded images (B, 6, H, W), to logits (B, num_classes).
 
     Args:
-        block, layers, cardinality, base_width, drop_rate, drop_path_rate, zero_init_last: as timm's `ResNet`
-        channels: of three or four stages
-        small_stem: start with a 3x3 convolution at full size in place of a 7x7 one and pooling, for 32-pixel images
-        b: B of all layers
-        logit_temperature: T; high ones give sharper explanations and start slower
-        logit_bias: b0, the logit of every class where there is no evidence; None for -log(num_classes - 1)
-        num_classes: 0 for pooled features
-        in_chans: colours of an image, encoded as twice as many channels inside
-        output_stride: 32, 16 or 8, as if the stem were the large one
-        global_pool: 'avg', 'sum' or '' (a logit map)
+        block, layers, cardinality, base_width, drop_rate, drop_path_rate, zero_init_last: as in timm's `ResNet`
+        channels: output channels of three or four stages, before the block's expansion
+        small_stem: use a 3x3 convolution at full resolution instead of a 7x7 one and pooling, for 32-pixel images
+        b: exponent B of all B-cos layers
+        logit_temperature: T, divides the votes; a larger T gives sharper explanations and slower initial training
+        logit_bias: b0, the logit of a class without evidence; None for -log(num_classes - 1)
+        num_classes: number of classes; 0 returns pooled features
+        in_chans: colour channels of an image; the encoding doubles them
+        output_stride: 32, 16 or 8, counted as if the stem were the large one
+        global_pool: 'avg', 'sum', or '' to return a logit map
     """
 
     classifier_name = "fc"
@@ -69,7 +72,7 @@ class BcosResNet(BcosHead, ResNet):
         dtype=None,
     ) -> None:
         dd = {"device": device, "dtype": dtype}
-        # timm's plain stem has 64 channels; that of its deep stem, which is replaced below, follows the stages.
+        # timm's plain stem always has 64 channels. Its deep stem, replaced below, has as many as the first stage.
         stem = {"stem_type": "deep", "stem_width": channels[0] // 2} if small_stem else {}
         super().__init__(
             block,  # pyright: ignore[reportArgumentType]
@@ -93,7 +96,7 @@ class BcosResNet(BcosHead, ResNet):
             stages: Any = self.feature_info
             for index, info in enumerate(stages):
                 info["reduction"] //= 4 if index else 2
-        if len(channels) == 3:  # timm's forward pass has a fourth stage, in front of what is made anew below
+        if len(channels) == 3:  # timm calls a fourth stage; it must come before the head, which is created again below
             del self.global_pool, self.fc
             self.layer4 = nn.Sequential()
             self.feature_info.append({**self.feature_info[-1], "module": "layer4"})
@@ -126,7 +129,7 @@ def _cfg(file: str, top1: float, **kwargs: Any) -> dict[str, Any]:
 
 
 def _cifar_cfg(**kwargs: Any) -> dict[str, Any]:
-    """To be trained here."""
+    """Create the config of a CIFAR-10 model, which has no published weights."""
     names = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
     ours = {"url": "", "num_classes": 10, "label_names": names, "input_size": (3, 32, 32), "pool_size": (8, 8)}
     ours |= {"crop_pct": 1.0, "interpolation": "bicubic", "description": None, "origin_url": None}
@@ -194,13 +197,13 @@ _SMALL = {"block": BasicBlock, "channels": (16, 32, 64), "small_stem": True}
 
 @register_model
 def bcos_resnet20(pretrained: bool = False, **kwargs: Any) -> BcosResNet:
-    """For 32-pixel images."""
+    """ResNet-20 for 32-pixel images."""
     model_args = dict(_SMALL, layers=(3, 3, 3))
     return _create_bcos_resnet("bcos_resnet20", pretrained, **dict(model_args, **kwargs))
 
 
 @register_model
 def bcos_resnet56(pretrained: bool = False, **kwargs: Any) -> BcosResNet:
-    """For 32-pixel images."""
+    """ResNet-56 for 32-pixel images."""
     model_args = dict(_SMALL, layers=(9, 9, 9))
     return _create_bcos_resnet("bcos_resnet56", pretrained, **dict(model_args, **kwargs))

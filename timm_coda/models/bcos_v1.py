@@ -1,14 +1,14 @@
-"""B-cos v1 networks for ImageNet, made of timm's ResNet, DenseNet, VGG and Inception-v3.
+"""B-cos v1 networks for ImageNet, built from timm's ResNet, DenseNet, VGG and Inception-v3.
 
 Paper: `B-cos Networks: Alignment is All We Need for Interpretability` - https://arxiv.org/abs/2205.10268
 
-timm's architectures without normalisation and activations: every convolution is a B-cos convolution whose units are the
-larger of two candidates (MaxOut) and have a fixed scale, pooling is average pooling, the classifier a 1x1 B-cos
-convolution in front of it. logits = W(x) x + bias, and W(x) * x is the decision, pixel by pixel. Written from the
-paper's formulas; the weights are its authors', for non-commercial research only.
+timm's architectures without normalisation and activations. Every convolution is a B-cos convolution with two candidates
+per unit (MaxOut) and a fixed scale. All pooling is average pooling. The classifier is a 1x1 B-cos convolution before
+the global pooling. logits = W(x) x + bias, and W(x) * x is the exact contribution of each pixel. Written from the
+paper's formulas. The authors' weights are for non-commercial research only.
 """
 
-# torch.jit.ignore is declared for a flag only:
+# torch annotates torch.jit.ignore only for calls with a flag:
 # pyright: reportArgumentType=false
 
 import re
@@ -37,7 +37,7 @@ __all__ = ["BcosV1DenseNet", "BcosV1InceptionV3", "BcosV1ResNet", "BcosV1VGG"]
 
 
 class _BcosV1(ExplainMixin, HubMixin, nn.Module):
-    """RGB images in [0, 1] (B, 3, H, W), or encoded ones (B, 6, H, W), to logits (B, num_classes)."""
+    """Maps RGB images in [0, 1] (B, 3, H, W), or encoded images (B, 6, H, W), to logits (B, num_classes)."""
 
     def _become_bcos(
         self,
@@ -54,18 +54,24 @@ class _BcosV1(ExplainMixin, HubMixin, nn.Module):
         device=None,
         dtype=None,
     ) -> None:
-        """Give timm's network, which is on the meta device, B-cos modules and a new head: the `options` of the classes.
+        """Replace the modules of timm's network, which is on the meta device, with B-cos modules and a new head.
+
+        The model classes pass their `options` to this method.
 
         Args:
-            first_conv: name of the first convolution, for the encoded image's channels, which takes the encoding up
-            b: B of all layers
-            max_out: a unit is the largest of so many candidates
-            scale_divisor: s = sqrt(inputs of a unit) / scale_divisor; it keeps signals from fading without norms
-            logit_temperature: T; high ones give sharper explanations and start slower
-            logit_bias: b0, the logit of every class where there is no evidence
-            num_classes: 0 for pooled features
-            global_pool: 'avg', 'sum' or '' (a logit map)
-            drop_rate: dropout in front of the classifier
+            first_conv: name of the first convolution, which takes the encoded image's channels and does the encoding
+            b: exponent B of all layers
+            max_out: number of candidates per unit, of which the largest is its output
+            scale_divisor: outputs are divided by s = sqrt(inputs of a unit) / scale_divisor, which keeps signals from
+                vanishing without norms
+            logit_temperature: T, divides the votes; a larger T gives sharper explanations and slower initial training
+            logit_bias: b0, the logit of a class without evidence
+            num_classes: number of classes; 0 returns pooled features
+            global_pool: 'avg', 'sum', or '' to return a logit map
+            drop_rate: dropout rate before the classifier
+
+        Raises:
+            ValueError: `scale_divisor` is not positive.
         """
         if not scale_divisor > 0:
             raise ValueError(f"scale_divisor={scale_divisor}: must be above 0")
@@ -81,7 +87,7 @@ class _BcosV1(ExplainMixin, HubMixin, nn.Module):
         self.head_drop = nn.Dropout(drop_rate)
         self.fc = self._make_classifier(device, dtype)
         self.logits = Logits(logit_temperature, logit_bias)
-        # timm would not adapt both halves of the encoding to other colours: checkpoint_filter_fn does it.
+        # timm cannot adapt both halves of the encoding to other colour channels: checkpoint_filter_fn does it.
         self._traits = {"first_conv": None}
 
     def _replace_children(self, parent: nn.Module, prefix: str, device, dtype) -> None:
@@ -140,12 +146,14 @@ class _BcosV1(ExplainMixin, HubMixin, nn.Module):
 
 
 class BcosV1ResNet(_BcosV1, ResNet):
-    """B-cos v1 ResNet. RGB images in [0, 1] (B, 3, H, W), or encoded ones (B, 6, H, W), to logits (B, num_classes).
+    """B-cos v1 ResNet.
+
+    Maps RGB images in [0, 1] (B, 3, H, W), or encoded images (B, 6, H, W), to logits (B, num_classes).
 
     Args:
-        block, layers: as timm's `ResNet`
-        in_chans: colours of an image, encoded as twice as many channels inside
-        options: as `_BcosV1._become_bcos`
+        block, layers: as in timm's `ResNet`
+        in_chans: colour channels of an image; the encoding doubles them
+        options: as in `_BcosV1._become_bcos`
     """
 
     def __init__(
@@ -160,7 +168,7 @@ class BcosV1ResNet(_BcosV1, ResNet):
 
 
 class BcosV1DenseNet(_BcosV1, DenseNet):
-    """B-cos v1 DenseNet. Arguments as timm's `DenseNet`, others and shapes as `BcosV1ResNet`."""
+    """B-cos v1 DenseNet. Arguments as in timm's `DenseNet`; other arguments and shapes as in `BcosV1ResNet`."""
 
     def __init__(
         self,
@@ -175,10 +183,11 @@ class BcosV1DenseNet(_BcosV1, DenseNet):
 
 
 class BcosV1VGG(_BcosV1, VGG):
-    """B-cos v1 VGG, convolutional to the end: its 7x7 layer is padded. Others and shapes as `BcosV1ResNet`.
+    """B-cos v1 VGG, fully convolutional: its 7x7 layer is padded.
 
     Args:
-        cfg: channels of the layers, 'M' where a pooling stands
+        cfg: channels of the layers, with 'M' for a pooling layer
+        in_chans, options: as in `BcosV1ResNet`, like the shapes
     """
 
     def __init__(self, cfg: list[int | str], in_chans: int = 3, **options: Any) -> None:
@@ -196,7 +205,7 @@ class BcosV1VGG(_BcosV1, VGG):
     def prune_intermediate_layers(
         self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
     ) -> list[int]:
-        """Remove layers behind the last of `indices`; returns which these are."""
+        """Remove the layers after the last of `indices`; return the selected feature indices."""
         take_indices, max_index = feature_take_indices(len(self.feature_ends), indices)
         prune_end = max_index < len(self.feature_ends) - 1
         self.features = self.features[: self.feature_ends[max_index] + 1]
@@ -210,7 +219,7 @@ class BcosV1VGG(_BcosV1, VGG):
 
 
 class _InceptionB(InceptionB):
-    """timm's with average pooling, which there is no module that could be replaced."""
+    """timm's `InceptionB` with average pooling. timm calls max pooling as a function, so no module can be replaced."""
 
     def _forward(self, x: Tensor) -> list[Tensor]:
         wide = self.branch3x3(x)
@@ -219,7 +228,7 @@ class _InceptionB(InceptionB):
 
 
 class _InceptionD(InceptionD):
-    """As `_InceptionB`."""
+    """timm's `InceptionD` with average pooling, for the same reason."""
 
     def _forward(self, x: Tensor) -> list[Tensor]:
         wide = self.branch3x3_2(self.branch3x3_1(x))
@@ -228,7 +237,7 @@ class _InceptionD(InceptionD):
 
 
 class BcosV1InceptionV3(_BcosV1, InceptionV3):
-    """B-cos v1 Inception-v3, without the auxiliary classifier of its training. Others as `BcosV1ResNet`."""
+    """B-cos v1 Inception-v3, without the auxiliary classifier used in training. Arguments as in `BcosV1ResNet`."""
 
     def __init__(self, in_chans: int = 3, **options: Any) -> None:
         super().__init__(num_classes=0, in_chans=2 * in_chans, global_pool="", device="meta")
@@ -239,10 +248,10 @@ class BcosV1InceptionV3(_BcosV1, InceptionV3):
 
 
 def checkpoint_filter_fn(state_dict: Mapping[str, Any], model: _BcosV1) -> dict[str, Tensor]:
-    """Weights of the authors' checkpoints or ours, as `model` wants them, also with another number of colours.
+    """Convert the authors' state dict, or one of ours, for `model`, also for another number of colour channels.
 
     Raises:
-        ConvertError: They are another network's; the message names the first differences.
+        ConvertError: the weights belong to another network; the message names the first differences.
     """
     state_dict = unwrap(state_dict)
     if any(".linear." in name for name in state_dict):
@@ -255,9 +264,9 @@ def checkpoint_filter_fn(state_dict: Mapping[str, Any], model: _BcosV1) -> dict[
 
 
 def _from_authors(state_dict: Mapping[str, Tensor], model: _BcosV1) -> dict[str, Tensor]:
-    """torchvision's names with a `.linear.` inside each layer, in a Sequential; VGG's layers are counted differently.
+    """Convert the authors' names: torchvision's, in a Sequential, with `.linear.` in each layer; VGG numbers differ.
 
-    The auxiliary classifier that Inception-v3 was trained with is left out: it takes no part in a decision.
+    The auxiliary classifier of Inception-v3 is dropped, because it is used only in training.
     """
     layers = {}
     for key, value in state_dict.items():
@@ -298,7 +307,7 @@ def _cfg(**kwargs: Any) -> dict[str, Any]:
 
 
 def _mpi_cfg(name: str, token: str, **kwargs: Any) -> dict[str, Any]:
-    """Weights that the paper's authors published, downloaded from their file share."""
+    """Create the config of weights that the paper's authors published, downloaded from their file share."""
     return _cfg(
         url=(f"https://nextcloud.mpi-klsb.mpg.de/index.php/s/{token}/download", f"{name}.pt"),
         license="non-commercial-research",
@@ -315,12 +324,12 @@ _NETWORKS = {
     "bcos_v1_inception_v3": {
         "first_conv": "Conv2d_1a_3x3.conv",
         "input_size": (3, 299, 299),
-        "min_input_size": (3, 107, 107),  # below, the last map is a single position
+        "min_input_size": (3, 107, 107),  # with a smaller image, the last map is a single position
         "pool_size": (8, 8),
         "crop_pct": 0.875,
     },
 }
-_MPI_TAGS = {  # link
+_MPI_TAGS = {  # tag: token in the download URL
     "bcos_v1_resnet34.mpi_in1k": "mYe6TggQsDymZbk",
     "bcos_v1_densenet121.mpi_in1k": "LW2HsNDzAzaaaDH",
     "bcos_v1_densenet121.mpi_cosine_in1k": "G8kdm73qWn4L8Lg",
@@ -328,7 +337,7 @@ _MPI_TAGS = {  # link
     "bcos_v1_inception_v3.mpi_in1k": "QSEo6QSNgPZqNfi",
 }
 
-# The last * is the default. Without it, the first with weights would be, and the authors' have another licence.
+# "*" marks the default tag. Otherwise timm would choose the first tag with weights: the authors', with another licence.
 default_cfgs = generate_default_cfgs(
     {
         **{name: _mpi_cfg(name, token, **_NETWORKS[name.split(".")[0]]) for name, token in _MPI_TAGS.items()},

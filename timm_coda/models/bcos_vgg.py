@@ -1,12 +1,12 @@
-"""B-cos VGG, made of timm's VGG.
+"""B-cos VGG, built from timm's VGG.
 
 Papers:
     `B-cos Alignment for Inherently Interpretable CNNs and Vision Transformers` - https://arxiv.org/abs/2306.10898
     `Very Deep Convolutional Networks for Large-Scale Image Recognition` - https://arxiv.org/abs/1409.1556
 
-B-cos v2 with its authors' ImageNet weights: timm's VGG with batch normalisation and with its modules replaced (see
-`bcosify.py`), B = 2. Its first fully connected layer is a 7x7 convolution that keeps every position, so that each
-votes for the classes and the votes are pooled. logits = W(x) x + bias.
+B-cos v2 with the authors' ImageNet weights: timm's VGG with batch normalisation, with its modules replaced (see
+`_bcosify.py`) and B = 2. The first fully connected layer is a padded 7x7 convolution that keeps every position. Each
+position votes for the classes, and the votes are pooled. logits = W(x) x + bias.
 """
 
 import re
@@ -26,16 +26,18 @@ __all__ = ["BcosVGG"]
 
 
 class BcosVGG(BcosHead, VGG):
-    """B-cos VGG. RGB images in [0, 1] (B, 3, H, W), or encoded ones (B, 6, H, W), to logits (B, num_classes).
+    """B-cos VGG.
+
+    Maps RGB images in [0, 1] (B, 3, H, W), or encoded images (B, 6, H, W), to logits (B, num_classes).
 
     Args:
-        cfg, mlp_ratio, drop_rate: as timm's `VGG`
-        b: B of all layers
-        logit_temperature: T; high ones give sharper explanations and start slower
-        logit_bias: b0, the logit of every class where there is no evidence; None for -log(num_classes - 1)
-        num_classes: 0 for pooled features
-        in_chans: colours of an image, encoded as twice as many channels inside
-        global_pool: 'avg', 'sum' or '' (a logit map)
+        cfg, mlp_ratio, drop_rate: as in timm's `VGG`
+        b: exponent B of all B-cos layers
+        logit_temperature: T, divides the votes; a larger T gives sharper explanations and slower initial training
+        logit_bias: b0, the logit of a class without evidence; None for -log(num_classes - 1)
+        num_classes: number of classes; 0 returns pooled features
+        in_chans: colour channels of an image; the encoding doubles them
+        global_pool: 'avg', 'sum', or '' to return a logit map
     """
 
     classifier_name = "head"
@@ -67,7 +69,7 @@ class BcosVGG(BcosHead, VGG):
         )
         mlp: Any = self.pre_logits
         mlp.fc1.padding = (3, 3)
-        mlp.input_kernel_size = 1  # with the padding, maps below 7x7 need not be enlarged
+        mlp.input_kernel_size = 1  # because of the padding, maps below 7x7 need not be enlarged
         replace_modules(self, "features.0", b=b)
         first: Any = self.features[0]
         self.in_chans = in_chans
@@ -92,7 +94,7 @@ class BcosVGG(BcosHead, VGG):
     def prune_intermediate_layers(
         self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
     ) -> list[int]:
-        """As timm's, whose head has another form."""
+        """As timm's method, which assumes a different head."""
         kept, last = feature_take_indices(len(self.feature_ends), indices)
         self.features = self.features[: self.feature_ends[last] + 1]
         self.num_features = self.feature_info[last]["num_chs"]
@@ -104,7 +106,7 @@ class BcosVGG(BcosHead, VGG):
 
 
 def checkpoint_filter_fn(state_dict: Mapping[str, Any], model: BcosVGG) -> dict[str, Tensor]:
-    # Published layers are counted without timm's places for activations, and the head's are all the classifier's.
+    # Published names do not number timm's activations, and call all layers of the head "classifier".
     counted = [i for i, layer in enumerate(model.features) if not isinstance(layer, nn.Identity)]
     names = {f"features.{published}": f"features.{ours}" for published, ours in enumerate(counted)}
     names |= {"classifier.0": "pre_logits.fc1", "classifier.1": "pre_logits.fc2", "classifier.2": "head"}

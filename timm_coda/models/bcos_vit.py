@@ -1,21 +1,21 @@
-"""B-cos vision transformers, made of timm's VisionTransformer: simple ViTs, and ViT-Cs with a convolutional stem.
+"""B-cos vision transformers, built from timm's VisionTransformer: simple ViTs, and ViT-Cs with a convolutional stem.
 
 Papers:
     `B-cos Alignment for Inherently Interpretable CNNs and Vision Transformers` - https://arxiv.org/abs/2306.10898
     `Better plain ViT baselines for ImageNet-1k` - https://arxiv.org/abs/2205.01580 (simple ViT)
     `Early Convolutions Help Transformers See Better` - https://arxiv.org/abs/2106.14881 (ViT-C)
 
-The networks of B-cos v2 with its authors' ImageNet weights: B = 2 in the patch projection, the attention's output
-projection, the MLP and the classifier; queries, keys and values plain linear maps; no biases, no activation; fixed
-position embedding; the classifier behind the pooling, as published. timm's convolutional stem and its sines and cosines
-do not fit (the last norm missing, other frequencies); these are our own.
+The networks of B-cos v2 with the authors' ImageNet weights. B = 2 in the patch projection, the attention's output
+projection, the MLP and the classifier. Queries, keys and values are plain linear maps. There are no biases and no
+activations. The position embedding is fixed. The classifier follows the pooling, as published. The convolutional stem
+and the position embedding are our own, because timm's differ (no last norm, other frequencies).
 
-The position embedding is added, so a logit has a share that no pixel contributes to: logits = W(x) x + W'(x) e + bias,
-with e the embedding and W' the map from the patches on. `Explanation.residual` is that share. Explained by a layer
-behind the embedding, such as `layer="blocks.0"`, nothing but rounding is left.
+The position embedding is added, so a part of each logit comes from no pixel: logits = W(x) x + W'(x) e + bias, where e
+is the embedding and W' the map from the patches on. `Explanation.residual` is that part. For explanations by a layer
+after the embedding, such as `layer="blocks.0"`, the residual is only rounding errors.
 """
 
-# torch.jit.ignore is declared for a flag only:
+# torch annotates torch.jit.ignore only for calls with a flag:
 # pyright: reportArgumentType=false
 
 import re
@@ -42,7 +42,7 @@ from ._bcosify import bcos_logits
 
 __all__ = ["BcosVisionTransformer"]
 
-_NORM_EPS = 1e-24  # of the published linear layers, of which the patch projection is one
+_NORM_EPS = 1e-24  # of the published linear layers, which include the patch projection
 
 
 def _pooling(global_pool: str) -> str:
@@ -52,9 +52,9 @@ def _pooling(global_pool: str) -> str:
 
 
 class ConvStem(nn.Sequential):
-    """3x3 B-cos convolutions, each with its norm: images (B, C, H, W) to (B, channels[-1], H / stride, W / stride).
+    """3x3 B-cos convolutions, each with a norm: images (B, C, H, W) to (B, channels[-1], H / stride, W / stride).
 
-    The first convolution halves the image, and each that has more outputs than inputs.
+    The first convolution, and each one with more outputs than inputs, halves the resolution.
     """
 
     def __init__(self, in_chans: int, channels: tuple[int, ...], b: float, device=None, dtype=None) -> None:
@@ -89,25 +89,27 @@ def _bcos_linear(linear: nn.Linear, b: float) -> BcosLinear:
 
 
 class BcosVisionTransformer(ExplainMixin, VisionTransformer):
-    """B-cos ViT. RGB images in [0, 1] (B, 3, H, W), or encoded ones (B, 6, H, W), to logits (B, num_classes).
+    """B-cos vision transformer.
 
-    What the position embedding contributes to a logit is no pixel's: it is the `residual` of an explanation.
+    Maps RGB images in [0, 1] (B, 3, H, W), or encoded images (B, 6, H, W), to logits (B, num_classes). The contribution
+    of the position embedding belongs to no pixel: it is the `residual` of an explanation.
 
     Args:
-        img_size: pixels a side of the usual image; any multiple of the stride is taken, positions go on beyond
-        patch_size: positions a side of a token, in pixels, or behind the stem if there is one
-        embed_dim, depth, num_heads, mlp_ratio: as timm's `VisionTransformer`
-        stem: channels of the convolutions in front of the patches (ViT-C); None for none
-        b: B of all layers
-        logit_temperature: T; high ones give sharper explanations and start slower
-        logit_bias: b0, the logit of every class where there is no evidence; None for -log(num_classes - 1)
-        num_classes: 0 for pooled features
-        in_chans: colours of an image, encoded as twice as many channels inside
-        global_pool: 'avg', or '' (logits of each token)
-        drop_rate, pos_drop_rate, proj_drop_rate, attn_drop_rate, drop_path_rate: as timm's `VisionTransformer`
+        img_size: height and width of the default image in pixels; other multiples of the stride work too, because the
+            position embedding extends to any size
+        patch_size: side of a token, in pixels, or in positions of the stem's output if there is a stem
+        embed_dim, depth, num_heads, mlp_ratio: as in timm's `VisionTransformer`
+        stem: channels of the convolutions before the patches (ViT-C); None for no stem
+        b: exponent B of all B-cos layers
+        logit_temperature: T, divides the votes; a larger T gives sharper explanations and slower initial training
+        logit_bias: b0, the logit of a class without evidence; None for -log(num_classes - 1)
+        num_classes: number of classes; 0 returns pooled features
+        in_chans: colour channels of an image; the encoding doubles them
+        global_pool: 'avg', or '' to return the logits of each token
+        drop_rate, pos_drop_rate, proj_drop_rate, attn_drop_rate, drop_path_rate: as in timm's `VisionTransformer`
 
     Raises:
-        ValueError: another pooling, sizes that do not divide.
+        ValueError: another pooling, or an image size that is not a multiple of the stride.
     """
 
     def __init__(
@@ -224,7 +226,7 @@ class BcosVisionTransformer(ExplainMixin, VisionTransformer):
         return self.logits(self.head(x))
 
 
-_NAMES = (  # of B-cos v2, ours
+_NAMES = (  # B-cos v2's name, our name
     (r"^0\.", ""),
     (r"\.linear\.", "."),
     (r"^to_patch_embedding\.linear\.", "patch_embed.proj."),
@@ -245,13 +247,13 @@ def _stem_name(found: re.Match) -> str:
 
 
 def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: BcosVisionTransformer) -> dict[str, Tensor]:
-    """Weights of B-cos v2 in our names; a state dict in ours comes back as it is."""
+    """Convert B-cos v2's state dict to our names, also for another number of colour channels. Ours keep their names."""
     converted = {}
     for name, value in state_dict.items():
         for theirs, ours in _NAMES:
             name = re.sub(theirs, ours, name)
         name = re.sub(r"^to_patch_embedding\.conv_stem\.(\d+)\.", _stem_name, name)
-        if name == "patch_embed.proj.weight" and value.dim() == 2:  # (D, rows * columns * C), a linear layer's
+        if name == "patch_embed.proj.weight" and value.dim() == 2:  # of a linear layer, (D, rows * columns * C)
             rows, columns = model.patch_embed.patch_size
             value = value.unflatten(1, (rows, columns, -1)).permute(0, 3, 1, 2).contiguous()
         converted[name] = value

@@ -1,14 +1,14 @@
-"""B-cos versions of timm's architectures, from scratch or from their weights.
+"""B-cos versions of timm's architectures, from scratch or from their pretrained weights.
 
 Papers:
     `B-cos Alignment for Inherently Interpretable CNNs and Vision Transformers` - https://arxiv.org/abs/2306.10898
     `B-cosification: Transforming Deep Neural Networks to be Inherently Interpretable` - https://arxiv.org/abs/2411.00715
 
-One registered model, `bcosified`, whose argument `base` names an architecture in timm: so a saved folder says all there
-is to make the model again. `bcosify` makes it of a name or a model, with the model's weights if asked.
+One model is registered, `bcosified`. Its argument `base` names an architecture in timm, so a saved folder contains
+everything needed to create the model again. `bcosify` converts a model or a model name, with or without its weights.
 """
 
-# torch.jit.ignore is declared for a flag only:
+# torch annotates torch.jit.ignore only for calls with a flag:
 # pyright: reportArgumentType=false
 
 import copy
@@ -34,7 +34,7 @@ __all__ = ["Bcosified", "bcosify"]
 
 
 class TokenMap(nn.Module):
-    """A transformer's tokens (B, N, C) as a map (B, C, rows, columns), without class and register tokens in front."""
+    """Reshapes a transformer's tokens (B, N, C) to a map (B, C, rows, columns), without class and register tokens."""
 
     def __init__(self, prefix: int, grid: tuple[int, int]) -> None:
         super().__init__()
@@ -49,29 +49,32 @@ class TokenMap(nn.Module):
 
 
 class Bcosified(ExplainMixin, HubMixin, nn.Module):
-    """B-cos version of an architecture. RGB images in [0, 1] (B, 3, H, W), or encoded ones (B, 6, H, W), to logits.
+    """B-cos version of an architecture.
 
-    The architecture's own network, `body`, sees the encoded image; a 1x1 B-cos convolution behind its last features
-    votes at each position, and the votes are pooled: logits = W(x) x + bias. What a transformer adds, its embeddings
-    of positions and class, no pixel contributes to: `Explanation.residual` is that share.
+    Maps RGB images in [0, 1] (B, 3, H, W), or encoded images (B, 6, H, W), to logits (B, num_classes).
+
+    The architecture's own network, `body`, takes the encoded image. A 1x1 B-cos convolution classifies each position of
+    its last features, and the votes are pooled: logits = W(x) x + bias. The contribution of a transformer's position
+    and class embeddings belongs to no pixel: it is `Explanation.residual`.
 
     Args:
         base: name of an architecture in timm's registry
-        base_args: further arguments of it, JSON
-        b: B of all layers
-        unit_norm: scale each weight to norm 1; B-cosification keeps the original's
-        keep_activations: keep them, as B-cosification does; from scratch the B-cos transform is the only non-linearity
-        logit_temperature: T; high ones give sharper explanations and start slower
-        logit_bias: b0, the logit of every class where there is no evidence; None for -log(num_classes - 1)
-        num_classes: 0 for pooled features
-        in_chans: colours of an image, encoded as twice as many channels inside
-        global_pool: 'avg', 'sum' or '' (a logit map)
-        img_size: pixels a side, for a base that needs to know
-        drop_rate: dropout in front of the classifier
-        drop_path_rate: stochastic depth of the base
+        base_args: further arguments of the architecture, JSON-serialisable
+        b: exponent B of all B-cos layers
+        unit_norm: scale the weights of each unit to norm 1; B-cosification keeps the original norms
+        keep_activations: keep activations, as B-cosification does; without them, the B-cos transform is the only
+            non-linearity
+        logit_temperature: T, divides the votes; a larger T gives sharper explanations and slower initial training
+        logit_bias: b0, the logit of a class without evidence; None for -log(num_classes - 1)
+        num_classes: number of classes; 0 returns pooled features
+        in_chans: colour channels of an image; the encoding doubles them
+        global_pool: 'avg', 'sum', or '' to return a logit map
+        img_size: height and width in pixels, for architectures that need it
+        drop_rate: dropout rate before the classifier
+        drop_path_rate: stochastic depth rate of the architecture
 
     Raises:
-        ValueError: no such architecture, or a part of it has no B-cos counterpart; the message names it.
+        ValueError: timm has no such architecture, or a module has no B-cos counterpart; the message names it.
     """
 
     def __init__(
@@ -96,19 +99,19 @@ class Bcosified(ExplainMixin, HubMixin, nn.Module):
         dd = {"device": device, "dtype": dtype}
         own: dict[str, Any] = {"num_classes": 0, "global_pool": "", "in_chans": 2 * in_chans, "img_size": img_size}
         for name in (base_args or {}).keys() & own.keys():
-            raise ValueError(f"base_args={base_args}: {name} is an argument of its own, give it beside base_args")
+            raise ValueError(f"base_args={base_args}: give {name} as a separate argument, not in base_args")
         if drop_path_rate > 0:
             own["drop_path_rate"] = drop_path_rate
-        body: Any = timm.create_model(base, **(base_args or {}), **own, **dd)  # None is left out
+        body: Any = timm.create_model(base, **(base_args or {}), **own, **dd)  # timm drops None
         if any(isinstance(m, DynamicLinear) for m in body.modules()):
-            raise ValueError(f"base={base!r} explains itself already: create it as it is")
+            raise ValueError(f"base={base!r} already has exact explanations: create it without bcosified")
         try:
             replace_modules(body, b=b, unit_norm=unit_norm, keep_activations=keep_activations)
         except ValueError as error:
             raise ValueError(f"base={base!r} has no B-cos version: {error}") from error
         for module in body.modules():
             if isinstance(module, BatchNormUncentered2d):
-                nn.init.ones_(module.weight)  # timm starts some residual branches at 0, the published networks none
+                nn.init.ones_(module.weight)  # timm sets some residual branches to 0, the published networks none
         self.encoding = InverseEncoding(in_chans)
         self.body = body
         tokens = hasattr(body, "num_prefix_tokens")
@@ -167,7 +170,7 @@ class Bcosified(ExplainMixin, HubMixin, nn.Module):
         output_fmt: str = "NCHW",
         intermediates_only: bool = False,
     ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
-        """Features and those in between, as the base's method of the same name."""
+        """Return the final and intermediate features, as the architecture's own method does."""
         return self.body.forward_intermediates(
             self.encoding(x),
             indices=indices,
@@ -180,7 +183,7 @@ class Bcosified(ExplainMixin, HubMixin, nn.Module):
     def prune_intermediate_layers(
         self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
     ) -> list[int]:
-        """Remove what is behind the last of `indices`; returns which these are."""
+        """Remove the layers after the last of `indices`; return the selected feature indices."""
         kept = self.body.prune_intermediate_layers(indices, prune_norm=prune_norm, prune_head=prune_head)
         changed = self.head_hidden_size != self.body.head_hidden_size
         self.num_features, self.head_hidden_size = self.body.num_features, self.body.head_hidden_size
@@ -217,38 +220,40 @@ def bcosify(
     logit_temperature: float = 1.0,
     logit_bias: float | None = None,
 ) -> Bcosified:
-    """The B-cos version of a timm model, which explains itself exactly; saves, loads and trains as any timm model.
+    """Convert a timm model to its B-cos version, which has exact explanations.
 
-    With `from_pretrained` it starts at the original's weights by the rules of B-cosification (Arya et al., NeurIPS
-    2024, arXiv 2411.00715, section 3): activations stay, biases go (and with them the means of BatchNorm, which fold
-    into biases), weights keep their norms, the first convolution sees (rgb, 1 - rgb) and takes up the original's mean
-    and standard deviation. A few epochs of fine-tuning then lead to the original's accuracy; before that, with layers
-    that respond to alignment for the first time, it predicts little.
+    The result saves, loads and trains like any timm model.
+
+    With `from_pretrained`, it starts from the original's weights by the rules of B-cosification (Arya et al., NeurIPS
+    2024, arXiv 2411.00715, section 3). Activations are kept. Biases are dropped, and with them the means of BatchNorm,
+    which fold into biases. Weights keep their norms. The first convolution takes (rgb, 1 - rgb) and absorbs the
+    original's mean and standard deviation. The result then needs a few epochs of fine-tuning to reach the original's
+    accuracy. Before that its predictions are poor, because its layers have not been trained to respond to alignment.
 
     Args:
-        model: what `timm.create_model` takes as a name, or a model it made, which is left as it is
-        from_pretrained: start at the weights of the model, or of the name's pretrained one
-        num_classes: the model's if None; with another number the classifier starts anew
-        base_args: with a name, further arguments of the architecture, JSON
-        b: B of all layers
-        logit_temperature, logit_bias: as `Bcosified`
+        model: a model name for `timm.create_model`, or a model created by it, which is not modified
+        from_pretrained: start from the weights of the model, or from the pretrained weights of the name
+        num_classes: number of classes; None for the model's own. With another number the classifier is initialised anew
+        base_args: further arguments of the architecture, JSON-serialisable; only with a name
+        b: exponent B of all B-cos layers
+        logit_temperature, logit_bias: as in `Bcosified`
 
     Returns:
-        the model, on the original's device, in its dtype and mode
+        The B-cos model, with the original's device, dtype and mode.
 
     Raises:
-        ValueError: a part without B-cos counterpart, an original that timm did not make, or one in which something
-            non-linear remains that an explanation cannot hold constant.
+        ValueError: a module has no B-cos counterpart, timm did not create the original, or a non-linear part remains
+            that explanations cannot hold constant.
     """
     if isinstance(model, str):
         original: Any = timm.create_model(model, pretrained=from_pretrained, **(base_args or {}))
     elif base_args is not None:
-        raise ValueError(f"base_args={base_args}: go with a name; the arguments of a model are its own")
+        raise ValueError(f"base_args={base_args}: only for a model name; a created model already has its arguments")
     else:
         original = model
     architecture = getattr(original, "pretrained_cfg", {}).get("architecture")
     if not architecture:
-        raise ValueError(f"{type(original).__name__} was not made by timm.create_model, so no saved file could name it")
+        raise ValueError(f"{type(original).__name__} has no architecture name: create it with timm.create_model")
     arguments = get_model_args(original)
     size = arguments.pop("img_size", None)
     for name in ("num_classes", "in_chans", "global_pool"):
@@ -256,7 +261,7 @@ def bcosify(
     try:
         json.dumps(arguments)
     except TypeError as error:
-        raise ValueError(f"{architecture} was made with {arguments}, which no saved file can hold: {error}") from error
+        raise ValueError(f"{architecture} has arguments {arguments}, which cannot be saved as JSON: {error}") from error
     classes = original.num_classes if num_classes is None else num_classes
     created: Any = timm.create_model(
         "bcosified",
@@ -287,14 +292,14 @@ def _carry_over(original: Any, target: Bcosified) -> None:
     name = source.pretrained_cfg["first_conv"]
     stem = source.get_submodule(name) if isinstance(name, str) else None
     if type(stem) is not nn.Conv2d or stem.groups != 1:
-        raise ValueError(f"first_conv={name!r} is not one plain convolution, so it cannot be widened to (rgb, 1 - rgb)")
+        raise ValueError(f"first_conv={name!r} is not a single nn.Conv2d, so it cannot be widened to (rgb, 1 - rgb)")
     parent, _, child = name.rpartition(".")
     setattr(source.get_submodule(parent), child, _see_encoded(stem, **_mean_and_std(source)))
     replace_modules(source, unit_norm=False, keep_activations=True)
     target.body.load_state_dict(source.state_dict())
     weight = getattr(classifier, "weight", None)
     if weight is None or weight.shape[1] != target.head_hidden_size:
-        raise ValueError(f"the classifier ({classifier}) is not one linear layer of the last features")
+        raise ValueError(f"the classifier ({classifier}) is not a single linear layer on the last features")
     if len(weight) == target.num_classes:
         target.head.load_state_dict({"weight": weight.reshape(*weight.shape[:2], 1, 1)})
 
@@ -305,10 +310,11 @@ def _mean_and_std(model: nn.Module) -> dict[str, Tensor]:
 
 
 def _see_encoded(conv: nn.Conv2d, mean: Tensor, std: Tensor) -> nn.Conv2d:
-    """The convolution of (rgb - mean) / std as one of (rgb, 1 - rgb), without its bias.
+    """Convert a convolution of (rgb - mean) / std to one of (rgb, 1 - rgb), without its bias.
 
-    With W' = W / std it is W' (1 - mean) rgb - W' mean (1 - rgb): [W', -W'] / 2 where the mean is 1/2. It is exact at
-    the border, too, where the original is padded with the mean colour and this one with neither colour nor inverse.
+    With W' = W / std, the result is W' (1 - mean) rgb - W' mean (1 - rgb); its weights are [W', -W'] / 2 for mean 1/2.
+    It is also exact at the border: the original is padded with the mean colour, the result with zeros in both halves,
+    and both paddings contribute 0.
     """
     wide = nn.Conv2d(
         2 * conv.in_channels,
@@ -328,7 +334,7 @@ def _see_encoded(conv: nn.Conv2d, mean: Tensor, std: Tensor) -> nn.Conv2d:
 
 
 def _check_linear(model: Bcosified) -> None:
-    """Raise where a frozen model's gradient still depends on the image: then the model is not linear."""
+    """Raise ValueError if the gradient of the frozen model depends on the image, so that the model is not linear."""
     parameter = next(model.parameters())
     shape = get_model_input_config(model)["input_size"]
     image = model.encoding(torch.rand(1, *shape, device=parameter.device, dtype=parameter.dtype)).requires_grad_()
@@ -345,7 +351,7 @@ def _check_linear(model: Bcosified) -> None:
 
 
 def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: Bcosified) -> dict[str, Tensor]:
-    """Weights for images of other colours, by timm's rule for each half of the encoding."""
+    """Adapt weights to another number of colour channels, by timm's rule for each half of the encoding."""
     name = f"{model.pretrained_cfg['first_conv']}.weight"  # pyright: ignore[reportIndexIssue]
     weight = state_dict.get(name)
     if weight is None or weight.shape[1] != 6 or model.in_chans == 3:
@@ -383,10 +389,10 @@ def bcosified(
     pretrained_cfg_overlay: dict[str, Any] | None = None,
     **kwargs: Any,
 ) -> Bcosified:
-    """The B-cos version of the architecture that `base` names."""
+    """Create the B-cos version of the architecture that `base` names."""
     if not timm.is_model(base):
         raise ValueError(f"base={base!r}: timm has no such architecture, see timm.list_models()")
-    if not pretrained_cfg:  # a saved model brings its own
+    if not pretrained_cfg:  # a saved model has its own config
         config: Any = timm.get_pretrained_cfg(base)
         shared = ("input_size", "pool_size", "crop_pct", "interpolation", "fixed_input_size", "min_input_size")
         overlay = {name: getattr(config, name) for name in shared}

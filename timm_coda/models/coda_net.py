@@ -2,13 +2,13 @@
 
 Paper: `Convolutional Dynamic Alignment Networks for Interpretable Classifications` - https://arxiv.org/abs/2104.00032
 
-A stack of convolutions of dynamic alignment units, with no non-linearity, normalisation or residual between them: the
-units' own input-dependent weights are the non-linearity. So logits = W(x) x + bias, and W(x) * x is the decision, pixel
-by pixel. Written from the paper's formulas; S and L have the published layouts (CIFAR-10, ImageNet-100), M is our own
-for 64x64 images because the published one was not released.
+A stack of convolutions of dynamic alignment units, without non-linearity, normalisation or residual connections between
+them: the units' input-dependent weights are the non-linearity. So logits = W(x) x + bias, and W(x) * x is the exact
+contribution of each pixel. Written from the paper's formulas. S and L have the published layouts (CIFAR-10,
+ImageNet-100). M is our own layout for 64x64 images, because the published one was not released.
 """
 
-# torch declares too little of what a module holds, timm of what it takes:
+# The type annotations of torch (module attributes) and timm (arguments) are too narrow:
 # pyright: reportArgumentType=false
 
 import re
@@ -33,20 +33,25 @@ __all__ = ["CodaNet"]
 
 
 class CodaNet(ConvStack):
-    """CoDA-Net. RGB images in [0, 1] (B, 3, H, W), or encoded ones (B, 6, H, W), to logits (B, num_classes).
+    """CoDA-Net.
+
+    Maps RGB images in [0, 1] (B, 3, H, W), or encoded images (B, 6, H, W), to logits (B, num_classes).
 
     Args:
-        depths: layers of each stage
-        channels, strides: of each layer before the head
-        rank: of each layer, the head last; an int for all of them
-        stem_kernel, head_kernel: kernel size of the first layer and of the head; all others have 3
-        activation: of the dynamic weights, 'squash' or 'l2'
-        logit_temperature: T; high ones give sharper explanations and start slower
-        logit_bias: b0, the logit of every class where there is no evidence
-        num_classes: 0 for pooled features
-        in_chans: colours of an image, encoded as twice as many channels inside
-        global_pool: 'sum' (the papers'), 'avg' or '' (a logit map)
-        drop_rate: 0, for there is no dropout; timm's train script passes it to every model
+        depths: number of layers in each stage
+        channels, strides: output channels and stride of each layer before the head
+        rank: rank of each layer, that of the head last; an int for all layers
+        stem_kernel, head_kernel: kernel size of the first layer and of the head; other layers have 3
+        activation: rescaling of the dynamic weights, 'squash' or 'l2'
+        logit_temperature: T, divides the votes; a larger T gives sharper explanations and slower initial training
+        logit_bias: b0, the logit of a class without evidence
+        num_classes: number of classes; 0 returns pooled features
+        in_chans: colour channels of an image; the encoding doubles them
+        global_pool: 'sum' (as in the papers), 'avg', or '' to return a logit map
+        drop_rate: must be 0 (no dropout); it exists because timm's training script passes it to every model
+
+    Raises:
+        ValueError: the numbers of layers do not match, or an argument is not supported.
     """
 
     def __init__(
@@ -70,8 +75,8 @@ class CodaNet(ConvStack):
         ranks = [rank] * (len(channels) + 1) if isinstance(rank, int) else list(rank)
         if not len(strides) == len(channels) == len(ranks) - 1 == sum(depths):
             raise ValueError(
-                f"{sum(depths)} layers (depths={tuple(depths)}) need as many channels and strides and one more rank "
-                f"(the head's): got {len(channels)}, {len(strides)} and {len(ranks)}"
+                f"{sum(depths)} layers (depths={tuple(depths)}) need as many channels and strides, and one more rank "
+                f"(for the head): got {len(channels)}, {len(strides)} and {len(ranks)}"
             )
         dd = {"device": device, "dtype": dtype}
         layers = []
@@ -105,10 +110,10 @@ class CodaNet(ConvStack):
 
 
 def checkpoint_filter_fn(state_dict: Mapping[str, Any], model: CodaNet) -> dict[str, Tensor]:
-    """Weights of the authors' checkpoints or ours, as `model` wants them, also with another number of colours.
+    """Convert the authors' state dict, or one of ours, for `model`, also for another number of colour channels.
 
     Raises:
-        ConvertError: They are another network's; the message names the first differences.
+        ConvertError: the weights belong to another network; the message names the first differences.
     """
     state_dict = unwrap(state_dict)
     if any(".weighting_f." in name for name in state_dict):
@@ -121,7 +126,10 @@ def checkpoint_filter_fn(state_dict: Mapping[str, Any], model: CodaNet) -> dict[
 
 
 def _from_authors(state_dict: Mapping[str, Tensor], model: CodaNet) -> dict[str, Tensor]:
-    """A numbered layer's `0.weight` is B (r, C, k, k), `1.weight` A (K D, r, 1, 1), `1.bias` b (K D), K before D."""
+    """Convert the authors' numbered layers to our names and shapes.
+
+    In each layer, `0.weight` is B (r, C, k, k), `1.weight` is A (K D, r, 1, 1) and `1.bias` is b (K D), K before D.
+    """
     names = [f"stages.{s}.{i}" for s, stage in enumerate(model.stages) for i in range(len(stage))] + ["head"]
     converted = {}
     for key, value in state_dict.items():
@@ -129,7 +137,7 @@ def _from_authors(state_dict: Mapping[str, Tensor], model: CodaNet) -> dict[str,
         if not match or int(match[1]) >= len(names):
             raise ConvertError(f"{key} is not one of the {len(names)} layers of this network, in the authors' format")
         name, part = names[int(match[1])], match[2]
-        with wrap_errors(f"{key}, {list(value.shape)}, does not go with the rest of its layer", ConvertError):
+        with wrap_errors(f"{key}, {list(value.shape)}, does not fit the rest of its layer", ConvertError):
             down = state_dict[f"{match[1]}.weight_mod.weighting_f.0.weight"]
             seen = down.shape[1:]
             if part == "0.weight":
@@ -170,13 +178,13 @@ _IMAGENET100 = {
     "input_size": (3, 240, 240),
     "pool_size": (20, 20),
     "crop_pct": 240 / 256,
-    "label_names": tuple(_IMAGENET.label_names()[:100]),  # the papers take the first 100 classes
+    "label_names": tuple(_IMAGENET.label_names()[:100]),  # the papers use the first 100 classes
     "label_descriptions": dict(zip(_IMAGENET.label_names()[:100], _IMAGENET.label_descriptions()[:100], strict=True)),
 }
 
 
 def _mpi_cfg(name: str, token: str, **kwargs: Any) -> dict[str, Any]:
-    """Weights that the papers' authors published, downloaded from their file share."""
+    """Create the config of weights that the papers' authors published, downloaded from their file share."""
     return _cfg(
         url=(f"https://nextcloud.mpi-klsb.mpg.de/index.php/s/{token}/download", f"{name}.pt"),
         license="non-commercial-research",
@@ -186,7 +194,7 @@ def _mpi_cfg(name: str, token: str, **kwargs: Any) -> dict[str, Any]:
     )
 
 
-_MPI_CIFAR = {  # temperature: link
+_MPI_CIFAR = {  # temperature: token in the download URL
     1000: "8ykMc8XLQMtCxHo",
     10: "H8FgwMHJTTTYDJw",
     50: "SqPBioqmxEWbH9g",
@@ -195,7 +203,7 @@ _MPI_CIFAR = {  # temperature: link
     5000: "6iY992FYEsfHkeA",
 }
 
-# The last * is the default. Without it, the first with weights would be, and the authors' have another licence.
+# "*" marks the default tag. Otherwise timm would choose the first tag with weights: the authors', with another licence.
 default_cfgs = generate_default_cfgs(
     {
         "coda_net_xs.digits": _cfg(
@@ -220,7 +228,7 @@ default_cfgs = generate_default_cfgs(
         "coda_net_l.imagenet100*": _cfg(**_IMAGENET100),
     }
 )
-# What a tag's weights were trained with, where that is not the entrypoint's default.
+# Arguments that a tag's weights were trained with, if they differ from the entrypoint's defaults.
 _TAG_ARGS = {f"mpi_t{t}_cifar10": {"logit_temperature": float(t)} for t in _MPI_CIFAR}
 
 

@@ -1,6 +1,6 @@
-"""A plain stack of dynamic-linear convolutions: what CoDA-Nets and the nine-layer B-cos network share."""
+"""Plain stack of dynamic-linear convolutions, the common base of CoDA-Nets and the nine-layer B-cos network."""
 
-# torch.jit.ignore is declared for a flag only:
+# torch annotates torch.jit.ignore only for calls with a flag:
 # pyright: reportArgumentType=false
 
 from collections.abc import Callable, Sequence
@@ -20,19 +20,19 @@ from ..layers import DynamicLinear, GlobalPool, InverseEncoding, Logits
 
 __all__ = ["STAGE_FEATURES", "ConvStack"]
 
-# The default list-net of features_only drops functional calls between the stages, such as the encoding.
+# timm's default for features_only, FeatureListNet, drops calls outside the stages, such as the encoding.
 STAGE_FEATURES = {"out_indices": (0, 1, 2), "feature_cls": "getter"}
 
 
 class ConvStage(nn.Sequential):
-    """Layers of one stage, optionally recomputed in backward to save memory."""
+    """Layers of one stage, optionally recomputed in the backward pass to save memory."""
 
     def __init__(self, *layers: DynamicLinear) -> None:
         super().__init__(*layers)
         self.grad_checkpointing = False
 
     def forward(self, x: Tensor) -> Tensor:
-        # Recomputation in backward may run in another thread, where no explanation mode is on.
+        # Recomputation in the backward pass may run in another thread, where explanation mode is off.
         if not torch.jit.is_scripting():
             frozen: Any = self[0].frozen_dynamics
             if self.grad_checkpointing and not frozen.held():
@@ -43,20 +43,22 @@ class ConvStage(nn.Sequential):
 
 
 class ConvStack(ExplainMixin, HubMixin, nn.Module):
-    """RGB images in [0, 1] (B, 3, H, W), or encoded ones (B, 6, H, W), to logits (B, num_classes).
+    """Stack of convolutions with a classifier for each position.
+
+    Maps RGB images in [0, 1] (B, 3, H, W), or encoded images (B, 6, H, W), to logits (B, num_classes).
 
     Args:
-        layers: convolutions in front of the head, the first of which sees encoded images
-        depths: how many of them are in each stage
-        make_head: makes the classifier, a convolution, of its input and output channels, `device` and `dtype`
-        logit_temperature, logit_bias: of `Logits`
-        num_classes: 0 for pooled features
-        in_chans: colours of an image
-        global_pool: of `GlobalPool`
-        drop_rate: 0
+        layers: convolutions before the head; the first takes encoded images
+        depths: number of these layers in each stage
+        make_head: creates the classifier, a convolution, from input channels, output channels, `device` and `dtype`
+        logit_temperature, logit_bias: as in `Logits`
+        num_classes: number of classes; 0 returns pooled features
+        in_chans: colour channels of an image
+        global_pool: as in `GlobalPool`
+        drop_rate: must be 0; it exists because timm's training script passes it to every model
 
     Raises:
-        ValueError: another drop_rate: it is there because timm's train script passes it to every model.
+        ValueError: `drop_rate` is not 0.
     """
 
     def __init__(
@@ -92,10 +94,10 @@ class ConvStack(ExplainMixin, HubMixin, nn.Module):
         self.num_features = self.head_hidden_size = layers[-1].out_channels
         self._head = make_head
         self.head = self._make_head(device, dtype)
-        # Pooling stands behind the classifier: each position votes for the classes, and the votes are pooled.
+        # Pooling follows the classifier: each position votes for the classes, and the votes are pooled.
         self.global_pool = GlobalPool(global_pool)
         self.logits = Logits(logit_temperature, logit_bias)
-        # timm would not adapt both halves of the encoding to other colours: checkpoint_filter_fn does it.
+        # timm cannot adapt both halves of the encoding to other colour channels: checkpoint_filter_fn does it.
         self._traits = {"first_conv": None}
 
     def _make_head(self, device=None, dtype=None) -> nn.Module:
@@ -136,18 +138,21 @@ class ConvStack(ExplainMixin, HubMixin, nn.Module):
         output_fmt: str = "NCHW",
         intermediates_only: bool = False,
     ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
-        """Features and those of the stages in between.
+        """Return the final features and a list with the features of the selected stages.
 
         Args:
-            x: images, as `forward`
-            indices: the last n stages if int, all if None, else which
-            norm: without effect, there is no norm layer
-            stop_early: stop behind the last stage asked for
-            output_fmt: 'NCHW'
+            x: images, as in `forward`
+            indices: stages to select: the last n if an int, all if None, else their indices
+            norm: no effect, because there is no norm layer
+            stop_early: stop after the last selected stage
+            output_fmt: must be 'NCHW'
             intermediates_only: return only the list
+
+        Raises:
+            ValueError: another `output_fmt`.
         """
         if output_fmt != "NCHW":
-            raise ValueError(f"output_fmt={output_fmt!r}: only 'NCHW'")
+            raise ValueError(f"output_fmt={output_fmt!r}: only 'NCHW' is supported")
         intermediates = []
         take_indices, max_index = feature_take_indices(len(self.stages), indices)
         x = self.encoding(x)
@@ -161,7 +166,7 @@ class ConvStack(ExplainMixin, HubMixin, nn.Module):
     def prune_intermediate_layers(
         self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
     ) -> list[int]:
-        """Remove stages behind the last of `indices`; returns which stages these are."""
+        """Remove the stages after the last of `indices`; return the selected stage indices."""
         take_indices, max_index = feature_take_indices(len(self.stages), indices)
         prune_end = max_index < len(self.stages) - 1
         self.stages = self.stages[: max_index + 1]

@@ -1,1 +1,1 @@
-"""What `train.py` is made of: options, losses, updates, checkpoints for resuming, and the files of a run."""
+"""Building blocks of `train.py`: options, losses, updates, checkpoints for resuming, and the files of a run."""

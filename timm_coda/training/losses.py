@@ -1,4 +1,4 @@
-"""What train.py's networks learn with, beyond timm's: losses by name, limits for gradients, updates, a test."""
+"""Losses of train.py, mixing of images (Mixup, CutMix), and evaluation on a dataset."""
 
 from collections.abc import Iterable
 from typing import Any
@@ -18,14 +18,14 @@ SCHEDULES = ("cosine", "step", "poly", "tanh", "wsd", "constant")
 
 
 class UniformBCE(nn.Module):
-    """Binary cross entropy whose wrong classes are each wanted with probability 1 / classes, and the right one with 1.
+    """Binary cross entropy with target 1 for the true class and 1 / classes for each other class.
 
-    With the logit bias -log(classes - 1) nothing is lost where nothing is seen. Source: Böhle et al., TPAMI 2024 (arXiv
-    2306.10898), section 4.
+    With the logit bias -log(classes - 1), an image without evidence has zero gradient at the wrong classes.
+    Source: Böhle et al., TPAMI 2024 (arXiv 2306.10898), section 4.
     """
 
     def forward(self, logits: Tensor, target: Tensor) -> Tensor:
-        """Mean over images and classes; `target` are classes (B,), or probabilities (B, classes)."""
+        """Return the mean loss over images and classes; `target` holds classes (B,) or probabilities (B, classes)."""
         classes = logits.shape[-1]
         if target.shape != logits.shape:
             target = F.one_hot(target, classes).to(logits.dtype)
@@ -33,18 +33,18 @@ class UniformBCE(nn.Module):
 
 
 def make_loss(name: str, smoothing: float) -> nn.Module:
-    """One of `LOSSES`, with smoothed labels; those of bce-uniform are what they are."""
+    """Return the loss of this name, one of `LOSSES`, with label smoothing; bce-uniform ignores `smoothing`."""
     if name == "bce":
         return BinaryCrossEntropy(smoothing)
     return UniformBCE() if name == "bce-uniform" else nn.CrossEntropyLoss(label_smoothing=smoothing)
 
 
 class Mixing:
-    """Images mixed with each other, and so their labels, as timm's `Mixup` does; as they are where both alphas are 0.
+    """Mix images and their labels with timm's `Mixup`; leave both unchanged if both alphas are 0.
 
     Args:
-        mixup, cutmix: alphas, see timm
-        smoothing: of the mixed labels
+        mixup, cutmix: alphas, as in timm
+        smoothing: label smoothing of the mixed labels
         num_classes: number of classes
     """
 
@@ -54,7 +54,10 @@ class Mixing:
         self._mix = Mixup(**settings, num_classes=num_classes) if self.on else None
 
     def __call__(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Images, their labels and what to learn; the last image twice where it would have none to be mixed with."""
+        """Return images (B, C, H, W), labels (B,) and targets, (B,) or if mixed (B, classes).
+
+        If an odd number of images is to be mixed, the last one is duplicated, because Mixup needs pairs.
+        """
         if self._mix is None:
             return images, labels, labels
         if len(labels) % 2:
@@ -64,14 +67,17 @@ class Mixing:
 
 
 def tally(loss: Tensor, logits: Tensor, labels: Tensor) -> Tensor:
-    """Sums over images: of the loss, of right answers, of one."""
+    """Return sums over the images as a tensor (3,): loss, correct predictions, number of images."""
     right = (logits.argmax(1) == labels).sum()
     return torch.stack([loss.detach() * len(labels), right, torch.full_like(right, len(labels))])
 
 
 @torch.no_grad()
 def evaluate(accelerator: Any, model: nn.Module, batches: Iterable[Batch], loss_function: nn.Module):
-    """Mean loss and accuracy over the images that can be read, and the others with the reason."""
+    """Return mean loss, accuracy and unreadable images with reasons.
+
+    Loss and accuracy are over the readable images of all processes; the unreadable images are those of this process.
+    """
     sums, unread, training = torch.zeros(3, device=accelerator.device), [], model.training
     model.eval()
     for images, labels, skipped in batches:

@@ -1,8 +1,8 @@
-"""The dynamic linear map of a CoDA-Net as a function of its weights that can be learnt with, not only looked at.
+"""Differentiable linear maps W(x) of CoDA-Nets, to penalise their size during training.
 
-An explanation holds the dynamic weights constant, so nothing can be learnt from it. Here the same product of matrices,
-W(x), is written out from the inputs that each layer had in the forward pass. It is differentiable in all that W(x)
-depends on: the layers' parameters and, through the inputs, the layers before.
+An explanation treats the dynamic weights as constants, so it provides no gradient for training. This module computes
+the same matrix product W(x) from the inputs that each layer had in the forward pass. The result is differentiable with
+respect to everything that W(x) depends on: the layers' parameters and, through the inputs, all earlier layers.
 """
 
 from contextlib import nullcontext
@@ -19,19 +19,19 @@ __all__ = ["MapPenalty", "linear_map"]
 
 
 class MapPenalty:
-    """Strength times mean |W_c(x)| of the last training step's images, for the true class and one other, at random.
+    """Strength times mean |W_c(x)| for the images of the last training step: the true class and a random other class.
 
-    W_c(x) is the map from the encoded image to the class's pooled votes, before the temperature. Less of it is needed
-    where fewer pixels matter: maps become sparser. Source: Böhle et al., CVPR 2021 (arXiv 2104.00032), the second term
-    of the loss.
+    W_c(x) is the linear map from the encoded image to the pooled output of class c, before the logit temperature.
+    Penalising it makes contribution maps sparser: fewer pixels matter. Source: Böhle et al., CVPR 2021 (arXiv
+    2104.00032), the second term of the loss.
 
     Args:
-        model: whose training steps are looked at from now on, if strength is not 0
-        strength: the factor; the paper's lambda
-        mixed: whether its images are mixtures of several
+        model: the model; unless strength is 0, its training steps are recorded from now on
+        strength: the factor, lambda in the paper
+        mixed: whether training images are mixtures (Mixup, CutMix)
 
     Raises:
-        ValueError: it is not a CoDA-Net with pooled classes, or images are mixed.
+        ValueError: the model is not a CoDA-Net with pooled classes, or images are mixed.
     """
 
     def __init__(self, model: nn.Module, strength: float, *, mixed: bool = False) -> None:
@@ -39,11 +39,11 @@ class MapPenalty:
         if strength == 0:
             return
         if mixed:
-            raise ValueError("it looks at the class of an image: leave out --mixup and --cutmix")
+            raise ValueError("it needs one class per image: remove --mixup and --cutmix")
         if not isinstance(model, CodaNet) or not model.num_classes or model.global_pool.pool_type == "":
-            raise ValueError(f"the linear map of a {type(model).__name__}: only that of a CoDA-Net with pooled classes")
+            raise ValueError(f"a {type(model).__name__} is not supported: choose a CoDA-Net with pooled classes")
         self.model = model
-        self._inputs: list[tuple[Any, Tensor]] = []  # a layer and its input
+        self._inputs: list[tuple[Any, Tensor]] = []  # each layer with its input
         self._autocast: Any = nullcontext()
         model.register_forward_pre_hook(lambda *_: self._inputs.clear())
         for layer in model.modules():
@@ -57,7 +57,7 @@ class MapPenalty:
             self._inputs.append((layer, inputs[0]))
 
     def __call__(self, labels: Tensor) -> Tensor | float:
-        """The penalty, for the true classes `labels` (B,) of the images."""
+        """Return the penalty for images with the true classes `labels` (B,)."""
         if self.strength == 0:
             return 0.0
         classes = self.model.num_classes
@@ -76,15 +76,15 @@ class MapPenalty:
 
 
 def linear_map(inputs: list[tuple[Any, Tensor]], classes: Tensor, *, average: bool) -> Tensor:
-    """W of classes (B, T), from the pooled output of a chain of layers to the first one's input: (B, T, C, H, W).
+    """Return the linear map W (B, T, C, H, W) from the first layer's input to the last layer's pooled outputs.
 
     Args:
         inputs: each layer, a `DAUConv2d`, with its input (B, C, H, W), in the order of the forward pass
-        classes: units of the last layer
-        average: its output is averaged over positions, else summed up
+        classes: units of the last layer to compute W for, (B, T)
+        average: whether the output is pooled over positions by mean instead of sum
     """
     images, count = classes.shape
-    rows: Tensor | None = None  # of W, at the output of a layer: (B, T, D, H', W')
+    rows: Tensor | None = None  # of W, at a layer's output: (B, T, D, H', W')
     for layer, x in reversed(inputs):
         z = F.conv2d(x, layer.down.weight, None, layer.stride, layer.padding, layer.dilation)  # (B, r, H', W')
         if rows is None:
@@ -103,5 +103,5 @@ def linear_map(inputs: list[tuple[Any, Tensor]], classes: Tensor, *, average: bo
         rows = F.conv_transpose2d(turned.flatten(2, 3).flatten(0, 1), layer.up.weight, None, *moves)
         rows = rows + F.conv_transpose2d(scaled.flatten(0, 1), layer.up.bias, None, *moves)
         rows = rows.unflatten(0, (images, count))
-    assert rows is not None, "the map of no layers"
+    assert rows is not None, "no layer inputs were recorded"
     return rows

@@ -1,4 +1,4 @@
-"""The options of a training run: command line and recipe."""
+"""Options of a training run, from the command line and a YAML recipe."""
 
 import argparse
 import difflib
@@ -14,12 +14,12 @@ import yaml
 from ..errors import wrap_errors
 from .states import RunError
 
-# They belong to a command, not to the run it starts.
+# Options of a single command: not part of the run, so not saved in its recipe.
 COMMAND_OPTIONS = {"config", "output", "overwrite", "resume", "push_to_hub"}
 
 
 class HelpFormatter(argparse.RawDescriptionHelpFormatter):
-    """Keeps the description's lines, and adds its default to the help of each option that does not say it itself."""
+    """Keep line breaks of the description, and append the default to each help text that does not mention it."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
         said = not action.help or "(default" in action.help or action.default in (None, argparse.SUPPRESS)
@@ -27,7 +27,7 @@ class HelpFormatter(argparse.RawDescriptionHelpFormatter):
 
 
 def natural(text: str, *, least: int = 0) -> int:
-    """The type of an option that is a whole number, 0 or more."""
+    """Parse a whole number, 0 or more (an argparse type)."""
     number = int(text)
     if number < least:
         raise argparse.ArgumentTypeError(f"must be at least {least}, not {text}")
@@ -35,26 +35,26 @@ def natural(text: str, *, least: int = 0) -> int:
 
 
 def positive(text: str) -> int:
-    """The type of an option that is a whole number, 1 or more."""
+    """Parse a whole number, 1 or more (an argparse type)."""
     return natural(text, least=1)
 
 
 def parse_options(parser: argparse.ArgumentParser, argv: list[str], default_recipe: Path) -> argparse.Namespace:
-    """Read options: defaults, then the recipe, then the command line; and settle the output folder.
+    """Parse options and choose the output folder. The command line overrides the recipe, which overrides defaults.
 
-    The parser has at least `config`, `output`, `overwrite`, `resume`, `data` and `model`. A run that is resumed by its
-    folder has its own recipe there; without a recipe, data set or model, the default recipe it is.
+    `--resume FOLDER` reads the recipe in that folder. Without `--config`, `--data` and `--model`, the default recipe is
+    used. The parser must define at least `config`, `output`, `overwrite`, `resume`, `data` and `model`.
 
     Raises:
-        RunError: No such recipe or run, an unknown option in it, or an output folder that is in use.
+        RunError: The recipe or the run is missing, the recipe has an unknown option, or the output folder is in use.
     """
     args = parser.parse_args(argv)
     if args.resume and args.overwrite:
-        raise RunError("--resume goes on with a run and --overwrite replaces it: give one of them")
+        raise RunError("--resume continues a run, but --overwrite deletes it: give only one of them")
     if args.resume not in (None, "auto"):
         args.output, args.config = args.resume, str(Path(args.resume) / "recipe.yaml")
         if not Path(args.config).is_file():
-            raise RunError(f"--resume {args.resume}: no run is there, it would have a recipe.yaml")
+            raise RunError(f"--resume {args.resume}: no run found, recipe.yaml is missing; give a run's output folder")
     elif not args.config and not {word.split("=")[0] for word in argv} & {"--data", "--model"}:
         args.config = str(default_recipe)
     config, output = args.config, args.output
@@ -67,20 +67,20 @@ def parse_options(parser: argparse.ArgumentParser, argv: list[str], default_reci
             output = free_folder(output)
     used = os.path.exists(output) and (not os.path.isdir(output) or os.listdir(output))
     if used and not args.overwrite and not (args.resume and (Path(output) / "recipe.yaml").is_file()):
-        raise RunError(f"--output {output} is in use: give another, --resume {output} to go on, or --overwrite")
+        raise RunError(f"--output {output} is in use: choose another folder, --resume {output} or --overwrite")
     args.config, args.output = config, str(output)
     return args
 
 
 def read_recipe(path: str | os.PathLike, known: Collection[str]) -> list[str]:
-    """Read a recipe, a YAML mapping from option names to values, as the command line that says the same.
+    """Convert a recipe, a YAML mapping from option names to values, to command-line arguments.
 
     Args:
-        path: The recipe.
-        known: The names of the options there are, with dashes.
+        path: The YAML file.
+        known: The names of all options, with dashes.
 
     Raises:
-        RunError: The file is missing or not such a mapping, or names an unknown option.
+        RunError: The file is missing, is not such a mapping, or contains an unknown option.
     """
     with wrap_errors(f"--config {os.fspath(path)}", RunError):
         try:
@@ -94,8 +94,8 @@ def read_recipe(path: str | os.PathLike, known: Collection[str]) -> list[str]:
             name = str(key).replace("_", "-")
             if name not in known:
                 near = difflib.get_close_matches(name, known)
-                hint = f"did you mean {' or '.join(near)}?" if near else f"there are {', '.join(known)}"
-                raise RunError(f"there is no option {key!r}: {hint}")
+                hint = f"did you mean {' or '.join(near)}?" if near else f"choose from {', '.join(known)}"
+                raise RunError(f"unknown option {key!r}: {hint}")
             if isinstance(value, bool):
                 words.append(f"--{name}" if value else f"--no-{name}")
             elif isinstance(value, dict):
@@ -106,12 +106,12 @@ def read_recipe(path: str | os.PathLike, known: Collection[str]) -> list[str]:
 
 
 def run_options(args: argparse.Namespace) -> dict[str, Any]:
-    """The options that make a run what it is, without those of the command that started it."""
+    """Return the options that define a run, without those of a single command."""
     return {name: value for name, value in vars(args).items() if name not in COMMAND_OPTIONS}
 
 
 def free_folder(folder: str | os.PathLike) -> Path:
-    """The folder itself if nothing is there, else the first of FOLDER-2, FOLDER-3, ... where nothing is."""
+    """Return the folder if it does not exist, else the first of FOLDER-2, FOLDER-3, ... that does not."""
     free, number = Path(folder), 1
     while free.exists():
         number += 1

@@ -1,4 +1,4 @@
-"""The bookkeeping of training runs: options and recipes, signals, folders, facts."""
+"""Signals, output folders, progress bars and summaries of training runs."""
 
 import glob
 import importlib.metadata
@@ -29,7 +29,7 @@ OUTPUTS = ("checkpoints", "best", "explanations", "summary.json", "explanation.p
 
 
 class Stopped(Exception):
-    """There is nothing to do, or someone asked the run to stop and its state is saved; the message says which."""
+    """End a run without a failure: it was already finished, or a signal stopped it after saving a checkpoint."""
 
     def __init__(self, message: str, *, code: int):
         super().__init__(message)
@@ -37,14 +37,14 @@ class Stopped(Exception):
 
 
 def make_accelerator(folder: Path, *, mixed_precision: str | None, grad_accum: int, report_to: str) -> Accelerator:
-    """Accelerate's view of the machine: device, processes, precision.
+    """Create the accelerator: device, processes, precision, tracker.
 
     Raises:
-        RunError: The precision is not the machine's, there is no such tracker, or parameters are to be divided.
+        RunError: The precision is not supported here, the tracker is unknown, or parameters would be sharded.
     """
     with wrap_errors(f"--mixed-precision {mixed_precision} or --report-to {report_to}", RunError):
         accelerator = Accelerator(
-            cpu=not torch.accelerator.is_available(),  # else several processes without a GPU would not find each other
+            cpu=not torch.accelerator.is_available(),  # otherwise processes without a GPU would not connect
             mixed_precision=mixed_precision,
             gradient_accumulation_steps=grad_accum,
             log_with=None if report_to == "none" else report_to,
@@ -53,21 +53,21 @@ def make_accelerator(folder: Path, *, mixed_precision: str | None, grad_accum: i
         )
     if accelerator.distributed_type in ("FSDP", "DEEPSPEED", "MEGATRON_LM"):
         kind = accelerator.distributed_type.value
-        raise RunError(f"{kind} divides the parameters, and train.py saves whole models: launch with --multi_gpu")
+        raise RunError(f"{kind} shards parameters, but train.py saves whole models: launch with --multi_gpu")
     return accelerator
 
 
 def stopped(folder: Path, signals: list[int]) -> Stopped:
-    """That a run was stopped by these signals, of which SIGTERM is no failure: a scheduler wants its machine back."""
+    """Return the exception for a run stopped by signals: exit code 130 for SIGINT, 0 for a scheduler's SIGTERM."""
     code = 130 if signal.SIGINT in signals else 0
     return Stopped(f"stopped and saved; resume with: python train.py --resume {folder}", code=code)
 
 
 def watch_signals() -> list[int]:
-    """Let SIGINT (Ctrl-C) and SIGTERM add to the list that is returned, so that a run can finish its update and save.
+    """Append SIGINT (Ctrl-C) and SIGTERM to the returned list, so that a run can finish its update and save.
 
-    A second Ctrl-C interrupts at once. Within a second it does not count: a launcher passes on to its processes what
-    the terminal has sent them already.
+    A second Ctrl-C raises KeyboardInterrupt at once, except in the first second: a launcher forwards to its processes
+    the signal that they have already received from the terminal.
     """
     seen: list[int] = []
     first = 0.0
@@ -76,7 +76,7 @@ def watch_signals() -> list[int]:
         nonlocal first
         if not seen:
             first = time.monotonic()
-            print("\nstopping after this update; Ctrl-C again to stop at once", flush=True)
+            print("\nstopping after this update; press Ctrl-C again to stop at once", flush=True)
         elif number == signal.SIGINT and time.monotonic() - first > 1:
             raise KeyboardInterrupt
         seen.append(number)
@@ -87,7 +87,7 @@ def watch_signals() -> list[int]:
 
 
 def start_folder(folder: Path, options: dict[str, Any]) -> None:
-    """Make the folder of a new run, without an old run's files, and write its recipe."""
+    """Create the folder of a new run, delete the files of an old run in it, and write the recipe."""
     for path in (folder / name for name in OUTPUTS):
         shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
     folder.mkdir(parents=True, exist_ok=True)
@@ -95,24 +95,24 @@ def start_folder(folder: Path, options: dict[str, Any]) -> None:
 
 
 def save_picture(explanation: Any, path: Path, *, label_names: Sequence[str], true_labels: Any) -> bool:
-    """Save an explanation's picture. False if it cannot be written: a full disk may have room again for what counts."""
+    """Save a figure of an explanation. Return False if writing fails, so that a full disk does not stop training."""
     try:
         explanation.save(path, label_names=label_names, true_labels=true_labels)
     except OSError as error:
-        tqdm.write(f"there is no picture {path}: {error}")
+        tqdm.write(f"could not write the figure {path}: {error}")
         return False
     return True
 
 
 def progress_bar(batches: Iterable[Any], name: str, *, total: int, initial: int, shown: bool) -> tqdm:
-    """A bar for an epoch's batches, where someone watches."""
+    """Wrap an epoch's batches in a progress bar, which is drawn only if `shown` and only in a terminal."""
     look = {"ncols": 80, "bar_format": "{desc} |{bar}| {n_fmt}/{total_fmt}{postfix}, {remaining} left"}
     look |= {"leave": False, "file": sys.stdout, "disable": not (shown and sys.stdout.isatty())}
     return tqdm(batches, name, total, initial=initial, **look)
 
 
 def save_summary(folder: Path, progress: Progress, facts: dict[str, Any]) -> None:
-    """Write `summary.json`: the best epoch's numbers, facts about the run and where it ran, and how it went."""
+    """Write `summary.json`: metrics of the best epoch, facts about the run, its history, and skipped images."""
     summary = {"command": shlex.join(sys.argv), **progress.best, "seconds": progress.seconds, **facts}
     summary["hub_data_set"] = _hub_data_set(facts["options"]["data"])
     how = ("history", "curve", "skipped", "skipped_updates")
@@ -121,37 +121,37 @@ def save_summary(folder: Path, progress: Progress, facts: dict[str, Any]) -> Non
 
 
 def closing_words(folder: Path, progress: Progress, *, pictures: bool) -> str:
-    """What a finished run says: how good, how long, where the pictures are, how to load the model."""
+    """Return the last message of a run: accuracy, time, path of the figure, code that loads the model."""
     best, note = progress.best, f"; {len(progress.skipped)} images could not be read" if progress.skipped else ""
     note += f"; {progress.skipped_updates} updates were skipped" if progress.skipped_updates else ""
     return (
-        f"\naccuracy {best['accuracy']:.4f} in epoch {best['epoch']}, {progress.seconds:.0f} s in all{note}\n"
+        f"\naccuracy {best['accuracy']:.4f} in epoch {best['epoch']}, {progress.seconds:.0f} s in total{note}\n"
         + (f"explanations: {folder / 'explanation.png'}\n" if pictures else "")
         + f'\nimport timm, timm_coda\nmodel = timm.create_model("local-dir:{folder}", pretrained=True).eval()'
     )
 
 
 def publish(folder: Path, repo_id: str | None) -> None:
-    """Push a finished run to the Hub, if it is to go there, and say where it is.
+    """Upload a finished run to the Hub if `repo_id` is given, and print its URL.
 
     Raises:
-        HubError: It is not there; the message says how to push it later.
+        HubError: The upload failed; the message gives a command that retries it.
     """
     if repo_id:
-        failure = f"the model is in {folder}, but not on the Hub; later: timm-coda push {folder} {repo_id}"
+        failure = f"the model was saved in {folder}, but not uploaded; retry with: timm-coda push {folder} {repo_id}"
         with wrap_errors(failure, HubError):
             print(f"published: {push_folder(folder, repo_id).commit_url}")
 
 
 def no_pictures(model: Any) -> str:
-    """Why no explanation of a model can be drawn; empty if one can."""
+    """Return the reason why explanations of a model cannot be drawn; empty if they can."""
     if not hasattr(model, "explain"):
-        return f"{type(model).__name__} cannot explain itself, unlike the models of timm_coda: no pictures"
+        return f"{type(model).__name__} cannot explain itself: no figures (choose a model of timm_coda)"
     missing = importlib.util.find_spec("matplotlib") is None
-    return "no pictures, for want of matplotlib: pip install timm_coda[viz]" if missing else ""
+    return "no figures, because matplotlib is missing: pip install timm_coda[viz]" if missing else ""
 
 
 def _hub_data_set(sources: list[str]) -> str | None:
-    """The id of a data set that came from the Hugging Face Hub; None for one that did not."""
+    """Return the id of a dataset from the Hugging Face Hub; None for other sources."""
     here = sources == ["digits"] or any(os.path.exists(source) or glob.glob(source) for source in sources)
     return None if here or len(sources) > 1 else sources[0]

@@ -1,7 +1,7 @@
-"""How far a training run has come, and the states it goes on from.
+"""Training progress and checkpoints for resuming.
 
-A run that is killed at any moment leaves its newest complete state behind; a run that goes on from it ends as if it had
-never stopped.
+A run that is killed at any moment leaves its newest complete checkpoint. A run resumed from it gives the same weights
+as a run that was never interrupted.
 """
 
 import contextlib
@@ -21,36 +21,36 @@ from tqdm import tqdm
 from ..errors import wrap_errors
 from ..hub import SaveError, temporary_folder
 
-# They may differ when a run goes on: none of them changes a weight.
+# Options that may change when a run is resumed, because they do not affect the weights.
 FREE_OPTIONS = {"workers", "keep", "save_every", "explain_every", "explain_images", "eval_explanations", "report_to"}
-MOST_SKIPPED = 10  # updates in a row: a rare image may cost one, weights that have exploded cost all
+MOST_SKIPPED = 10  # consecutive updates: a rare image may cost one, but diverged weights cost all
 
 
 class RunError(ValueError):
-    """Options that do not go together, or with what they name; the message says how to mend it."""
+    """Options are wrong, or contradict each other or the data; the message gives the remedy."""
 
 
 class Diverged(RunError):
-    """The loss is no longer a number."""
+    """The loss or the gradient is no longer finite."""
 
 
 @dataclass
 class Progress:
-    """How far a run has come: with the states of model and optimiser, all it takes to go on exactly."""
+    """Progress of a run. Together with model and optimiser states, this is all that resuming needs."""
 
     epoch: int = 0
-    batch: int = 0  # batches of this epoch that are done
+    batch: int = 0  # completed batches of this epoch
     update: int = 0
     seconds: float = 0.0
-    # Of each process, since the last point of the curve: loss, correct, images.
+    # Per process: sums of loss, correct predictions and images since the last point of the curve.
     window: list[list[float]] = field(default_factory=list)
-    totals: list[float] = field(default_factory=lambda: [0.0] * 3)  # the same of all in this epoch, up to that point
-    best: dict[str, Any] = field(default_factory=dict)  # the epoch whose weights are published
+    totals: list[float] = field(default_factory=lambda: [0.0] * 3)  # of all processes, from epoch start to that point
+    best: dict[str, Any] = field(default_factory=dict)  # metrics of the epoch whose weights are published
     history: list[dict[str, Any]] = field(default_factory=list)
-    curve: list[list[float]] = field(default_factory=list)  # update, mean loss since the point before
+    curve: list[list[float]] = field(default_factory=list)  # update, mean loss since the previous point
     skipped: dict[str, str] = field(default_factory=dict)  # image, reason
-    skipped_updates: int = 0  # because of a gradient that was not finite
-    skipped_in_a_row: int = 0  # of these, the latest
+    skipped_updates: int = 0  # updates skipped because their gradient was not finite
+    skipped_in_a_row: int = 0  # how many of the latest updates were skipped
 
     def check(self, loss: float) -> None:
         """Raise `Diverged` if a loss is NaN or infinite."""
@@ -60,21 +60,21 @@ class Progress:
     def _diverged(self, what: str) -> None:
         raise Diverged(
             f"{what} at update {self.update} (epoch {self.epoch + 1}): try a lower --lr, a longer --warmup-epochs, "
-            "--clip-grad 1, or --mixed-precision no; what was saved before is there"
+            "--clip-grad 1, or --mixed-precision no; earlier checkpoints and models are intact"
         )
 
     def add_update(self, made: bool) -> None:
-        """Count an update, made or skipped. Raise `Diverged` after `MOST_SKIPPED` in a row."""
+        """Count an update, made or skipped. Raise `Diverged` after `MOST_SKIPPED` skipped in a row."""
         self.update += 1
         self.skipped_in_a_row = 0 if made else self.skipped_in_a_row + 1
         self.skipped_updates += not made
         if not made:
             tqdm.write(f"skipped update {self.update}: its gradient is not finite")
         if self.skipped_in_a_row == MOST_SKIPPED:
-            self._diverged(f"the gradient is not finite, the {MOST_SKIPPED}th time in a row,")
+            self._diverged(f"the gradient was not finite {MOST_SKIPPED} times in a row")
 
     def add_point(self, loss: float, correct: float, images: float) -> dict[str, float]:
-        """Add a point to the loss curve, from sums over images; returns the means of the epoch so far."""
+        """Add a point to the loss curve from sums over images; return the means of the epoch so far."""
         self.check(loss)
         if images:
             self.curve.append([self.update, loss / images])
@@ -83,7 +83,7 @@ class Progress:
         return {"train_loss": self.totals[0] / count, "train_accuracy": self.totals[1] / count}
 
     def add_epoch(self, entry: dict[str, Any]) -> bool:
-        """Close an epoch. True if it is the best so far: by accuracy, between equals by loss."""
+        """Finish an epoch; return True if it is the best so far, by accuracy, then by loss."""
         self.check(entry["loss"])
         entry = {"epoch": self.epoch + 1, **entry}
         self.history.append(entry)
@@ -93,7 +93,7 @@ class Progress:
         return better
 
     def skip(self, unread: Iterable[tuple[str, str]]) -> None:
-        """Take note of images that could not be read, with the reason, and say so of each that is new."""
+        """Record images that could not be read, with the reason; print a message for each new one."""
         for name, reason in unread:
             if name not in self.skipped:
                 tqdm.write(f"skipped {name}: {reason}")
@@ -101,16 +101,16 @@ class Progress:
 
 
 def save_state(accelerator: Accelerator, folder: Path, progress: Progress, options: dict[str, Any]) -> None:
-    """Write a complete training state; the one before is deleted only when it is complete. Every process calls.
+    """Write a checkpoint atomically, then delete older ones. Every process must call this.
 
     Raises:
-        SaveError: It could not be written, such as on a full disk; the state before is still there.
+        SaveError: Writing failed, for example on a full disk; the previous checkpoint is intact.
     """
     main, temporary = accelerator.is_main_process, folder / ".saving"
     target = folder / f"epoch-{progress.epoch:05}-batch-{progress.batch:07}"
     progress.skipped.update(gather_object([*progress.skipped.items()]))
     record = {"options": options | {"processes": accelerator.num_processes}, "progress": asdict(progress)}
-    with wrap_errors(f"the training state {target} could not be saved, but the one before is there", SaveError):
+    with wrap_errors(f"the checkpoint {target} could not be saved; the previous one is intact", SaveError):
         with temporary_folder(temporary) if main else contextlib.nullcontext():
             accelerator.wait_for_everyone()
             accelerator.save_state(str(temporary))
@@ -124,33 +124,33 @@ def save_state(accelerator: Accelerator, folder: Path, progress: Progress, optio
 
 
 def load_state(accelerator: Accelerator, folder: Path, options: dict[str, Any]) -> Progress:
-    """Go back to the newest training state in a folder; to the beginning if there is none.
+    """Load the newest checkpoint in a folder and return its progress; without a checkpoint, return a new `Progress`.
 
     Raises:
-        RunError: The state cannot be read, or the options are not those of the run: it would be another run.
+        RunError: The checkpoint cannot be read, or options that affect the weights have changed.
     """
     states = find_states(folder)
     if not states:
         return Progress()
     now = options | {"processes": accelerator.num_processes}
-    with wrap_errors(f"the training state {states[-1]} cannot be read", RunError):
+    with wrap_errors(f"the checkpoint {states[-1]} cannot be read", RunError):
         record = json.loads((states[-1] / "record.json").read_text(encoding="utf-8"))
         before = {name: record["options"].get(name) for name in now.keys() - FREE_OPTIONS}
     changed = [f"{name} was {was}, is {now[name]}" for name, was in sorted(before.items()) if now[name] != was]
     if changed:
-        raise RunError(f"a run goes on only with the options it had: {'; '.join(changed)}")
-    with wrap_errors(f"the training state {states[-1]} cannot be read", RunError):
+        raise RunError(f"cannot resume with changed options, restore them: {'; '.join(changed)}")
+    with wrap_errors(f"the checkpoint {states[-1]} cannot be read", RunError):
         accelerator.load_state(str(states[-1]))
     return Progress(**record["progress"])
 
 
 def find_states(folder: str | os.PathLike) -> list[Path]:
-    """The complete training states in a folder, the newest last."""
+    """Return the folders of the complete checkpoints in a folder, newest last."""
     return sorted(path.parent for path in Path(folder).glob("epoch-*/record.json"))
 
 
 def keep_best(folder: Path, history: list[dict[str, Any]], count: int, save_model: Callable[[Path], Any]) -> None:
-    """Save the model of the latest epoch if it is one of the `count` best, and then delete those that no longer are."""
+    """Save the latest epoch's model if it is among the `count` best, then delete models that no longer are."""
     ranked = sorted(history, key=lambda epoch: (-epoch["accuracy"], epoch["loss"]))[:count]
     best = [folder / f"epoch-{epoch['epoch']:04}" for epoch in ranked]
     if history[-1] in ranked:

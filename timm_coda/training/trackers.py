@@ -1,4 +1,4 @@
-"""Trackers of Accelerate's, such as TensorBoard. A run goes on without one that fails."""
+"""Logging to Accelerate's trackers, such as TensorBoard. A tracker that fails is removed, and training continues."""
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -16,26 +16,26 @@ __all__ = ["finish", "log", "log_picture", "start"]
 
 
 def start(accelerator: Accelerator, wanted: str, options: dict[str, Any]) -> None:
-    """Start the tracker that the accelerator was made with, and give it the run's options.
+    """Start the accelerator's tracker and log the run's options.
 
     Raises:
-        RunError: Its package is missing, which Accelerate passes over in silence, or it does not start.
+        RunError: The tracker's package is missing (Accelerate ignores this silently), or the tracker does not start.
     """
     if wanted != "none":
         if not accelerator.log_with:
-            raise RunError(f"--report-to {wanted}: its package is not installed")
+            raise RunError(f"--report-to {wanted}: its package is not installed; install it or choose another tracker")
         with wrap_errors(f"--report-to {wanted}", RunError):
             accelerator.init_trackers("timm_coda", {name: str(value) for name, value in options.items()})
 
 
 def log(accelerator: Accelerator, values: Mapping[str, float | None], *, step: int) -> None:
-    """Give the trackers the numbers that there are."""
+    """Log values to the trackers, except those that are None."""
     known = {name: value for name, value in values.items() if value is not None}
     _each(accelerator, lambda tracker: tracker.log(known, step=step))
 
 
 def log_picture(accelerator: Accelerator, path: Path, *, step: int) -> None:
-    """Give a picture to the trackers that take pictures."""
+    """Log an image file to the trackers that support images."""
 
     def give(tracker: Any) -> None:
         if hasattr(tracker, "log_images"):
@@ -47,9 +47,9 @@ def log_picture(accelerator: Accelerator, path: Path, *, step: int) -> None:
 
 
 def finish(accelerator: Accelerator) -> None:
-    """Let the trackers finish, and end Accelerate's part of the run."""
+    """Finish the trackers and end Accelerate's training."""
     _each(accelerator, lambda tracker: tracker.finish())
-    accelerator.trackers = []  # they are finished
+    accelerator.trackers = []  # so that end_training does not finish them again
     accelerator.end_training()
 
 
@@ -57,6 +57,6 @@ def _each(accelerator: Accelerator, act: Callable[[Any], None]) -> None:
     for tracker in list(accelerator.trackers):
         try:
             act(tracker)
-        except Exception as error:  # a server that is gone, a full disk, ...: what trackers raise has no common base
-            tqdm.write(f"the tracker {tracker.name} failed, the run goes on without it: {error or repr(error)}")
+        except Exception as error:  # server unreachable, full disk, ...: trackers' errors have no common base class
+            tqdm.write(f"the tracker {tracker.name} failed, training continues without it: {error or repr(error)}")
             accelerator.trackers.remove(tracker)

@@ -1,4 +1,4 @@
-"""Updates of the weights: gradients limited, and skipped where they are not finite."""
+"""Weight updates: clip gradients, and skip updates whose gradient is not finite."""
 
 from typing import Any
 
@@ -10,11 +10,14 @@ __all__ = ["Updates", "limit_gradients"]
 
 
 def limit_gradients(accelerator: Any, model: nn.Module, norm: float, adaptive: float) -> None:
-    """Shorten gradients, all together to `norm`, and each unit's to the share `adaptive` of its weights; 0: leave them.
+    """Clip gradients in place, unless they are still being accumulated.
 
-    While gradients are accumulated nothing is done.
-
-    Source of the second: Brock et al., ICML 2021 (arXiv 2102.06171), as in timm.
+    Args:
+        accelerator: Accelerate's, which knows whether gradients are being accumulated
+        model: the model whose gradients are clipped
+        norm: largest norm of the whole gradient; 0: no limit
+        adaptive: largest norm of a unit's gradient, relative to the norm of its weights; 0: no limit. Source: Brock et
+            al., ICML 2021 (arXiv 2102.06171), as in timm
     """
     if not accelerator.sync_gradients:
         return
@@ -27,15 +30,15 @@ def limit_gradients(accelerator: Any, model: nn.Module, norm: float, adaptive: f
 
 
 class Updates:
-    """Updates of a network's weights, without those whose gradient is not finite, which would spoil them for good.
+    """Update a network's weights, but skip updates whose gradient is not finite: they would ruin the weights.
 
-    After all processes' gradients are averaged all see the same, so all skip the same. With a skipped update, buffers
-    (running variances) go back to what they were after the update before.
+    All processes skip the same updates, because gradients are averaged over processes first. A skipped update also
+    restores the buffers (running variances) to their values after the last update that was made.
 
     Args:
-        accelerator: Accelerate's, which knows when gradients are accumulated
-        model, optimizer: as `accelerator.prepare` gave them
-        norm, adaptive: of `limit_gradients`
+        accelerator: Accelerate's, which knows whether gradients are being accumulated
+        model, optimizer: as returned by `accelerator.prepare`
+        norm, adaptive: as in `limit_gradients`
     """
 
     def __init__(self, accelerator: Any, model: nn.Module, optimizer: Any, *, norm: float, adaptive: float) -> None:
@@ -45,7 +48,7 @@ class Updates:
 
     @torch.no_grad()
     def step(self) -> bool:
-        """The update that the gradients ask for, or nothing while they are accumulated. False if it was skipped."""
+        """Update the weights, unless gradients are still being accumulated; return False if the update was skipped."""
         if not self.accelerator.sync_gradients:
             return True
         limit_gradients(self.accelerator, self.model, self.norm, self.adaptive)
@@ -54,7 +57,7 @@ class Updates:
             made = bool(nn.utils.get_total_norm(gradients).isfinite())
             if made:
                 self.optimizer.step()
-        else:  # float16: the scaler looks, and skips updates also while it looks for its scale
+        else:  # float16: the scaler checks gradients, and also skips updates while it adjusts its scale
             self.optimizer.step()
             made = not self.optimizer.step_was_skipped
         self.optimizer.zero_grad()

@@ -1,4 +1,4 @@
-"""Every fast backend against reference.py, and as an operator: compile, export, vmap, double backward, autocast."""
+"""Fast backends against `reference.py`, and as operators: compile, export, vmap, double backward, autocast."""
 
 import os
 import subprocess
@@ -27,9 +27,9 @@ def gradients(y, tensors):
 @pytest.mark.parametrize("activation", ["squash", "l2"])
 @pytest.mark.parametrize("case", CASES)
 def test_cpu_equals_reference(case, activation, layout, block, monkeypatch):
-    if block == "tiny":  # blocks of one image's rows, and of a few positions
+    if block == "tiny":  # small blocks: a few rows of one image, or a few positions
         monkeypatch.setattr(dau_cpu, "_positions", lambda a: 5)
-    if block == "forgetful":  # U is formed again in backward
+    if block == "forgetful":  # backward recomputes U
         monkeypatch.setattr(dau_cpu, "_KEPT", 0)
     exact, options = problem(case)
     options = [*options.values(), activation]
@@ -66,7 +66,7 @@ def test_memory_format_is_kept(layout):
 
 @pytest.mark.parametrize("name", ["cpu", "triton"])
 def test_images_need_no_gradient_for_the_weights_to_have_theirs(name, request):
-    """As in the first layer in training, where that of the images is left out."""
+    """As in training of the first layer, where the gradient of the images is not computed."""
     kernels = dau_cpu if name == "cpu" else request.getfixturevalue("cuda_kernels")
     device = "cuda" if name == "triton" and torch.cuda.is_available() else "cpu"
     generator = torch.Generator().manual_seed(0)
@@ -96,12 +96,12 @@ def test_bfloat16(activation):
         assert relative_error(actual, right) < 2e-2, name
 
 
-@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # torch's own checks do
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # raised by torch's own checks
 @pytest.mark.parametrize("layout", FORMATS)
 @pytest.mark.parametrize("frozen", [False, True])
 @pytest.mark.parametrize("case", ["3x3", "stride", "one_position"])
 def test_operators_are_registered_right(case, frozen, layout):
-    """torch's own checks: schema, fake tensors, autograd registration, AOT dispatch with dynamic shapes."""
+    """Run torch's own checks: schema, fake tensors, autograd registration, AOT dispatch with dynamic shapes."""
     tensors, options = problem(case, torch.float32)
     tensors = [t.detach().to(memory_format=FORMATS[layout]).requires_grad_() for t in tensors]
     if frozen:
@@ -113,7 +113,7 @@ def test_operators_are_registered_right(case, frozen, layout):
 
 
 def test_vmap_over_targets():
-    """is_grads_batched runs one vmapped backward for all targets of a forward pass."""
+    """`is_grads_batched` runs one vmapped backward pass for all targets of a forward pass."""
     tensors, options = problem("3x3")
     x, *weights = tensors
     frozen = dau_cpu.dau_conv2d(x, *(w.detach() for w in weights), *options.values(), activation="squash", frozen=True)
@@ -193,7 +193,7 @@ def test_the_switch(monkeypatch):
 
 
 def test_environment_variable():
-    code = "import timm_coda.functional as f; print(f._backend)"
+    code = "import timm_coda.layers.functional as f; print(f._backend)"
     for value, shown in (("torch", "torch"), ("", "None")):
         environment = os.environ | {"TIMM_CODA_BACKEND": value}
         run = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
@@ -203,7 +203,7 @@ def test_environment_variable():
     assert "backend 'fast': choose one of" in run.stderr
 
 
-# name: input (B, C, H, W), units, rank, kernel, stride, padding, dilation: none of them a multiple of a tile
+# name: input (B, C, H, W), units, rank, kernel, stride, padding, dilation. No size is a multiple of a tile.
 TRITON_CASES = {
     "odd": ((2, 6, 9, 7), 5, 16, 3, 1, 1, 1),
     "stride": ((1, 4, 11, 6), 3, 32, 3, 2, 1, 1),
@@ -216,16 +216,19 @@ TRITON_CASES = {
 
 @pytest.fixture
 def cuda_kernels():
-    return pytest.importorskip("timm_coda.kernels.cuda", reason="Triton is not installed: it comes with CUDA builds")
+    pytest.importorskip("triton", reason="needs Triton, which comes with CUDA builds of PyTorch")
+    from timm_coda.layers.kernels import dau_triton
+
+    return dau_triton
 
 
 @pytest.mark.parametrize("activation", ["squash", "l2"])
 @pytest.mark.parametrize("case", TRITON_CASES)
 @pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 1e-5), (torch.float16, 5e-3), (torch.bfloat16, 2e-2)])
 def test_triton_equals_reference(cuda_kernels, case, activation, dtype, bound):
-    """On the GPU where there is one, else in Triton's interpreter."""
+    """Runs on the GPU if there is one, else in Triton's interpreter."""
     if dtype == torch.bfloat16 and not torch.cuda.is_available():
-        pytest.skip("Triton's interpreter has no bfloat16 products: this one needs a GPU, float16 stands for it")
+        pytest.skip("Triton's interpreter has no bfloat16 products: needs a GPU; float16 is tested instead")
     shape, units, rank, kernel, *pairs = TRITON_CASES[case]
     generator = torch.Generator().manual_seed(0)
     inputs = shape[1] * kernel**2
@@ -264,14 +267,14 @@ def test_triton_leaves_odd_cases_to_convolutions(cuda_kernels, monkeypatch):
 
 @pytest.mark.parametrize("architecture", [80, 90])
 def test_triton_kernels_compile(cuda_kernels, architecture):
-    """For GPUs that need not be here: every kernel and rank to machine code, within the shared memory of a block."""
+    """Compile every kernel for a GPU that need not be present, and check the shared memory per block."""
     code = f"""
 import os
-os.environ["TRITON_INTERPRET"] = "0"  # all configurations are there, the second one is compiled
+os.environ["TRITON_INTERPRET"] = "0"  # so that all configurations exist; the second one is compiled
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from timm_coda.kernels import cuda
+from timm_coda.layers.kernels import dau_triton as cuda
 
 low = {{"p_ptr", "a_ptr", "y_ptr", "base_ptr", "right_ptr"}}
 for kernel in (cuda._forward_kernel, cuda._data_kernel, cuda._code_kernel, cuda._weight_kernel):

@@ -1,4 +1,4 @@
-"""What is kept of the weights between calls: never older than they are, never longer than they live."""
+"""The cache of norm terms: always matches the current weights, and is freed together with them."""
 
 import gc
 
@@ -29,8 +29,8 @@ def test_terms_follow_every_way_of_writing(dtype, inputs):
         up.mul_(2)
     assert_current(up, up_bias)
     for tensor in (up, up_bias):
-        numbers = tensor.data.view(-1)  # does not count versions
-        for index in (0, 1, len(numbers) - 1):  # the same change, here and then there
+        numbers = tensor.data.view(-1)  # writes through it do not change the version counter
+        for index in (0, 1, len(numbers) - 1):  # the same change at different places
             numbers[index] += 0.25
             assert_current(up, up_bias)
             numbers[index] -= 0.25
@@ -41,7 +41,7 @@ def test_terms_follow_every_way_of_writing(dtype, inputs):
 
 
 def test_no_two_small_changes_look_alike():
-    """Finite differences change one number after another by the same amount."""
+    """Finite differences change one number after another by the same amount; each change has its own fingerprint."""
     for units, indices in ((6, range(540)), (2000, range(70_000, 75_000, 9))):
         up, seen = torch.randn(units, 10, 3, 3), set()
         numbers = up.data.view(-1)
@@ -80,7 +80,7 @@ def test_computed_once_and_gone_with_the_weights():
     up, up_bias = weights()
     first = dau_norm.cached_norm_terms(up, up_bias, torch.float32)
     assert dau_norm.cached_norm_terms(up, up_bias, torch.float32) is first
-    gc.collect()  # models of other tests
+    gc.collect()  # frees models of other tests
     entries = len(dau_norm._cache)
     del up
     gc.collect()
@@ -96,7 +96,7 @@ def test_strided_weights_are_not_kept():
 
 
 def test_bits_do_not_depend_on_where_the_weights_lie():
-    """Memory-mapped weights, as transformers loads them, are aligned to 8 bytes only."""
+    """Memory-mapped weights, as loaded by transformers, are aligned only to 8 bytes."""
     for rank, inputs in ((7, 13), (64, 64), (33, 20)):
         up, up_bias = torch.randn(2 * rank, inputs, 3, 3), torch.randn(2, inputs, 3, 3)
         shifted = []

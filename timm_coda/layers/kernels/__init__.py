@@ -1,1 +1,1 @@
-"""Backends of `functional.dau_conv2d`, one file each."""
+"""Implementations of the layers' operations: DAU backends, B-cos alignment, and uncentered batch normalisation."""

@@ -1,4 +1,4 @@
-"""Batch normalisation that only rescales, y = x w / sqrt(var + eps), with a backward of few passes over memory."""
+"""Batch normalisation that only rescales, y = x w / sqrt(var + eps). Backward makes few passes over memory."""
 
 import torch
 from torch import Tensor
@@ -11,19 +11,19 @@ def _exact(x: Tensor) -> Tensor:
 
 
 def channel_variance(x: Tensor) -> Tensor:
-    """Biased variance of each channel, (B, C, H, W) to (C,), float32 or better."""
-    # Two passes, as exact as torch.var, which takes ten times as long on a CPU.
+    """Return the biased variance of each channel, (B, C, H, W) to (C,), in float32 or better."""
+    # Two passes are as accurate as torch.var, which takes ten times as long on a CPU.
     mean = _exact(x).mean([0, 2, 3], keepdim=True)
     return (_exact(x) - mean).square().mean([0, 2, 3])
 
 
 def rescale_channels(x: Tensor, weight: Tensor, var: Tensor, eps: float) -> Tensor:
-    """x w / sqrt(var + eps), in the dtype of `x`."""
+    """Return x w / sqrt(var + eps), in the dtype of `x`."""
     return (x * (weight * (var + eps).rsqrt())[:, None, None]).to(x.dtype)
 
 
 class _UncenteredBatchNorm(torch.autograd.Function):
-    """y and the batch's variance, of which only y can be differentiated; keeps x and a few numbers a channel."""
+    """Return y and the batch's variance; only y is differentiable. Saves x and a few numbers per channel."""
 
     @staticmethod
     def forward(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
@@ -39,7 +39,7 @@ class _UncenteredBatchNorm(torch.autograd.Function):
     @staticmethod
     def backward(ctx, *grads):
         x, weight, var = ctx.saved_tensors
-        if torch.is_grad_enabled():  # create_graph=True: the gradient is to be differentiated again
+        if torch.is_grad_enabled():  # create_graph=True: the gradient must itself be differentiable
             wanted = [i for i in range(2) if ctx.needs_input_grad[i]]
             y = rescale_channels(x, weight, channel_variance(x), ctx.eps)
             found = torch.autograd.grad(y, [(x, weight)[i] for i in wanted], grads[0], create_graph=True)
@@ -57,7 +57,7 @@ class _UncenteredBatchNorm(torch.autograd.Function):
 
 
 def uncentered_batch_norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """x w / sqrt(var + eps) with the batch's variance, and that variance, (C,), a constant to autograd."""
+    """Return x w / sqrt(var + eps) with the batch's variance, and that variance, (C,), without gradient."""
     if torch.jit.is_scripting() or torch.jit.is_tracing():
         var = channel_variance(x)
         return rescale_channels(x, weight, var, eps), var

@@ -1,8 +1,8 @@
-"""B-cos operations: y = (w^T p) |cos(w, p)|^(B-1) / s, with cos = w^T p / (|w| |p|) for w of unit norm.
+"""B-cos operations: y = (w^T p) |cos(w, p)|^(b-1) / s, with cos = w^T p / (|w| |p|) for w of unit norm.
 
-Beside the linear map itself only the patch norm is needed: squares summed over the channels in one pass, then over the
-window in a single channel (one a group). For B = 2 no power is formed and backward is written out, so that training
-keeps w^T p and the small norm alone.
+Besides the linear map, only the patch norm is needed: squares are summed over the channels in one pass, then over the
+window in a single channel (one per group). For b = 2, no power is computed and backward is written by hand, so that
+training saves only w^T p and the small norm.
 
 Source: Böhle et al., CVPR 2022 (arXiv 2205.10268), section 3; TPAMI 2024 (arXiv 2306.10898), section 3.
 """
@@ -14,11 +14,11 @@ from torch import Tensor
 __all__ = ["NORM_EPS", "align", "channel_squares", "max_out_units", "patch_squares", "unit_norm_conv2d", "weight_norm"]
 
 NORM_EPS = 1e-6
-"""Added to |p|^2 under the root, and to |cos| where B is not 2: the published convolutions' constants."""
+"""Added to |p|^2 under the root, and to |cos| if b is not 2, as in the published convolutions."""
 
 
 def weight_norm(weight: Tensor) -> Tensor:
-    """|w| of each unit (the first axis), other axes kept; never 0."""
+    """Return |w| of each unit (first axis), with the other axes of size 1; never 0."""
     if weight.dim() == 2:
         norm = torch.linalg.vector_norm(weight, 2, [1], True)
     else:
@@ -34,11 +34,11 @@ def unit_norm_conv2d(
     dilation: tuple[int, int],
     groups: int,
 ) -> Tensor:
-    """Convolution with w / |w|."""
+    """Convolve with w / |w|."""
     norm = weight_norm(weight)
     if not torch.jit.is_scripting() and not torch.jit.is_tracing() and not torch.compiler.is_compiling():
         positions = (x.shape[2] // stride[0]) * (x.shape[3] // stride[1])
-        # Divide what is smaller, the weights or the output: of one image, as exports leave the number of them open.
+        # Divide the smaller of weights and output, counted for one image, because exports leave the batch size open.
         if weight.numel() > weight.shape[0] * positions:
             linear = torch.conv2d(x, weight, None, stride, padding, dilation, groups)
             return (linear / norm.view(-1, 1, 1)).to(linear.dtype)
@@ -46,14 +46,14 @@ def unit_norm_conv2d(
 
 
 def max_out_units(linear: Tensor, max_out: int, dim: int) -> Tensor:
-    """The largest of each `max_out` adjacent units along `dim`, counted from the front."""
+    """Return the largest of each `max_out` adjacent units along `dim`, which must not be negative."""
     if max_out == 1:
         return linear
     return linear.unflatten(dim, (linear.shape[dim] // max_out, max_out)).max(dim + 1)[0]
 
 
 class _ChannelSquares(torch.autograd.Function):
-    """Squares summed over `dim`, float32 or better; keeps nothing but the input."""
+    """Sum the squares over `dim`, in float32 or better. Saves only the input."""
 
     generate_vmap_rule = True
 
@@ -61,7 +61,7 @@ class _ChannelSquares(torch.autograd.Function):
     def forward(x: Tensor, dim: int) -> Tensor:
         exact = torch.promote_types(x.dtype, torch.float32)
         if x.is_contiguous() and x.device.type == "cpu" and dim == 1:
-            return x.to(exact).square().sum(dim, keepdim=True)  # a reduction of strided numbers is slow there
+            return x.to(exact).square().sum(dim, keepdim=True)  # vector_norm over a strided axis is slow here
         return torch.linalg.vector_norm(x, 2, dim, True, dtype=exact).square()
 
     @staticmethod
@@ -75,7 +75,7 @@ class _ChannelSquares(torch.autograd.Function):
 
 
 def channel_squares(x: Tensor, dim: int) -> Tensor:
-    """|x|^2 along `dim`, which is kept, float32 or better."""
+    """Return |x|^2 along `dim`, which stays as an axis of size 1, in float32 or better."""
     if torch.jit.is_scripting() or torch.jit.is_tracing():
         return x.to(torch.promote_types(x.dtype, torch.float32)).square().sum(dim, keepdim=True)
     return _ChannelSquares.apply(x, dim)
@@ -89,7 +89,7 @@ def patch_squares(
     dilation: tuple[int, int],
     groups: int,
 ) -> Tensor:
-    """|p|^2 of all patches, (B, C, H, W) to (B, groups, H', W'), float32 or better."""
+    """Return |p|^2 of all patches, (B, C, H, W) to (B, groups, H', W'), in float32 or better."""
     if groups == 1:
         squares = channel_squares(x, 1)
     elif groups == x.shape[1]:
@@ -100,7 +100,7 @@ def patch_squares(
     if inputs == 1 and max(padding) == 0:
         return squares[:, :, :: stride[0], :: stride[1]]
     if max(dilation) == 1 and 2 * padding[0] <= kernel_size[0] and 2 * padding[1] <= kernel_size[1]:
-        # Rows, then columns: kh + kw additions a patch in place of kh * kw.
+        # Rows, then columns: kh + kw additions per patch instead of kh * kw.
         squares = F.avg_pool2d(squares, (kernel_size[0], 1), (stride[0], 1), (padding[0], 0))
         squares = F.avg_pool2d(squares, (1, kernel_size[1]), (1, stride[1]), (0, padding[1]))
         return squares * inputs
@@ -109,12 +109,12 @@ def patch_squares(
 
 
 def _times(own: Tensor, factor: Tensor) -> Tensor:
-    """own * factor in the memory of `own`, a temporary, unless autograd watches: fresh memory is slower than a pass."""
+    """Multiply the temporary `own` by `factor`, in place unless autograd records: new memory is slower than a pass."""
     return own * factor if torch.is_grad_enabled() else own.mul_(factor)
 
 
 class _Align(torch.autograd.Function):
-    """y = lin |lin| r for r = 1 / (|p| s); keeps lin and the small r."""
+    """Return y = lin |lin| r for r = 1 / (|p| s). Saves lin and the small r."""
 
     generate_vmap_rule = True
 
@@ -143,16 +143,16 @@ def align(
     norm_eps: float = NORM_EPS,
     cos_eps: float = NORM_EPS,
 ) -> Tensor:
-    """lin |cos|^(B-1) / s of lin = w^T p, any shape, and |p|^2, which broadcasts against it.
+    """Return lin |cos|^(b-1) / s, from lin = w^T p of any shape and |p|^2, which broadcasts against it.
 
     Args:
-        linear: w^T p, after MaxOut
-        squares: |p|^2, float32 or better
-        b: B, other than 1
+        linear: lin = w^T p, after MaxOut; may be overwritten for b = 2 if `frozen`
+        squares: |p|^2, in float32 or better
+        b: exponent, not 1
         scale: s
-        frozen: backward treats |cos|^(B-1) as a constant
+        frozen: treat |cos|^(b-1) as a constant in backward
         norm_eps: added to |p|^2
-        cos_eps: added to |cos| where B is not 2
+        cos_eps: added to |cos| if b is not 2
     """
     reciprocal = (squares + norm_eps).rsqrt()
     if b == 2.0:
@@ -161,7 +161,8 @@ def align(
             factor = linear.abs() * reciprocal
         elif frozen:
             factor = linear.detach().abs().mul_(reciprocal)
-            # Nobody else reads lin, its convolution keeps the input only; with groups it is a view, dear to change.
+            # In place: nothing else reads lin, and its convolution saves only the input. With groups lin is a view, and
+            # changing views in place is slow.
             return linear * factor if linear.dim() == 5 else linear.mul_(factor)
         else:
             return _Align.apply(linear, reciprocal)

@@ -1,16 +1,17 @@
-"""CPU backend: the factorised DAU convolution as matrix products over blocks of positions that stay in cache.
+"""CPU backend: the factorised DAU convolution as matrix products over blocks of positions that fit in cache.
 
-Positions are rows: P (n, K) holds the patches of a block, once for `down`, `up` and the bias. With A (D, r, K), b, B,
-G and c as in `functional.py` and h(s) the rescaling of s = |v|^2:
+Positions are rows: P (n, K) holds the patches of a block and serves `down`, `up` and the bias. With A (D, r, K), b, B,
+G and c as in `functional.py`, h(s) the rescaling for s = |v|^2, and (x) the outer product at each position:
 
     forward    z = P B^T,  U = P A^T (n, D, r),  num = U z + P b^T,  s = z G z + 2 c z + |b|^2,  y = num h(s)
-    data       dP = (g h (x) z) A + (g h) b                                   all that an explanation needs
+    data       dP = (g h (x) z) A + (g h) b                                   enough for explanations
     backward   alpha = g h, beta = 2 g num h'(s):
                dP = (alpha (x) z) A + [dz, alpha] [B; b],   dz = alpha U + beta (G z + c)
                dA = (alpha (x) z)^T P + E A + e b^T,  E = sum beta z z^T,  e = sum beta z,  likewise db, dB
 
-U and the outer products exist only for a block. Training keeps U for backward up to a size: reading it takes a tenth of
-the time of forming it again. z G z and E take each pair of numbers once (`norm.pairs`).
+U and the outer products are formed for one block at a time. Training saves U for backward if it is not too large,
+because reading it takes a tenth of the time of recomputing it. z G z and E use each pair of numbers once
+(`dau_norm.pairs`).
 """
 
 from typing import Any
@@ -26,12 +27,12 @@ from .patches import as_rows, geometry, memory_format
 
 __all__ = ["dau_conv2d"]
 
-# Bytes of the largest temporary of a block: within a last-level cache, long enough for the products.
+# Bytes of the largest temporary of a block: fits in a last-level cache, and is long enough for fast products.
 _BLOCK = 2**24
-# Bytes of U that a layer keeps for backward. More of it is formed again there.
+# Largest U, in bytes, that a layer saves for backward. A larger U is recomputed there.
 _KEPT = 2**28
-# glibc hands what is freed back to the system, and fetching zeroed pages again takes as long as the products they hold.
-# Once a program has freed an array of nearly 32 MB, never touched here, it keeps up to 64 MB.
+# glibc returns freed memory to the system, and getting zeroed pages again takes as long as the products stored in them.
+# After a program has freed an array of nearly 32 MB (here one that is never touched), glibc retains up to 64 MB.
 torch.empty(2**25 - 2**16, dtype=torch.uint8)
 # oneDNN's float32 product is up to twice as fast as the one behind torch.mm (measured on AMD), never slower.
 _ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
@@ -86,7 +87,7 @@ def _backward(grad, x, down, up, up_bias, z, num, s, u, stride, padding, dilatio
     beta = 2 * grad * num * rescaling_slope(s, activation)
     dz, zeroth = beta @ terms.cross, beta.sum(0)
     gram, beta, z = (t.to(low) for t in (terms.gram.view(units * rank, rank), beta, z))
-    # A product that sums over positions wants them as columns.
+    # Products that sum over positions need them as columns.
     alpha_t, beta_t, z_t = (rows.t().contiguous() for rows in (alpha, beta, z))
 
     dweights = _Sum(units * rank + rank + units, a.shape[1], dtype=low)
@@ -101,7 +102,7 @@ def _backward(grad, x, down, up, up_bias, z, num, s, u, stride, padding, dilatio
         if wants_dx:
             dp = _product(_outer(alpha[now], z[now]), a.t())
             g.fold(target[index], dp.addmm_(both, small))
-        columns = p.new_empty(units * rank + rank + units, len(p))  # of the gradients of A, B and b
+        columns = p.new_empty(units * rank + rank + units, len(p))  # for the gradients of A, B and b
         outer, rest = columns.split([units * rank, rank + units])
         torch.mul(alpha_t[:, now].unsqueeze(1), z_t[:, now], out=outer.view(units, rank, -1))
         rest.copy_(both.t())
@@ -115,7 +116,7 @@ def _backward(grad, x, down, up, up_bias, z, num, s, u, stride, padding, dilatio
 
 
 class _Sum:
-    """Of products over blocks; in float32 or better where there are several, `total` in a dtype of its own."""
+    """Sum products over blocks, in float32 or better if there are several; `total` has the dtype `dtype`."""
 
     def __init__(self, *shape: int, dtype: torch.dtype) -> None:
         self.shape, self.dtype = shape, dtype
@@ -133,8 +134,8 @@ class _Sum:
 
 
 def _outer(left: Tensor, right: Tensor) -> Tensor:
-    """(n, D) and (n, r) to (n, D*r)."""
-    if left.itemsize == 2:  # short rows of half precision are multiplied one number at a time
+    """Outer product at each position: (n, D) and (n, r) to (n, D*r)."""
+    if left.itemsize == 2:  # broadcasting multiplies short half-precision rows one number at a time
         return torch.bmm(left.unsqueeze(2), right.unsqueeze(1)).flatten(1)
     return (left.unsqueeze(2) * right.unsqueeze(1)).flatten(1)
 
@@ -154,7 +155,7 @@ def _positions(a: Tensor) -> int:
 
 
 def _product(left: Tensor, right: Tensor, bias: Tensor | None = None) -> Tensor:
-    """left right^T, and `bias` added to every row."""
+    """Return left right^T, with `bias` added to every row."""
     if _ONEDNN and left.dtype == torch.float32:
         return torch.ops.mkldnn._linear_pointwise(left, right, bias, "none", [], "")
     return F.linear(left, right, bias)

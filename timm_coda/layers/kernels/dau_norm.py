@@ -1,4 +1,4 @@
-"""What the norm |v|^2 = z G z + 2 c z + |b|^2 needs of the weights alone: G, c, |b|^2 and their gradients."""
+"""Terms of |v|^2 = z G z + 2 c z + |b|^2 that depend only on the weights: G, c, |b|^2, their cache and gradients."""
 
 from collections.abc import Iterator
 from functools import lru_cache
@@ -15,7 +15,7 @@ _BLOCK = 2**22  # bytes of a block of pairs
 
 
 class NormTerms(NamedTuple):
-    """Of A (D, r, K) and b (D, K)."""
+    """Norm terms of A (D, r, K) and b (D, K)."""
 
     gram: Tensor
     """G = A A^T, (D, r, r)."""
@@ -26,19 +26,22 @@ class NormTerms(NamedTuple):
 
 
 def norm_terms(up: Tensor, up_bias: Tensor, exact: torch.dtype) -> NormTerms:
-    """In the dtype `exact`, of up (D*r, ...) and up_bias (D, ...)."""
+    """Compute the terms of up (D*r, ...) and up_bias (D, ...), in the dtype `exact`."""
     units = up_bias.shape[0]
-    # Memory-mapped weights may lie anywhere, and MKL rounds by where they lie.
+    # Memory-mapped weights may have any alignment, and MKL's rounding depends on it.
     up, up_bias = (weight.clone() if weight.data_ptr() % 64 else weight for weight in (up, up_bias))
     a, b = up.reshape(units, up.shape[0] // units, -1).to(exact), up_bias.reshape(units, -1).to(exact)
     return NormTerms(a @ a.transpose(1, 2), (a @ b.unsqueeze(2)).squeeze(2), b.square().sum(1))
 
 
 def pairs(z: Tensor) -> Iterator[tuple[slice, Tensor]]:
-    """Every z_i z_j once (z_i z_(i + r/2) twice), and then every z_i: (n, r) to (n, (r//2 + 2) r), in blocks of n.
+    """Yield each z_i z_j once (z_i z_(i + r/2) twice), then each z_i: (n, r) to (n, (r//2 + 2) r), in blocks of n.
 
-    Row k < r//2 + 1 of the second axis holds z_i z_(i + k), counted round: long runs of neighbours, and half of the
-    products that a square has.
+    Row k < r//2 + 1 of the second axis holds z_i z_(i + k), with indices modulo r. These are long runs of adjacent
+    numbers, and half of the products in the full square.
+
+    Yields:
+        The block's slice of positions, and its pairs in memory that the next block overwrites.
     """
     rank = z.shape[1]
     rows = rank // 2 + 1
@@ -54,36 +57,36 @@ def pairs(z: Tensor) -> Iterator[tuple[slice, Tensor]]:
 
 
 def for_pairs(terms: NormTerms) -> Tensor:
-    """What z G z + 2 c z takes of each of `pairs(z)`, (D, (r//2 + 2) r)."""
+    """Return the coefficients of `pairs(z)` in z G z + 2 c z, (D, (r//2 + 2) r)."""
     places, often, _ = _pair_places(terms.cross.shape[1])
     return torch.cat([terms.gram.flatten(1)[:, places] * often, 2 * terms.cross], 1)
 
 
 def from_pairs(sums: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """Sums over positions of weighted pairs, (D, (r//2 + 2) r), as those of z z^T (D, r, r) and of z (D, r)."""
+    """Convert sums of weighted pairs over positions, (D, (r//2 + 2) r), to sums of z z^T (D, r, r) and z (D, r)."""
     *_, back = _pair_places(rank)
     return sums[:, back].unflatten(1, (rank, rank)), sums[:, -rank:]
 
 
 @lru_cache
 def _pair_places(rank: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Of `pairs`: where they are in a square, how often it has them, and where the square's are among them."""
+    """Return each pair's index in the r x r square, its multiplicity, and the pair index of each square entry."""
     i = torch.arange(rank)
     k = torch.arange(rank // 2 + 1)[:, None]
     often = torch.where((k == 0) | (2 * k == rank), 1, 2).expand(-1, rank)
-    ahead = (i - i[:, None]) % rank  # of column before row
+    ahead = (i - i[:, None]) % rank  # (column - row) modulo r
     back = torch.where(ahead <= rank // 2, ahead * rank + i[:, None], (rank - ahead) * rank + i)
     return (i * rank + (i + k) % rank).flatten(), often.flatten(), back.flatten()
 
 
-_cache = WeakTensorKeyDictionary()  # up: (its and the bias's fingerprints, dtype, what was found), gone with it
+_cache = WeakTensorKeyDictionary()  # up: (fingerprints of up and bias, dtype, terms); an entry lives as long as its key
 
 
 def cached_norm_terms(up: Tensor, up_bias: Tensor, exact: torch.dtype) -> tuple[NormTerms, Tensor]:
-    """`norm_terms` of CPU weights, and these `for_pairs`, computed anew only when they have changed.
+    """Return `norm_terms` of CPU weights and their `for_pairs`, recomputed only if the weights have changed.
 
-    For a single image the Gram matrices cost as much as half the layer. Reading the weights to see whether they are
-    the same costs a tenth of that, and sees what the version counter does not: writes through `.data`.
+    For a single image, the Gram matrices cost as much as half the layer. Reading the weights to detect changes costs a
+    tenth of that, and unlike the version counter also detects writes through `.data`.
     """
     seen = _fingerprint(up), _fingerprint(up_bias)
     known = _cache.get(up)
@@ -96,13 +99,13 @@ def cached_norm_terms(up: Tensor, up_bias: Tensor, exact: torch.dtype) -> tuple[
     return found
 
 
-# What is summed lies so many 64-bit words apart, a prime number: whole rows, kernels or channels that change places
-# change sums, too, for their distance is no multiple of it.
+# The 64-bit words of a sum are _STRIDE apart, a prime number. Therefore swapping whole rows, kernels or channels also
+# changes the sums, because the distance between them is not a multiple of it.
 _STRIDE, _TERMS = 2039, 8
 
 
 def _fingerprint(weight: Tensor) -> tuple[int, list[Tensor]] | None:
-    """Version and sums of all bits, or None where they cannot be read as 64-bit numbers."""
+    """Return the version and sums over all bits, or None if the weight cannot be read as 64-bit words."""
     dense = weight.is_contiguous() or weight.is_contiguous(memory_format=torch.channels_last)
     if not dense or weight.storage_offset() * weight.itemsize % 8 or weight.nbytes % 8:
         return None
@@ -124,11 +127,11 @@ def _equal(one: tuple[int, list[Tensor]] | None, other: tuple[int, list[Tensor]]
 def add_norm_gradient(
     a: Tensor, b: Tensor, da: Tensor, dsmall: Tensor, second: Tensor, first: Tensor, zeroth: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of A (D*r, K), B and b, with what comes through s = |A^T z + b|^2 added.
+    """Return the gradients of A (D*r, K), B and b, after adding the part that comes through s = |A^T z + b|^2.
 
     Args:
-        a, b: (D, r, K) and (D, K)
-        da, dsmall: what comes through v^T p, (D*r, K), and stacked of B and b (r + D, K)
+        a, b: the weights, (D, r, K) and (D, K)
+        da, dsmall: gradients through v^T p: of A (D*r, K), and of B and b, stacked, (r + D, K)
         second, first, zeroth: sums over positions of beta z z^T (D, r, r), beta z (D, r), beta (D)
     """
     units, rank, _ = a.shape

@@ -1,7 +1,7 @@
-"""The backend 'torch': the factorised DAU convolution as convolutions and a contraction.
+"""Backend 'torch': the factorised DAU convolution as convolutions and a contraction.
 
-Runs on every device, traces, scripts, exports and differentiates as often as one likes; the fast backends differ from
-it in speed and memory only. Formulas in `functional.py`.
+It runs on every device and supports tracing, scripting, export and derivatives of any order. The fast backends differ
+from it only in speed and memory. For the formulas see `functional.py`.
 """
 
 import torch
@@ -12,8 +12,8 @@ __all__ = ["dau_conv2d", "rescaling", "rescaling_slope", "squared_norm"]
 
 
 def rescaling(squared: Tensor, activation: str) -> Tensor:
-    """h(|v|^2): |v| / (1 + |v|^2) for 'squash', 1 / |v| for 'l2'."""
-    # Rounding may leave |v|^2 = 0 slightly negative, and its square root has no finite gradient at 0.
+    """Return h(|v|^2): |v| / (1 + |v|^2) for 'squash', 1 / |v| for 'l2'."""
+    # Rounding can turn |v|^2 = 0 slightly negative, and the square root has no finite gradient at 0.
     squared = squared.clamp(min=1e-20)
     if activation == "l2":
         return squared.rsqrt()
@@ -21,7 +21,7 @@ def rescaling(squared: Tensor, activation: str) -> Tensor:
 
 
 def rescaling_slope(squared: Tensor, activation: str) -> Tensor:
-    """h'(|v|^2), 0 where `rescaling` clamps."""
+    """Return h'(|v|^2), 0 where `rescaling` clamps."""
     s = squared.clamp(min=1e-20)
     slope = -0.5 * s.rsqrt() / s if activation == "l2" else (1 - s) * (0.5 * s.rsqrt()) / (1 + s).square()
     return torch.where(squared > 1e-20, slope, 0)
@@ -38,7 +38,7 @@ def dau_conv2d(
     activation: str,
     frozen: bool,
 ) -> Tensor:
-    """As `functional.dau_conv2d`."""
+    """Compute `functional.dau_conv2d`."""
     rank, units = down.shape[0], up_bias.shape[0]
     if frozen:
         down, up, up_bias = down.detach(), up.detach(), up_bias.detach()
@@ -54,7 +54,7 @@ def dau_conv2d(
 
 
 def squared_norm(z: Tensor, up: Tensor, up_bias: Tensor) -> Tensor:
-    """|v|^2 in float32 or better, (B, D, H', W')."""
+    """Return |v|^2, (B, D, H', W'), in float32 or better."""
     exact = torch.promote_types(z.dtype, torch.float32)
     units, rank = up_bias.shape[0], z.shape[1]
     z, a, b = z.to(exact), up.reshape(units, rank, -1).to(exact), up_bias.reshape(units, -1, 1).to(exact)

@@ -1,18 +1,18 @@
-"""CUDA backend in Triton: products whose epilogues contract the (positions, D*r) tile, so that neither dynamic weights
-nor U ever reach memory.
+"""CUDA backend in Triton, which writes neither dynamic weights nor U to memory.
 
-Symbols as in `cpu.py`; a tile is `BLOCK_N` positions by `UNITS` units, UNITS * r columns. Patches P (N, K) are
-written once a layer. Products take the tensors' own precision and sum in float32; the norm is carried in float32.
+The products contract each (positions, D*r) tile in their epilogues. Symbols as in `dau_cpu.py`; a tile is `BLOCK_N`
+positions by `UNITS` units, UNITS * r columns. Patches P (N, K) are written once per layer. Products use the tensors'
+precision and accumulate in float32; the norm is computed in float32.
 
     _forward_kernel   U = P A^T -> num = U z + P b^T;  z G -> s;  y = num h(s)
-    _data_kernel      (alpha (x) z) A, the outer product formed in registers
-    _code_kernel      dz = alpha U + 2 beta (G z + c), U formed again tile by tile
-    _weight_kernel    (alpha (x) z)^T R for R = P (of A) and R = z (of the norm), positions split over programs
+    _data_kernel      (alpha (x) z) A, with the outer product formed in registers
+    _code_kernel      dz = alpha U + beta (G z + c), with U recomputed tile by tile
+    _weight_kernel    (alpha (x) z)^T P (for A) and (beta (x) z)^T z (for the norm), positions split over programs
 """
 
 # pyright: reportArgumentType=false, reportAssignmentType=false, reportAttributeAccessIssue=false
 # pyright: reportOperatorIssue=false
-# Triton's language has types of its own.
+# Triton's language has its own types, which pyright does not know.
 
 import torch
 import triton
@@ -30,12 +30,12 @@ INTERPRETED = triton.knobs.runtime.interpret
 
 
 def supports(dtype: torch.dtype, rank: int) -> bool:
-    """Whether the kernels take this problem: tensor cores want ranks of 16, 32, ... 256 and at most float32."""
+    """Return whether the kernels support dtype and rank: at most float32; 16, 32, ... 256, because of tensor cores."""
     return dtype in (torch.float32, torch.bfloat16, torch.float16) and rank in (16, 32, 64, 128, 256)
 
 
 def _configs(*shapes: tuple[int, int, int, int]) -> list[triton.Config]:
-    """(positions, columns, depth of a step, warps); the first serves the interpreter, which cannot time."""
+    """Return configs for (positions, columns, depth of a step, warps); the interpreter cannot time: it gets one."""
     configs = [
         triton.Config({"BLOCK_N": n, "COLUMNS": columns, "BLOCK_K": k}, num_warps=warps, num_stages=3)
         for n, columns, k, warps in shapes
@@ -45,7 +45,7 @@ def _configs(*shapes: tuple[int, int, int, int]) -> list[triton.Config]:
 
 @triton.jit
 def _products(p_ptr, a_ptr, rows, in_rows, columns, in_columns, K, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr):
-    """The (rows, columns) tile of P A^T; both matrices have K numbers a row."""
+    """Compute the (rows, columns) tile of P A^T; both matrices have K numbers per row."""
     steps = tl.arange(0, BLOCK_K)
     p_ptrs = p_ptr + rows[:, None].to(tl.int64) * K + steps[None, :]
     a_ptrs = a_ptr + columns[None, :].to(tl.int64) * K + steps[:, None]
@@ -85,7 +85,7 @@ def _forward_kernel(
     COLUMNS: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    # At least one unit a tile, whatever the rank.
+    # At least one unit per tile, whatever the rank.
     UNITS: tl.constexpr = COLUMNS // RANK if COLUMNS > RANK else 1
     rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     units = tl.program_id(1) * UNITS + tl.arange(0, UNITS)
@@ -106,7 +106,7 @@ def _forward_kernel(
     num = aligned + tl.load(plain_ptr + at, mask=inside, other=0.0)
     s = norm + tl.load(square_ptr + units, mask=units < D, other=0.0)[None, :]
     clamped = tl.maximum(s, 1e-20)
-    if L2:  # noqa: SIM108, Triton decides it when it compiles
+    if L2:  # noqa: SIM108, Triton evaluates it at compile time
         h = 1 / tl.sqrt(clamped)
     else:
         h = tl.sqrt(clamped) / (1 + clamped)
@@ -124,7 +124,7 @@ def _data_kernel(
     alpha_ptr,  # (N, D), float32
     z_ptr,  # (N, r), float32
     a_ptr,  # (D*r, K)
-    base_ptr,  # (N, K): what else belongs to the sum
+    base_ptr,  # (N, K): added to the product
     out_ptr,  # (N, K)
     N,
     D,
@@ -132,7 +132,7 @@ def _data_kernel(
     RANK: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_N: tl.constexpr,
-    COLUMNS: tl.constexpr,  # of a unit-rank step
+    COLUMNS: tl.constexpr,  # (unit, rank) pairs per step
     BLOCK_K: tl.constexpr,  # columns of the output
 ):
     UNITS: tl.constexpr = COLUMNS // RANK if COLUMNS > RANK else 1
@@ -217,7 +217,7 @@ def _weight_kernel(
     N,
     D,
     K,
-    SPLIT,  # positions of a program
+    SPLIT,  # positions per program
     RANK: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -249,7 +249,7 @@ def _weight_kernel(
 
 
 def _precision(dtype: torch.dtype) -> str:
-    """Of products: exact for float32 unless the user allowed TF32 for matrix products."""
+    """Return the precision of products: full float32, unless the user allows TF32 for matrix products."""
     allowed = dtype != torch.float32 or torch.backends.cuda.matmul.allow_tf32
     return "tf32" if allowed else "ieee"
 
@@ -279,7 +279,7 @@ def _forward(x, down, up, up_bias, stride, padding, dilation, activation, keep):
 
 
 def _data(alpha: Tensor, z: Tensor, a: Tensor, base: Tensor) -> Tensor:
-    """base + (alpha (x) z) A, (N, K)."""
+    """Return base + (alpha (x) z) A, (N, K)."""
     (positions, units), inputs = alpha.shape, a.shape[1]
     out = torch.empty_like(base)
     _data_kernel[
@@ -289,10 +289,10 @@ def _data(alpha: Tensor, z: Tensor, a: Tensor, base: Tensor) -> Tensor:
 
 
 def _weight(alpha: Tensor, z: Tensor, right: Tensor) -> Tensor:
-    """(alpha (x) z)^T right, (D*r, K), float32."""
+    """Return (alpha (x) z)^T right, (D*r, K), in float32."""
     (positions, units), (rank, inputs) = alpha.shape, (z.shape[1], right.shape[1])
     out = alpha.new_zeros(units * rank, inputs)
-    # About two programs a multiprocessor, none with fewer than 1024 positions.
+    # About two programs per multiprocessor, each with at least 1024 positions.
     tiles = triton.cdiv(units * rank, 128) * triton.cdiv(inputs, 64)
     splits = max(1, min(triton.cdiv(2 * _processors(alpha.device), tiles), positions // 1024))
     split = triton.cdiv(triton.cdiv(positions, splits), 64) * 64

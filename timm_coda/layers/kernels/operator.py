@@ -1,4 +1,4 @@
-"""A backend of three plain functions as operators that autograd, torch.compile, torch.export and vmap understand."""
+"""Register a backend's three functions as operators that support autograd, torch.compile, torch.export and vmap."""
 
 from collections.abc import Callable
 
@@ -19,18 +19,18 @@ def make_operator(
     *,
     keeps: Callable[[int, Tensor], bool] = lambda positions, up: False,
 ) -> Callable[..., Tensor]:
-    """The function `dau_conv2d` of a backend, with the arguments of `functional.dau_conv2d`.
+    """Return the `dau_conv2d` of a backend, with the arguments of `functional.dau_conv2d`.
 
     Args:
-        name: of the operators, timm_coda::{name}, {name}_data and {name}_backward
-        forward: (x, down, up, up_bias, stride, padding, dilation, activation, keep) to y (B, D, H', W') and, float32
-            or better, for all N positions z (N, r), num = v^T p (N, D) and s = |v|^2 (N, D); and U (N, D*r) in the
-            dtype of x, or (0, D*r) without `keep`
-        data_gradient: (grad, x, up, up_bias, z, s, stride, padding, dilation, activation) to W^T grad like x, of
-            which only shape and format matter
-        backward: (grad, x, down, up, up_bias, z, num, s, u, stride, padding, dilation, activation, wants_dx) to the
-            gradients of x, down, up and up_bias; that of x is empty where it is not wanted
-        keeps: (N, up) to whether training keeps U
+        name: the operators are timm_coda::{name}, {name}_data and {name}_backward
+        forward: maps (x, down, up, up_bias, stride, padding, dilation, activation, keep) to (y, z, num, s, U):
+            y (B, D, H', W'); for all N positions, in float32 or better, z (N, r), num = v^T p (N, D) and s = |v|^2
+            (N, D); and U (N, D*r) in the dtype of x, or (0, D*r) without `keep`
+        data_gradient: maps (grad, x, up, up_bias, z, s, stride, padding, dilation, activation) to W^T grad, like x; of
+            x it uses only shape and memory format
+        backward: maps (grad, x, down, up, up_bias, z, num, s, u, stride, padding, dilation, activation, wants_dx) to
+            the gradients of x, down, up and up_bias; the gradient of x is empty without `wants_dx`
+        keeps: maps (N, up) to whether training saves U for backward
     """
 
     @torch.library.custom_op(f"timm_coda::{name}", mutates_args=())
@@ -81,8 +81,8 @@ def make_operator(
     @data_op.register_vmap
     def _(info, in_dims, grad, *others):
         if any(dim is not None for dim in in_dims[1:]):
-            raise NotImplementedError("vmap over a DAU's input or weights: choose the backend 'torch'")
-        grads = grad.movedim(in_dims[0], 0).unbind()  # several targets of one forward pass
+            raise NotImplementedError("vmap over a DAU's input or weights is not supported: use the backend 'torch'")
+        grads = grad.movedim(in_dims[0], 0).unbind()  # several targets for one forward pass
         return torch.stack([data_op(target, *others) for target in grads]), 0
 
     @torch.library.custom_op(f"timm_coda::{name}_backward", mutates_args=())
@@ -114,7 +114,7 @@ def make_operator(
         x, down, up, up_bias, *ctx.options, ctx.frozen, _ = inputs
         _, *found = output
         ctx.mark_non_differentiable(*found)
-        ctx.set_materialize_grads(False)  # zeros as large as U
+        ctx.set_materialize_grads(False)  # they would be zeros as large as U
         ctx.save_for_backward(x, down, up, up_bias, *found)
 
     def differentiate(ctx, grad, *_):
@@ -122,7 +122,7 @@ def make_operator(
         if grad is None:
             return *(None,) * 4, *no_options
         x, down, up, up_bias, z, num, s, u = ctx.saved_tensors
-        if torch.is_grad_enabled():  # create_graph=True: the gradient is to be differentiated again
+        if torch.is_grad_enabled():  # create_graph=True: the gradient must itself be differentiable
             inputs = (x, down, up, up_bias)
             wanted = [i for i in range(4) if ctx.needs_input_grad[i]]
             y = convolution.dau_conv2d(*inputs, *ctx.options, ctx.frozen)  # pyright: ignore[reportCallIssue]

@@ -1,4 +1,4 @@
-"""Patches of a convolution as rows of a matrix, and back: the geometry that the matrix-product backends share."""
+"""Geometry shared by the matrix-product backends: convert patches of a convolution to rows of a matrix and back."""
 
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
@@ -11,7 +11,7 @@ __all__ = ["Geometry", "as_rows", "geometry", "memory_format", "output_size"]
 
 
 class Geometry(NamedTuple):
-    """Where patches lie, and the order of a patch's K numbers: (c, kh, kw) or `channels_last` (kh, kw, c)."""
+    """Positions of patches, and the order of a patch's K numbers: (c, kh, kw), or (kh, kw, c) if `channels_last`."""
 
     batch: int
     rows: int
@@ -27,7 +27,7 @@ class Geometry(NamedTuple):
         return self.batch * self.rows * self.columns
 
     def padded(self, x: Tensor) -> Tensor:
-        """(B, C, H, W) to contiguous (B, H + 2ph, W + 2pw, C)."""
+        """Pad and permute (B, C, H, W) to contiguous (B, H + 2ph, W + 2pw, C)."""
         x = x.permute(0, 2, 3, 1)
         if self.padding != (0, 0):
             x = F.pad(x, (0, 0, self.padding[1], self.padding[1], self.padding[0], self.padding[0]))
@@ -38,13 +38,13 @@ class Geometry(NamedTuple):
         return like.new_zeros(batch, height + 2 * self.padding[0], width + 2 * self.padding[1], channels)
 
     def cropped(self, padded: Tensor, like: Tensor) -> Tensor:
-        """The inverse of `padded`, in the memory format of `like`."""
+        """Undo `padded`, in the memory format of `like`."""
         top, left = self.padding
         inner = padded[:, top : top + like.shape[2], left : left + like.shape[3]]
         return inner.permute(0, 3, 1, 2).clone(memory_format=memory_format(like))
 
     def windows(self, padded: Tensor) -> Tensor:
-        """All patches as a view of the padded image: (B, H', W', and K as three axes)."""
+        """Return all patches as a view of the padded image: (B, H', W', then K as three axes)."""
         image, row, column, channel = padded.stride()
         (sh, sw), (dh, dw) = self.stride, self.dilation
         view = padded.as_strided(
@@ -54,16 +54,16 @@ class Geometry(NamedTuple):
         return view if self.channels_last else view.permute(0, 1, 2, 5, 3, 4)
 
     def fold(self, target: Tensor, patches: Tensor) -> None:
-        """Add patches (n, K) to the padded image behind `target`, a part of its `windows`."""
+        """Add patches (n, K) to the padded image through `target`, a part of its `windows`."""
         patches = patches.view(target.shape)
         for i in range(self.kernel[0]):
             for j in range(self.kernel[1]):
-                # One offset at a time: these views do not overlap themselves.
+                # One kernel offset at a time, because these views have no overlapping elements.
                 at = (..., i, j, slice(None)) if self.channels_last else (..., i, j)
                 target[at].add_(patches[at])
 
     def blocks(self, size: int) -> Iterator[tuple[tuple[slice, slice], slice]]:
-        """Blocks of about `size` positions: (images, rows) of `windows` and their range in the flat order."""
+        """Yield blocks of about `size` positions: (images, rows) in `windows`, and their range in flat order."""
         area = self.rows * self.columns
         if area <= size:
             step = size // area
@@ -79,11 +79,11 @@ class Geometry(NamedTuple):
                     yield (slice(i, i + 1), slice(row, end)), flat
 
     def flat(self, weight: Tensor) -> Tensor:
-        """(N, C, kh, kw) as (N, K), a copy only where it is stored in another order."""
+        """Reshape (N, C, kh, kw) to (N, K), with a copy only if it is stored in another order."""
         return (weight.permute(0, 2, 3, 1) if self.channels_last else weight).reshape(weight.shape[0], -1)
 
     def unflat(self, weight: Tensor, channels: int) -> Tensor:
-        """The inverse of `flat`, contiguous."""
+        """Undo `flat`; the result is contiguous."""
         if self.channels_last:
             weight = weight.reshape(-1, *self.kernel, channels).permute(0, 3, 1, 2)
         return weight.reshape(-1, channels, *self.kernel).contiguous()
@@ -92,7 +92,7 @@ class Geometry(NamedTuple):
 def output_size(
     x: Tensor, kernel: Sequence[int], stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int]
 ) -> tuple[int, int]:
-    """Rows and columns of a convolution's output."""
+    """Return the rows and columns of a convolution's output."""
     rows, columns = (
         (x.shape[2 + i] + 2 * padding[i] - dilation[i] * (kernel[i] - 1) - 1) // stride[i] + 1 for i in (0, 1)
     )
@@ -100,8 +100,11 @@ def output_size(
 
 
 def geometry(x: Tensor, up: Tensor, stride: list[int], padding: list[int], dilation: list[int]) -> Geometry:
-    """Patches are copied ten times as fast channels last; weights stored otherwise are then worth a copy, too, where
-    there are more positions than rows of `up`."""
+    """Return the geometry of a convolution, with the faster order of a patch's numbers.
+
+    Patches are copied ten times as fast in channels_last order. This is worth copying weights that are stored otherwise
+    if there are more positions than rows of `up`.
+    """
     rows, columns = output_size(x, up.shape[2:], stride, padding, dilation)
     channels_last = up.is_contiguous(memory_format=torch.channels_last) or x.shape[0] * rows * columns > up.shape[0]
     kernel, step, pad, spread = ((int(a), int(b)) for a, b in (up.shape[2:], stride, padding, dilation))
@@ -109,11 +112,11 @@ def geometry(x: Tensor, up: Tensor, stride: list[int], padding: list[int], dilat
 
 
 def as_rows(y: Tensor) -> Tensor:
-    """(B, D, H', W') to contiguous (N, D)."""
+    """Convert (B, D, H', W') to contiguous (N, D)."""
     return y.permute(0, 2, 3, 1).reshape(-1, y.shape[1]).contiguous()
 
 
 def memory_format(x: Tensor) -> torch.memory_format:
-    """The format that an output beside `x` takes."""
+    """Return the memory format for an output that belongs to the input `x`."""
     last = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
     return torch.channels_last if last else torch.contiguous_format
