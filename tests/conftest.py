@@ -3,6 +3,8 @@
 import os
 import shutil
 
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # also in subprocesses: pytest-xdist keeps every core busy
+
 import numpy as np
 import pytest
 import torch
