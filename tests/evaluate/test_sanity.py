@@ -138,10 +138,10 @@ def test_spearman_by_hand_and_by_scipy():
     ranks = torch.tensor([[[1.0, 2, 3, 4]], [[1, 2, 3, 4]], [[1, 2, 3, 4]], [[5, 5, 5, 5]], [[5, 5, 5, 5]]])
     others = torch.tensor([[[10.0, 20, 30, 99]], [[4, 3, 2, 1]], [[2, 1, 4, 3]], [[1, 2, 3, 4]], [[5, 5, 5, 5]]])
     # Third: 1 - 6 * (1 + 1 + 1 + 1) / (4 * 15)
-    assert sanity.spearman(ranks, others).tolist() == pytest.approx([1, -1, 0.6, 0, 1])
+    assert sanity.rank_similarity(ranks, others).tolist() == pytest.approx([1, -1, 0.6, 0, 1])
     a, b = torch.randn(2, 4, 5, 6, generator=torch.Generator().manual_seed(0)).round(decimals=0)  # many ties
     expected = [spearmanr(x.flatten(), y.flatten()).statistic for x, y in zip(a, b, strict=True)]
-    np.testing.assert_allclose(sanity.spearman(a, b), expected, rtol=1e-5)
+    np.testing.assert_allclose(sanity.rank_similarity(a, b), expected, rtol=1e-5)
 
 
 @pytest.mark.parametrize("shape", [(16, 16), (7, 12), (9, 8)], ids=str)

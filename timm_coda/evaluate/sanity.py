@@ -14,9 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..data import derive_seed
-from . import statistics
 from .base import Baseline, Curve, EvaluationError, Explainer, Scores, Subject, progress_bar
 from .localisation import GridLocalisation, check_size
+from .statistics import spearman
 
 __all__ = ["ContrastiveLocalisation", "NoiseSensitivity", "Randomisation", "Sparseness"]
 
@@ -95,7 +95,8 @@ class Randomisation:
         images: int = 32,
     ) -> None:
         self.order, self.steps, self.images = order, steps, images
-        self.similarity, measure = {"spearman": (spearman, "rank correlation"), "ssim": (ssim, "SSIM")}[similarity]
+        similarities = {"spearman": (rank_similarity, "rank correlation"), "ssim": (ssim, "SSIM")}
+        self.similarity, measure = similarities[similarity]
         self.name = f"randomisation_{order}" + ("" if similarity == "spearman" else f"_{similarity}")
         self.label = f"Randomisation, {order}" + ("" if similarity == "spearman" else f", {measure}")
         parts = "from the classifier down" if order == "cascading" else "one part at a time"
@@ -235,9 +236,9 @@ def reset_layers(model: nn.Module, names: list[str], seed: int) -> None:
             model.get_submodule(name).reset_parameters()  # pyright: ignore[reportCallIssue]
 
 
-def spearman(maps: Tensor, others: Tensor) -> Tensor:
+def rank_similarity(maps: Tensor, others: Tensor) -> Tensor:
     """Compute the rank correlation of pairs of maps (N, H, W): (N,) in [-1, 1]; 1 if equal, 0 if one is constant."""
-    correlation = torch.from_numpy(statistics.spearman(*(m.flatten(1).double().numpy() for m in (maps, others))))
+    correlation = torch.from_numpy(spearman(*(m.flatten(1).double().numpy() for m in (maps, others))))
     equal = (maps == others).flatten(1).all(1)
     return correlation.masked_fill(equal, 1).float()
 
