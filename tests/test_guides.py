@@ -115,7 +115,7 @@ def test_a_front_page_that_is_read():
     assert len(README.read_text().splitlines()) <= 180
     for guide in GUIDES:
         text = guide.read_text(encoding="utf-8")
-        for target in re.findall(r"\]\((?!https?:|#)([^)#]+)", text):
+        for target in re.findall(r"\]\((?!https?:|#)([^)#\s]+)\)", text):
             assert (guide.parent / target).exists(), f"{guide.relative_to(ROOT)} links {target}, which is not there"
         if guide != README:
             assert text.split("\n\n")[1].startswith("```bash\n"), f"{guide.relative_to(ROOT)} opens with a command"

@@ -59,9 +59,9 @@ def test_the_first_command(tmp_path):
     (tmp_path / "home").write_text("a file")
     home = {"HOME": str(tmp_path / "home"), "HF_HOME": str(tmp_path / "home/hf"), "HF_HUB_OFFLINE": "1"}
     home["MPLCONFIGDIR"] = str(tmp_path / "mpl")
-    processes = [start("--epochs", 1, cwd=tmp_path, environment=home)]
+    processes = [start("--epochs", 1, cwd=tmp_path, environment=home, fresh=True)]
     wait_for_state(processes[0], tmp_path / "runs/coda_net_xs.digits", 0)
-    processes.append(start("--epochs", 1, cwd=tmp_path, environment=home))
+    processes.append(start("--epochs", 1, cwd=tmp_path, environment=home, fresh=True))
     outputs = [process.communicate(timeout=120) for process in processes]
     for process, (out, err), name in zip(
         processes, outputs, ("coda_net_xs.digits", "coda_net_xs.digits-2"), strict=True

@@ -1,6 +1,8 @@
 """Orders and batches of training images, for any number of workers and processes, on the CPU and on the device."""
 
 import itertools
+import subprocess
+import sys
 import time
 
 import datasets
@@ -117,6 +119,19 @@ def test_images_that_cannot_be_read_are_left_out_on_the_device():
     assert sorted(torch.cat([first.labels, second.labels]).tolist()) == sorted(digits.labels[kept].tolist())
     images = {data.ImageDataset(split, transform)[row][0].numpy().tobytes() for row in kept}
     assert {image.numpy().tobytes() for image in torch.cat([first.images, second.images])} == images
+
+
+def test_a_process_with_idle_workers_exits():
+    """multiprocessing ends them with SIGTERM, which workers ignore as long as the process runs."""
+    code = """
+from torchvision.transforms.functional import to_tensor
+from timm_coda import data
+dataset = data.ImageDataset(data.load_data("digits").test, to_tensor)
+loader = data.create_loader(dataset, batch_size=4, workers=1)
+print(len(next(iter(loader)).labels))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "4\n", "")
 
 
 @pytest.mark.slow

@@ -15,7 +15,7 @@ import torch
 
 from helpers.evaluate_cases import Linear, make_subject
 from timm_coda import cli, hub
-from timm_coda.evaluate import Explainer, explainers, run
+from timm_coda.evaluate import Explainer, explainers, runner
 from timm_coda.evaluate.explainers import EXPLAINERS
 from timm_coda.evaluate.metrics import make_metric
 from timm_coda.evaluate.perturbation import IDSDS
@@ -35,7 +35,7 @@ def without_times(results: dict) -> dict:
 def test_all_explainers(tmp_path, capsys, monkeypatch):
     for name, value in (("_SAMPLES", 30), ("_MASKS", 30), ("_STEPS", 3)):
         monkeypatch.setattr(explainers, name, value)
-    monkeypatch.setattr(run, "_EXAMPLES", 2)
+    monkeypatch.setattr(runner, "_EXAMPLES", 2)
     words = [*DIGITS, "--grids", "2", "--grid-size", "2", "--images", "3", "--output", str(tmp_path / "a")]
     words += ["--metrics", "grid_localisation", "deletion", "idsds"]
     assert cli.main(words) == 0
@@ -183,13 +183,13 @@ def test_what_fails_is_tried_again(tmp_path):
     shaky = Explainer("shaky", "Shaky", "Fails once.", method)
     steady = Explainer("steady", "Steady", "", lambda model, images, targets: torch.rand(*targets.shape, 4, 4))
     metrics = [IDSDS(), make_metric("grid_localisation", grids=2, grid_size=3)]
-    run.open_folder(tmp_path / "a", {})
+    runner.open_folder(tmp_path / "a", {})
     facts = {"model": "linear", "data": ["noise"]}
-    first = run.evaluate(subject, [shaky, steady], metrics, tmp_path / "a", facts=facts)["metrics"]
+    first = runner.evaluate(subject, [shaky, steady], metrics, tmp_path / "a", facts=facts)["metrics"]
     assert first["idsds"]["explainers"]["shaky"] == {"error": "RuntimeError: out of memory"}
     assert first["idsds"]["explainers"]["steady"]["n"] == 3
     assert "needs 9" in first["grid_localisation"]["error"]
-    second = run.evaluate(subject, [shaky, steady], metrics, tmp_path / "a", facts=facts)["metrics"]
+    second = runner.evaluate(subject, [shaky, steady], metrics, tmp_path / "a", facts=facts)["metrics"]
     assert second["idsds"]["explainers"]["shaky"]["n"] == 3
     assert second["idsds"]["explainers"]["steady"] == first["idsds"]["explainers"]["steady"]
 

@@ -16,6 +16,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from helpers import ROOT
+from helpers.processes import Program
 from timm_coda.training import states
 
 SMALL = ["--model", "coda_net_xs", "--model-args", "rank=2", "logit_temperature=20", "--img-size", "8"]
@@ -32,11 +33,22 @@ def image_file(rng: np.random.Generator, label: int) -> bytes:
 
 
 def start(
-    *options, cwd: Path, script: str = "train.py", processes: int = 1, environment: dict[str, str] | None = None, **more
-) -> subprocess.Popen:
-    """Start train.py as one process, or several launched by Accelerate, in a new process group."""
+    *options,
+    cwd: Path,
+    script: str = "train.py",
+    processes: int = 1,
+    environment: dict[str, str] | None = None,
+    fresh: bool = False,
+    **more,
+) -> subprocess.Popen | Program:
+    """Start train.py in a session of its own: one process, or several launched by Accelerate.
+
+    `fresh` starts a new interpreter, for variables that libraries read when they are imported; `more` is for Popen.
+    """
     environment = os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"} | (environment or {})
     command = [str(ROOT / script), *map(str, options)]
+    if processes == 1 and not fresh and not more:
+        return Program(command, cwd=cwd, environment=environment)
     if processes > 1:
         launch = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", str(processes)]
         launch += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
@@ -45,26 +57,26 @@ def start(
     return subprocess.Popen([sys.executable, *command], cwd=cwd, env=environment, **pipes, **more)
 
 
-def finish(run: subprocess.Popen, code: int = 0) -> str:
+def finish(run: subprocess.Popen | Program, code: int = 0) -> str:
     """Wait until a run ends, check its exit code, and return what it printed."""
     out, err = run.communicate(timeout=180)
     assert run.returncode == code, (run.returncode, out, err)
     return out + err
 
 
-def signal_group(run: subprocess.Popen, number: signal.Signals) -> None:
+def signal_group(run: subprocess.Popen | Program, number: signal.Signals) -> None:
     """Send a signal to a run and its child processes, as a terminal or a scheduler does."""
     os.killpg(run.pid, number)
 
 
-def kill(run: subprocess.Popen) -> None:
+def kill(run: subprocess.Popen | Program) -> None:
     """Kill a run and all its child processes, including those in other process groups."""
     for process in (*psutil.Process(run.pid).children(recursive=True), run):
         process.kill()
     run.communicate()
 
 
-def wait_for_state(run: subprocess.Popen, folder: Path, update: int) -> None:
+def wait_for_state(run: subprocess.Popen | Program, folder: Path, update: int) -> None:
     """Wait until a checkpoint of this update or a later one exists."""
     limit = time.monotonic() + 60
     while time.monotonic() < limit and run.poll() is None:

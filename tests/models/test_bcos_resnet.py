@@ -57,8 +57,8 @@ def test_timm_loads_the_published_file(tmp_path):
     published = golden.state_dict("bcosv2_resnet18_64px")
     overlay = {"file": str(path)}
     model = timm.create_model("bcos_resnet18", pretrained=True, pretrained_cfg_overlay=overlay)
-    assert torch.equal(model.layer4[1].conv2.weight, torch.from_numpy(published["layer4.1.conv2.linear.weight"]))
-    assert torch.equal(model.bn1.running_var, torch.from_numpy(published["bn1.running_var"]))
+    assert torch.equal(model.layer4[1].conv2.weight, published["layer4.1.conv2.linear.weight"])
+    assert torch.equal(model.bn1.running_var, published["bn1.running_var"])
     fine_tuned = timm.create_model("bcos_resnet18", pretrained=True, num_classes=5, pretrained_cfg_overlay=overlay)
     assert torch.equal(fine_tuned.conv1.weight, model.conv1.weight)
     grey = timm.create_model("bcos_resnet18", pretrained=True, in_chans=1, pretrained_cfg_overlay=overlay)

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from helpers import relative_error
 from helpers.train_cases import QUIET, SMALL, assert_same_run, finish, image_file, kill, start, wait_for_state
 
-SHARED = [*SMALL, *QUIET, "--epochs", 3, "--hflip", 0.5]
+SHARED = [*SMALL, *QUIET, "--epochs", 2, "--hflip", 0.5]
 
 
 @pytest.fixture(scope="module")
@@ -38,8 +38,8 @@ def test_two_processes_are_one_with_twice_the_accumulation(colours, shards, tmp_
     """Also, two processes that are killed resume bit for bit as if they had not been."""
     source = ["--data", shards, "--streaming", 32, "--batch-size", 4] if streaming else ["--data", colours]
     # Options that draw random numbers in each process: Mixup, the penalty's other classes.
-    source += ["--epochs", 2, "--map-penalty", 0.5] if streaming else ["--batch-size", 6, "--mixup", 0.2]
-    options = [*SHARED, *source, "--save-every", 1, "--workers", 1 if streaming else 0]
+    source += ["--map-penalty", 0.5] if streaming else ["--epochs", 3, "--batch-size", 6, "--mixup", 0.2]
+    options = [*SHARED, *source, "--save-every", 2, "--workers", 1 if streaming else 0]
     one = start(*options, "--grad-accum", 2, "--output", "one", cwd=tmp_path)
     finish(one)
     finish(start(*options, "--output", "two", cwd=tmp_path, processes=2))
@@ -60,7 +60,7 @@ def test_two_processes_are_one_with_twice_the_accumulation(colours, shards, tmp_
 
 
 def test_a_streaming_run_that_is_killed_goes_on_bit_for_bit(shards, tmp_path):
-    options = [*SHARED, "--data", shards, "--streaming", 32, "--batch-size", 8, "--save-every", 1, "--workers", 1]
+    options = [*SHARED, "--data", shards, "--streaming", 32, "--batch-size", 8, "--save-every", 3, "--workers", 1]
     finish(start(*options, "--output", "whole", cwd=tmp_path))
     run = start(*options, "--output", "killed", cwd=tmp_path)
     wait_for_state(run, tmp_path / "killed", 7)

@@ -6,7 +6,9 @@ run was interrupted. An image that cannot be read is reported and skipped.
 """
 
 import contextlib
+import functools
 import io
+import multiprocessing.util
 import os
 import random
 import signal
@@ -223,6 +225,9 @@ def collate(samples: Sequence[tuple[torch.Tensor, int] | Skipped]) -> Batch:
 
 def create_loader(dataset: Dataset, *, batch_size: int = 1, workers: int, order: Any = None) -> DataLoader:
     """Create a loader of `Batch`es: of `batch_size` consecutive images, or as an `order` (`loading.py`) yields them."""
+    ending = multiprocessing.Event() if workers else None
+    if ending is not None:  # set before multiprocessing terminates the workers at exit, see _handle_signals
+        multiprocessing.util.Finalize(None, ending.set, exitpriority=0)
     return DataLoader(
         dataset,
         batch_size=batch_size,
@@ -230,14 +235,16 @@ def create_loader(dataset: Dataset, *, batch_size: int = 1, workers: int, order:
         num_workers=workers,
         persistent_workers=workers > 0,
         collate_fn=collate,
-        worker_init_fn=_ignore_signals,
+        worker_init_fn=functools.partial(_handle_signals, ending),
         pin_memory=torch.cuda.is_available(),
     )
 
 
-def _ignore_signals(worker: int) -> None:
-    for number in (signal.SIGINT, signal.SIGTERM):  # they reach every process, but only the main one handles them
-        signal.signal(number, signal.SIG_IGN)
+def _handle_signals(ending: Any, worker: int) -> None:
+    # Both signals reach every process of a run, but only the main one handles them. When that one exits, however,
+    # multiprocessing sends SIGTERM to the workers that are left and waits until they end.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda number, frame: os._exit(0) if ending.is_set() else None)
 
 
 def check_images(model: torch.nn.Module, images: torch.Tensor) -> None:
