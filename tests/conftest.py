@@ -40,3 +40,18 @@ def colours(tmp_path_factory) -> str:
             (folder / split / name).mkdir(parents=True, exist_ok=True)
             (folder / split / name / f"{row:03}.png").write_bytes(train_cases.image_file(rng, row % 3))
     return str(folder)
+
+
+# The files that take longest, from the longest: they start first, so that no process is left with one at the end.
+LONG = (
+    "test_guides.py",
+    "test_bcosify.py",
+    "test_demo.py",
+    "test_bcos_v2_cnns.py",
+    "test_train.py",
+    "test_processes.py",
+)
+
+
+def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: LONG.index(item.path.name) if item.path.name in LONG else len(LONG))

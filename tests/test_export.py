@@ -16,11 +16,13 @@ from timm_coda import cli, export, hub
 
 onnxruntime = pytest.importorskip("onnxruntime", reason="needs the export extra")
 
-# A low temperature, so that the logits differ clearly from the bias.
+# Few layers, as time grows with them; a low temperature, so that the logits differ clearly from the bias.
+SMALL = {"depths": (1, 1, 1), "channels": (8, 8, 8), "rank": 2, "logit_temperature": 5.0}
+TINY = SMALL | {"strides": (1, 2, 2)}
 MODELS = {
-    "xs-squash": ("coda_net_xs", {"rank": 2, "logit_temperature": 5.0}, (13, 22)),
-    "s-l2-grey": ("coda_net_s", {"rank": 2, "logit_temperature": 5.0, "activation": "l2", "in_chans": 1}, 16),
-    "l": ("coda_net_l", {"rank": 2, "logit_temperature": 5.0}, 61),  # strides that leave border pixels uncovered
+    "xs-squash": ("coda_net_xs", {"strides": (1, 2, 2)}, (13, 22)),
+    "s-l2-grey": ("coda_net_s", {"strides": (1, 2, 2), "activation": "l2", "in_chans": 1}, 16),
+    "l": ("coda_net_l", {"strides": (3, 2, 2)}, 61),  # strides that leave border pixels uncovered
 }
 
 
@@ -28,7 +30,7 @@ MODELS = {
 @pytest.mark.parametrize("name", MODELS)
 def test_explanation_equals_eager(name, suffix, tmp_path):
     architecture, arguments, size = MODELS[name]
-    model = timm.create_model(architecture, **arguments).train()
+    model = timm.create_model(architecture, **SMALL | arguments).train()
     path = export.export_model(model, tmp_path / f"model{suffix}", explain=True, img_size=size)
     assert [file.name for file in tmp_path.iterdir()] == [path.name]
     assert model.training and all(p.requires_grad and p.grad is None for p in model.parameters())
@@ -52,7 +54,7 @@ def test_explanation_equals_eager(name, suffix, tmp_path):
 
 @pytest.mark.parametrize("suffix", [".onnx", ".pt2"])
 def test_logits_of_a_bfloat16_model_in_float32(suffix, tmp_path):
-    model = timm.create_model("coda_net_xs", rank=2, logit_temperature=5.0).bfloat16().eval()
+    model = timm.create_model("coda_net_xs", **TINY).bfloat16().eval()
     path = export.export_model(model, tmp_path / f"model{suffix}", img_size=12)
     run, _ = export._load(path)
     images = torch.rand(3, 3, 12, 12)
@@ -62,7 +64,7 @@ def test_logits_of_a_bfloat16_model_in_float32(suffix, tmp_path):
 
 
 def test_verification_sees_other_weights(tmp_path):
-    models = [timm.create_model("coda_net_xs", rank=2) for _ in range(2)]
+    models = [timm.create_model("coda_net_xs", **TINY) for _ in range(2)]
     path = export.export_model(models[0], tmp_path / "model.pt2", explain=True, img_size=8)
     assert export.largest_differences(path, models[1])["contributions"] > 0.1
     models[0].head.up.bias.data[0] = torch.nan
@@ -84,7 +86,7 @@ print(json.dumps({"modules": [m for m in ("torch", "timm", "timm_coda") if m in 
 
 def test_command_and_a_service_without_torch(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    model = timm.create_model("coda_net_xs.digits", rank=2, num_classes=3, logit_temperature=5.0).eval()
+    model = timm.create_model("coda_net_xs.digits", **TINY, num_classes=3).eval()
     hub.save_model(model, "folder", label_names=["cat", "dog", "eel"])
     assert cli.main(["export", "local-dir:folder", "--output", "m.onnx", "--explain"]) == 0
     said = capsys.readouterr().out
@@ -117,7 +119,7 @@ def test_command_refuses_a_file_that_is_another_function(tmp_path, monkeypatch, 
 
 def test_the_onnx_file_names_its_opset_and_axes(tmp_path):
     onnx = pytest.importorskip("onnx")
-    model = timm.create_model("coda_net_xs", rank=2)
+    model = timm.create_model("coda_net_xs", **TINY)
     path = export.export_model(model, tmp_path / "m.onnx", explain=True, img_size=8)
     file = onnx.load(path)
     onnx.checker.check_model(file)

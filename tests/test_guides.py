@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -11,14 +12,20 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
+import timm
+import torch
+from PIL import Image
 
 from helpers import ROOT
 from helpers.hub_server import HubServer
-from timm_coda.data import load_data
+from helpers.processes import Program
+from helpers.train_cases import finish, start, wait_for_state
+from timm_coda.data import ImageDataset, collate, create_transforms, load_data
 
 README = ROOT / "README.md"
 GUIDES = [README, *sorted((ROOT / "timm_coda").glob("*/README.md"))]
 # Commands that these tests do not run: the installation, and CI's own commands.
+OFFLINE = {"HF_HUB_OFFLINE": "1"}
 NOT_RUN = ("pip install -e '.[", "ruff check", "python -m pytest")
 
 
@@ -32,6 +39,7 @@ def commands(guide: Path) -> list[str]:
 
 
 def run(command: list[str], folder: Path, variables: dict[str, str]) -> str:
+    """Run a command as a new process; what it printed."""
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
     environment = os.environ | {"PYTHONPATH": str(folder), "PATH": path} | variables
     environment.pop("TRITON_INTERPRET", None)
@@ -40,9 +48,24 @@ def run(command: list[str], folder: Path, variables: dict[str, str]) -> str:
     return done.stdout
 
 
+def run_line(line: str, folder: Path) -> None:
+    """Run a line of a shell block: in a shell, or as a fork of a process that has imported everything, see Program."""
+    words = shlex.split(line)
+    if words[0] == "timm-coda":
+        words = ["-c", "import sys; from timm_coda.cli import main; sys.exit(main())", *words[1:]]
+    elif words[:2] == ["python", "train.py"]:
+        words = [str(folder / "train.py"), *words[2:]]
+    else:
+        run(["bash", "-c", line], folder, OFFLINE)
+        return
+    program = Program(words, cwd=folder, environment={**os.environ})
+    out, err = program.communicate(timeout=300)
+    assert program.returncode == 0, (line, out[-3000:] + err[-3000:])
+
+
 def serve(command: str, folder: Path) -> None:
     """Start a web page, and stop it as Ctrl-C does once it says where it is."""
-    environment = os.environ | {"PYTHONPATH": str(folder), "HF_HUB_OFFLINE": "1"}
+    environment = os.environ | {"PYTHONPATH": str(folder)} | OFFLINE
     arguments = [sys.executable, "-m", "timm_coda", *command.split()[1:]]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     server = subprocess.Popen(arguments, cwd=folder, env=environment, **pipes)
@@ -84,31 +107,74 @@ def clone(tmp_path_factory) -> Path:
     left = shutil.ignore_patterns(".git", "runs", "__pycache__", "*.egg-info", ".venv", ".*_cache")
     shutil.copytree(ROOT, folder, ignore=left)
     write_examples(folder)
-    (first,) = commands(README)
-    assert first == "python train.py"
-    assert "accuracy" in run(["bash", "-c", first], folder, {"HF_HUB_OFFLINE": "1"})
+    # Two epochs instead of twelve: the whole run has a test under the slow marker.
+    recipe = folder / "hub_configs/coda_net_xs.digits/recipe.yaml"
+    recipe.write_text(recipe.read_text().replace("epochs: 12\n", "epochs: 2\n"))
+    assert commands(README) == ["python train.py"]
+    (folder / "home").write_text("a file: nothing can be written below it")
+    home = {"HOME": str(folder / "home"), "HF_HOME": str(folder / "home/hf"), "MPLCONFIGDIR": str(folder / "runs/mpl")}
+    (folder / "runs/output.txt").parent.mkdir()
+    (folder / "runs/output.txt").write_text(run(["python", "train.py"], folder, OFFLINE | home))
     return folder
 
 
 def test_first_command(clone):
-    output = clone / "runs/coda_net_xs.digits"
-    assert json.loads((output / "summary.json").read_text())["accuracy"] >= 0.97
-    assert (output / "explanation.png").read_bytes().startswith(b"\x89PNG")
+    lines = (clone / "runs/output.txt").read_text().splitlines()
+    assert len(lines) < 12, "one line per epoch, because the output is not a terminal"
+    assert lines[-2:] == [
+        "import timm, timm_coda",
+        'model = timm.create_model("local-dir:runs/coda_net_xs.digits", pretrained=True).eval()',
+    ]
+    folder = clone / "runs/coda_net_xs.digits"
+    summary = json.loads((folder / "summary.json").read_text())
+    with Image.open(folder / "explanation.png") as figure:
+        assert min(figure.size) > 200
+    model = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
+    test = load_data(["digits"]).test
+    _, transform = create_transforms(timm.data.resolve_model_data_config(model))
+    batch = collate([ImageDataset(test, transform)[index] for index in range(450)])
+    with torch.no_grad():
+        right = (model(batch.images).argmax(1) == batch.labels).float().mean().item()
+    assert abs(summary["accuracy"] - right) < 1e-6 and right > 0.8
+    assert model.pretrained_cfg["label_names"] == list("0123456789")
+
+
+def test_two_runs_at_once_use_two_folders(clone, tmp_path):
+    short = ["--epochs", 1, "--explain-images", 1, "--model-args", "rank=1"]
+    runs = [start(*short, cwd=tmp_path)]
+    wait_for_state(runs[0], tmp_path / "runs/coda_net_xs.digits", 0)
+    runs.append(start(*short, cwd=tmp_path))
+    for run, name in zip(runs, ("coda_net_xs.digits", "coda_net_xs.digits-2"), strict=True):
+        assert f'"local-dir:runs/{name}"' in finish(run).splitlines()[-1]
+        assert (tmp_path / "runs" / name / "summary.json").exists()
+
+
+@pytest.mark.slow
+def test_the_default_run_is_as_good_as_the_readme_says(tmp_path):
+    finish(start(cwd=tmp_path))
+    assert json.loads((tmp_path / "runs/coda_net_xs.digits/summary.json").read_text())["accuracy"] >= 0.98
 
 
 @pytest.mark.parametrize("guide", GUIDES, ids=lambda path: path.parent.name)
 def test_every_block_runs(guide, clone, tmp_path):
     """Commands first, in their order, then the Python blocks, as one program."""
-    with HubServer() as server:  # instead of the Hugging Face Hub
-        variables = server.environment(tmp_path, token="hf_me") if "hf-hub:me" in guide.read_text() else {}
-        variables = variables or {"HF_HUB_OFFLINE": "1"}
-        for line in commands(guide) if guide != README else []:
-            if line.startswith("timm-coda demo") and "--export" not in line:
-                serve(line, clone)
-            else:
-                run(["bash", "-c", line], clone, variables)
-        code = "\n".join(blocks(guide, "python"))
-        run([sys.executable, "-W", "error", "-c", code], clone, variables)
+    code = "\n".join(blocks(guide, "python"))
+    if "hf-hub:me" in guide.read_text():
+        with HubServer() as server:  # instead of the Hugging Face Hub
+            variables = server.environment(tmp_path, token="hf_me")
+            for line in commands(guide):
+                run(["bash", "-c", line], clone, variables) if "push" in line else run_line(line, clone)
+            run([sys.executable, "-W", "error", "-c", code], clone, variables)
+        return
+    for line in commands(guide) if guide != README else []:
+        if line == "timm-coda demo":
+            serve(line, clone)
+        else:
+            run_line(line, clone)
+    code = f"import warnings; warnings.simplefilter('error')\n{code}"
+    program = Program(["-c", code], cwd=clone, environment={**os.environ})
+    out, err = program.communicate(timeout=300)
+    assert program.returncode == 0, out[-3000:] + err[-3000:]
 
 
 def test_a_front_page_that_is_read():

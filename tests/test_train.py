@@ -17,12 +17,11 @@ import timm
 import torch
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from accelerate.tracking import GeneralTracker, on_main_process, register_tracker_class
-from PIL import Image
 from safetensors.torch import load_file
 
 import timm_coda  # noqa: F401
 from helpers.train_cases import QUIET, ROOT, SMALL, assert_equal, assert_same_run, image_file, start, wait_for_state
-from timm_coda import data, hub
+from timm_coda import hub
 from timm_coda.training import states
 from timm_coda.training.options import parse_options
 
@@ -52,37 +51,6 @@ def train(train_module, monkeypatch, tmp_path):
     signal.signal(signal.SIGINT, interrupt)
     for state in (AcceleratorState, GradientState, PartialState):
         state._reset_state()
-
-
-def test_the_first_command(tmp_path):
-    """Run without arguments except --epochs: offline, without a writable home, twice in the same folder."""
-    (tmp_path / "home").write_text("a file")
-    home = {"HOME": str(tmp_path / "home"), "HF_HOME": str(tmp_path / "home/hf"), "HF_HUB_OFFLINE": "1"}
-    home["MPLCONFIGDIR"] = str(tmp_path / "mpl")
-    processes = [start("--epochs", 1, cwd=tmp_path, environment=home, fresh=True)]
-    wait_for_state(processes[0], tmp_path / "runs/coda_net_xs.digits", 0)
-    processes.append(start("--epochs", 1, cwd=tmp_path, environment=home, fresh=True))
-    outputs = [process.communicate(timeout=120) for process in processes]
-    for process, (out, err), name in zip(
-        processes, outputs, ("coda_net_xs.digits", "coda_net_xs.digits-2"), strict=True
-    ):
-        assert process.returncode == 0, err
-        assert len(out.splitlines()) < 12, "one line per epoch if output is not a terminal"
-        lines = out.splitlines()
-        assert lines[-2] == "import timm, timm_coda"
-        folder = tmp_path / "runs" / name
-        model = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
-        assert f'"local-dir:runs/{name}"' in lines[-1]
-        summary = json.loads((folder / "summary.json").read_text())
-        with Image.open(folder / "explanation.png") as picture:
-            assert min(picture.size) > 200
-        test = data.load_data("digits").test
-        _, transform = data.create_transforms(timm.data.resolve_model_data_config(model))
-        batch = data.collate([data.ImageDataset(test, transform)[index] for index in range(450)])
-        with torch.no_grad():
-            accuracy = (model(batch.images).argmax(1) == batch.labels).float().mean().item()
-        assert abs(accuracy - summary["accuracy"]) < 1e-6 and accuracy > 0.5
-        assert model.pretrained_cfg["label_names"] == list("0123456789")
 
 
 @pytest.mark.parametrize("recipe", sorted(ROOT.glob("hub_configs/*/recipe.yaml")), ids=lambda path: path.parent.name)

@@ -5,6 +5,7 @@ After a change of default_cfgs or of the card's text, this command rewrites ever
     PYTHONPATH=tests python tests/hub/test_hub_configs.py
 """
 
+import functools
 import importlib.util
 import json
 import sys
@@ -25,9 +26,15 @@ MODELS = [name for name in timm.list_models() if timm.model_entrypoint(name).__m
 TAGS = [name for model in MODELS for name in timm.list_models(f"{model}.*", include_tags=True)]
 
 
+@functools.cache
+def meta_model(name: str):
+    """A model without data in its tensors. Do not change it: it is shared."""
+    return timm.create_model(name, device="meta")
+
+
 def config_of(name: str) -> str:
     """The text of config.json as written by `hub.save_model`."""
-    return json.dumps(model_config(timm.create_model(name, device="meta")), indent=2) + "\n"
+    return json.dumps(model_config(meta_model(name)), indent=2) + "\n"
 
 
 def test_a_folder_for_each_tag():
@@ -43,7 +50,7 @@ def test_config_is_what_the_package_saves(name):
     assert (FOLDERS / name / "config.json").read_text() == expected, f"run python {Path(__file__).relative_to(ROOT)}"
     assert str(ROOT) not in expected
     model = timm.create_model(f"local-dir:{FOLDERS / name}", device="meta")
-    same = timm.create_model(name, device="meta")
+    same = meta_model(name)
     assert str(model) == str(same)  # layers, temperature
     shapes = [{key: value.shape for key, value in net.state_dict().items()} for net in (model, same)]
     assert shapes[0] == shapes[1]

@@ -278,7 +278,7 @@ SUITE = {
 }
 
 
-LARGE = ("bcos_v1_resnet34", "bcos_v1_inception_v3", "bcos_v1_vgg11")
+LARGE = ("bcos_v1_densenet121", "bcos_v1_resnet34", "bcos_v1_inception_v3", "bcos_v1_vgg11")
 
 
 @pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow if n in LARGE else []) for n in SUITE])

@@ -149,7 +149,7 @@ def test_a_second_backbone_is_as_the_first(name):
     assert first.feature_info.channels() == second.feature_info.channels()
 
 
-def test_timm_suite():
-    """timm's own tests, unchanged, on every model."""
-    # Skip tests that would download the authors' weights.
-    run_timm_suite("coda*", "-k", "not (mpi_t and pretrained)")
+@pytest.mark.parametrize("models", ["coda_net_*s", pytest.param("coda_net_[ml]", marks=pytest.mark.slow)])
+def test_timm_suite(models):
+    """timm's own tests, unchanged, except those that would download the authors' weights."""
+    run_timm_suite(models, "-k", "not (mpi_t and pretrained)")
