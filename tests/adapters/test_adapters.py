@@ -6,7 +6,6 @@ import sys
 
 import numpy as np
 import pytest
-import quantus
 import timm
 import torch
 from captum.attr import IntegratedGradients, NoiseTunnel
@@ -222,6 +221,8 @@ def test_explain_func_gives_contributions(model, digits):
 
 
 def test_quantus_faithfulness_correlation(batch):
+    import quantus  # here, as importing it takes seconds
+
     # The background is black, so removed pixels get the mean colour: black would not change the background.
     options = {"nr_runs": 50, "subset_size": 64, "perturb_baseline": "mean", "return_aggregate": False}
     scores, negated = (
@@ -233,6 +234,8 @@ def test_quantus_faithfulness_correlation(batch):
 
 
 def test_quantus_max_sensitivity(batch):
+    import quantus
+
     scores = [
         np.array(quiet(quantus.MaxSensitivity, nr_samples=3, lower_bound=radius)(**batch)) for radius in (0.01, 0.3)
     ]
@@ -240,12 +243,16 @@ def test_quantus_max_sensitivity(batch):
 
 
 def test_quantus_random_logit(batch):
+    import quantus
+
     same_class = np.array(quiet(quantus.RandomLogit, num_classes=10, seed=42)(**batch))
     assert same_class.shape == (4,) and (same_class < 0.95).all()  # it is 1 if maps ignore the class
 
 
 @pytest.mark.parametrize("order", ["top_down", "independent"])
 def test_quantus_mprt(model, batch, order):
+    import quantus
+
     before = copy.deepcopy(model.state_dict())
     scores = quiet(quantus.MPRT, layer_order=order, seed=42)(**batch)
     layers = [name for name, module in batch["model"].named_modules() if hasattr(module, "reset_parameters")]
@@ -257,6 +264,8 @@ def test_quantus_mprt(model, batch, order):
 
 
 def test_quantus_sparseness(batch):
+    import quantus
+
     scores = quiet(quantus.Sparseness)(**batch)
     # Textbook formula of the Gini index.
     values = np.sort(np.abs(batch["a_batch"].reshape(4, -1)).astype(np.float64))

@@ -2,6 +2,7 @@
 
 import base64
 import importlib.metadata
+import importlib.util
 import io
 import json
 import os
@@ -30,10 +31,10 @@ from timm_coda.explanation import figures
 from timm_coda.hub.factory import save_model
 from timm_coda.images import read_image
 
-pytest.importorskip("gradio", reason="the page needs the extra: pip install 'timm_coda[demo]'")
+if importlib.util.find_spec("gradio") is None:  # not imported here, which takes seconds
+    pytest.skip("the page needs the extra: pip install 'timm_coda[demo]'", allow_module_level=True)
 playwright = pytest.importorskip("playwright.sync_api", reason="needs Playwright: pip install 'timm_coda[test]'")
 
-from timm_coda.demo import Shelf  # noqa: E402
 
 STRANGE = ["<script>document.title='0wned'</script>", "${1+1}", "{{value}}", "a\"b'c&amp;", *"456789"]
 MINUS = "\N{MINUS SIGN}"
@@ -500,6 +501,8 @@ def test_models_on_the_shelf(tmp_path, model):
     for folder in folders:
         model.save_pretrained(folder)
     save_model(timm.create_model("test_efficientnet"), tmp_path / "plain")
+    from timm_coda.demo import Shelf
+
     shelf = Shelf(folders)
     with pytest.raises(ValueError, match="plain is a EfficientNet, which cannot explain itself"):
         Shelf([str(tmp_path / "plain")])[str(tmp_path / "plain")]

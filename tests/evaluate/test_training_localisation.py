@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 
 import timm_coda  # noqa: F401
 from helpers import ROOT
+from helpers.processes import Program
 from timm_coda import data
 from timm_coda.evaluate.localisation import arrange, choose_grids
 from timm_coda.evaluate.training import TrainingLocalisation
@@ -100,27 +101,28 @@ def patches(tmp_path_factory) -> Path:
     return folder
 
 
-def start(patches: Path, folder: Path, *options, processes: int = 1) -> subprocess.Popen:
+def start(patches: Path, folder: Path, *options, processes: int = 1) -> subprocess.Popen | Program:
     """Start train.py on the patches."""
-    command = [sys.executable, str(ROOT / "train.py"), "--data", str(patches), "--output", str(folder), "--epochs", "3"]
+    command = [str(ROOT / "train.py"), "--data", str(patches), "--output", str(folder), "--epochs", "3"]
     command += ["--model", "coda_net_xs", "--model-args", "rank=2", "logit_temperature=20", "--img-size", "8"]
     command += ["--batch-size", str(8 // processes), "--workers", "0", "--lr", "0.01", "--hflip", "0"]
     command += ["--crop-padding", "0", "--explain-every", "0", *map(str, options)]
-    if processes > 1:
-        command[1:1] = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
     environment = os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
-    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    if processes == 1:
+        return Program(command, cwd=patches, environment=environment)
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    return subprocess.Popen(
+        [sys.executable, *launch, *command], env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
 
 
 def test_in_a_run(patches, tmp_path):
     """It is measured every two epochs and at the end, and does not change the trained weights."""
-    with (
-        start(patches, tmp_path / "without") as without,
-        start(patches, tmp_path / "with", "--eval-explanations", 2) as measured,
-    ):
-        for process in (without, measured):
-            out, err = process.communicate(timeout=150)
-            assert process.returncode == 0, err
+    without = start(patches, tmp_path / "without")
+    measured = start(patches, tmp_path / "with", "--eval-explanations", 2)
+    for process in (without, measured):
+        out, err = process.communicate(timeout=150)
+        assert process.returncode == 0, err
     lines = [line for line in out.splitlines() if line.startswith("epoch")]
     assert [", localisation 0." in line for line in lines] == [False, True, False]
     check_summary(tmp_path / "with")
@@ -131,9 +133,9 @@ def test_in_a_run(patches, tmp_path):
 
 @pytest.mark.slow
 def test_in_two_processes(patches, tmp_path):
-    with start(patches, tmp_path / "two", "--eval-explanations", 2, processes=2) as run:
-        _, err = run.communicate(timeout=150)
-        assert run.returncode == 0, err
+    run = start(patches, tmp_path / "two", "--eval-explanations", 2, processes=2)
+    _, err = run.communicate(timeout=150)
+    assert run.returncode == 0, err
     check_summary(tmp_path / "two")
 
 

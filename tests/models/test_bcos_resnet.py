@@ -238,7 +238,7 @@ def test_layout_for_small_images(name, blocks):
         timm.create_model(name, pretrained=True)
 
 
-@pytest.mark.parametrize("name", ["bcos_resnet18", "bcos_resnet20"])
+@pytest.mark.parametrize("name", ["bcos_resnet18", pytest.param("bcos_resnet20", marks=pytest.mark.slow)])
 def test_timm_suite(name, tmp_path):
     """timm's own tests, unchanged; a file with the published name is in timm's download cache."""
     folder = tmp_path / "hub" / "checkpoints"

@@ -36,7 +36,7 @@ SUITE = {model: case for case, (model, _) in GOLDEN.items()} | dict.fromkeys(
         "bcos_convnext_base_bnu",
     )
 )
-QUICK = ("bcos_densenet121", "bcos_convnext_tiny")
+QUICK = ("bcos_convnext_tiny",)
 
 # name: small network with all kinds of parts of its family
 TINY = {
