@@ -3,8 +3,6 @@
 import copy
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -20,6 +18,7 @@ from torchvision.transforms.functional import to_tensor
 
 import timm_coda
 from helpers import ROOT, relative_error
+from helpers.processes import Program
 from timm_coda import data, hub
 
 # timm's image folder leaves closing files to the garbage collector.
@@ -32,13 +31,10 @@ LEARNING = ["--batch-size", "32", "--lr", "0.01", "--sched", "cosine", "--warmup
 IMAGES = ["--img-size", "8", "--crop-padding", "0", "--hflip", "0", "--workers", "0"]
 
 
-def run(*command: object, **environment: str) -> str:
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **environment}
-    done = subprocess.run(
-        [sys.executable, *map(str, command)], cwd=ROOT, env=environment, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    return done.stdout
+def run(script: str, *options: object) -> None:
+    program = Program([str(ROOT / script), *map(str, options)], cwd=ROOT, environment={**os.environ})
+    out, err = program.communicate(timeout=300)
+    assert program.returncode == 0, out[-3000:] + err[-3000:]
 
 
 def train(output: Path, *options: object) -> float:

@@ -23,7 +23,6 @@ import timm_coda  # noqa: F401
 from helpers.train_cases import QUIET, ROOT, SMALL, assert_equal, assert_same_run, image_file, start, wait_for_state
 from timm_coda import hub
 from timm_coda.training import states
-from timm_coda.training.options import parse_options
 
 
 @pytest.fixture(scope="module")
@@ -51,14 +50,6 @@ def train(train_module, monkeypatch, tmp_path):
     signal.signal(signal.SIGINT, interrupt)
     for state in (AcceleratorState, GradientState, PartialState):
         state._reset_state()
-
-
-@pytest.mark.parametrize("recipe", sorted(ROOT.glob("hub_configs/*/recipe.yaml")), ids=lambda path: path.parent.name)
-def test_every_recipe_names_options_and_models_that_are_there(train_module, recipe, monkeypatch):
-    monkeypatch.chdir(ROOT)
-    args = parse_options(train_module.make_parser(), ["--config", str(recipe), "--output", "x"], recipe)
-    classes = 10
-    hub.create_model(args.model, num_classes=classes, model_args=args.model_args)
 
 
 def test_a_whole_run(train, colours, tmp_path, capsys):

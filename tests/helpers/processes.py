@@ -14,8 +14,11 @@ import sys
 import tempfile
 import weakref
 from contextlib import suppress
+from multiprocessing import forkserver
 from pathlib import Path
 from subprocess import TimeoutExpired
+
+import pytest
 
 _CONTEXT = multiprocessing.get_context("forkserver")
 _CONTEXT.set_forkserver_preload(["helpers.preloaded"])
@@ -29,6 +32,7 @@ class Program:
         self.args = arguments
         output = tempfile.mkdtemp()
         self._paths = [Path(output, name) for name in ("out", "err")]
+        _ensure_server()
         self._process = _CONTEXT.Process(target=_run, args=(arguments, str(cwd), environment, self._paths))
         self._process.start()
         self.pid = self._process.pid
@@ -66,7 +70,15 @@ def _clean_up(process: multiprocessing.Process, output: str) -> None:
     shutil.rmtree(output, ignore_errors=True)
 
 
+def _ensure_server() -> None:
+    """Start the fork server with our sys.path, which Python 3.11 does not tell it: nothing would be imported there."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
+        forkserver.ensure_running()
+
+
 def _run(arguments: list[str], cwd: str, environment: dict[str, str], paths: list[Path]) -> None:
+    assert "helpers.preloaded" in sys.modules, "the fork server could not import it"
     os.setsid()
     multiprocessing.set_start_method(None, force=True)  # for the program's own processes: the default, as when started
     for stream, path in zip((sys.stdout, sys.stderr), paths, strict=True):
