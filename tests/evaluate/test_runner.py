@@ -3,8 +3,6 @@
 import json
 import os
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -14,6 +12,7 @@ import timm
 import torch
 
 from helpers.evaluate_cases import Linear, make_subject
+from helpers.processes import Program
 from timm_coda import cli, hub
 from timm_coda.evaluate import Explainer, explainers, runner
 from timm_coda.evaluate.explainers import EXPLAINERS
@@ -82,11 +81,9 @@ def test_killed_it_goes_on(tmp_path):
     words = [*DIGITS, "--grids", "4", "--grid-size", "2", "--images", "8", "--metrics", "grid_localisation", "deletion"]
     words += ["idsds", "--explainers", "inherent", "random", "gradient", "grad_cam", "--output"]
     killed, whole = tmp_path / "killed", tmp_path / "whole"
-    command = [sys.executable, "-m", "timm_coda", *words, str(killed)]
-    how = {"env": os.environ | {"OMP_NUM_THREADS": "1"}, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    how["preexec_fn"] = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)  # ignored if tests run in background
+    command = "import sys; from timm_coda.cli import main; sys.exit(main())"
     for number, at, code in ((signal.SIGINT, 1, 130), (signal.SIGKILL, 4, -9)):
-        process = subprocess.Popen(command, text=True, **how)
+        process = Program(["-c", command, *words, str(killed)], cwd=tmp_path, environment={**os.environ})
         while finished(killed) < at and process.poll() is None:
             time.sleep(0.02)
         process.send_signal(number)

@@ -80,6 +80,7 @@ def _ensure_server() -> None:
 def _run(arguments: list[str], cwd: str, environment: dict[str, str], paths: list[Path]) -> None:
     assert "helpers.preloaded" in sys.modules, "the fork server could not import it"
     os.setsid()
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where the tests run in the background
     multiprocessing.set_start_method(None, force=True)  # for the program's own processes: the default, as when started
     for stream, path in zip((sys.stdout, sys.stderr), paths, strict=True):
         file = os.open(path, os.O_WRONLY | os.O_CREAT)

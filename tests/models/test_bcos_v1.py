@@ -37,10 +37,7 @@ def filter_of(model):
     return sys.modules[type(model).__module__].checkpoint_filter_fn
 
 
-@pytest.mark.parametrize(
-    "case",
-    [pytest.param(c, marks=pytest.mark.slow if "vgg" in c else []) for c in GOLDEN],  # a gigabyte of weights
-)
+@pytest.mark.parametrize("case", GOLDEN)
 def test_equals_the_authors_numbers(case):
     model = timm.create_model(GOLDEN[case], device="meta").eval()
     loaded = model.load_state_dict(filter_of(model)(golden.state_dict(case), model), assign=True)
