@@ -43,16 +43,8 @@ def colours(tmp_path_factory) -> str:
 
 
 # The files that take longest, from the longest: they start first, so that no process is left with one at the end.
-LONG = (
-    "test_guides.py",
-    "test_bcosify.py",
-    "test_demo.py",
-    "test_bcos_v2_cnns.py",
-    "test_train.py",
-    "test_processes.py",
-)
+LONG = [f"test_{name}.py" for name in ("guides", "bcosify", "train", "demo", "runner", "bcos_v2_cnns", "processes")]
 
 
 def pytest_collection_modifyitems(items):
-    names = [f"test_{name}.py" for name in LONG]
-    items.sort(key=lambda item: names.index(item.path.name) if item.path.name in names else len(names))
+    items.sort(key=lambda item: LONG.index(item.path.name) if item.path.name in LONG else len(LONG))

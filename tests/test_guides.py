@@ -24,8 +24,8 @@ from timm_coda.data import ImageDataset, collate, create_transforms, load_data
 
 README = ROOT / "README.md"
 GUIDES = [README, *sorted((ROOT / "timm_coda").glob("*/README.md"))]
-# Commands that these tests do not run: the installation, and CI's own commands.
 OFFLINE = {"HF_HUB_OFFLINE": "1"}
+# Commands that these tests do not run: the installation, and CI's own commands.
 NOT_RUN = ("pip install -e '.[", "ruff check", "python -m pytest")
 
 
