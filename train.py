@@ -138,7 +138,8 @@ def train(args: argparse.Namespace, stop: list[int]) -> None:
     names = "subset image_column label_column train_split test_split val_fraction num_classes"
     source = (data.load_stream if args.streaming else data.load_data)(args.data, **chosen(names))
     classes = source.label_names
-    network: Any = hub.create_model(args.model, num_classes=len(classes), **chosen("pretrained model_args head_only"))
+    named = {"num_classes": len(classes), "label_names": classes}
+    network: Any = hub.create_model(args.model, **named, **chosen("pretrained model_args head_only"))
     with wrap_errors("--grad-checkpointing", states.RunError):
         network.set_grad_checkpointing(args.grad_checkpointing)
     with wrap_errors("--img-size, --interpolation, --crop-pct or an augmentation", states.RunError):
@@ -196,7 +197,8 @@ def train(args: argparse.Namespace, stop: list[int]) -> None:
         """Save contribution maps of the examples for their two most likely classes."""
         if main and not silent:
             explanation = published.eval().explain(examples.images.to(device), top=min(2, len(classes)))
-            if runs.save_picture(explanation, path, label_names=classes, true_labels=examples.labels):
+            about = {"weights": hub.weights_fingerprint(published), "true_labels": examples.labels}
+            if runs.save_picture(explanation, path, label_names=classes, **about):
                 trackers.log_picture(accelerator, path, step=progress.update)
 
     def save_model(folder: Path) -> None:
@@ -274,7 +276,8 @@ def train(args: argparse.Namespace, stop: list[int]) -> None:
         published = timm.create_model(f"local-dir:{output}", pretrained=True).to(device)  # as users load it
         explain(output / "explanation.png")
         facts = {"options": options, "parameters": parameters, "processes": processes, "label_names": classes}
-        facts |= {"environment": environment, **localisation.at_end(published)}
+        facts |= {"weights": hub.weights_fingerprint(published), "environment": environment}
+        facts |= localisation.at_end(published)
         runs.save_summary(output, progress, facts | {"training_images": images_seen, "test_images": len(test_set)})
         print(runs.closing_words(output, progress, pictures=not silent))
     trackers.finish(accelerator)

@@ -20,7 +20,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 
-from .explanation import explanation_mode
+from .explanation import Classes, explanation_mode
 from .hub import __version__, temporary_folder
 from .layers import use_backend
 
@@ -167,7 +167,7 @@ def metadata(model: Any, *, explain: bool = False, img_size: int | tuple[int, in
         "interpolation": config["interpolation"],
         "crop_pct": config["crop_pct"],
         "num_classes": model.num_classes,
-        "label_names": list(published.get("label_names") or []),
+        "label_names": list(Classes.of(model).labels),
         "license": published.get("license") or "",
         **({"bias": model.logits.bias} if explain else {}),
     }

@@ -9,7 +9,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import timm_coda
+from helpers import relative_error
 from timm_coda import BcosResNet, CodaNet, hub
+from timm_coda.explanation import Classes
 from timm_coda.hub import folder
 
 
@@ -99,7 +101,7 @@ def test_a_model_that_cannot_be_saved_leaves_the_old_one(tmp_path, monkeypatch):
 
 
 def test_models_that_cannot_be_saved(tmp_path):
-    with pytest.raises(hub.HubError, match="2 label names for the 3 classes of this CodaNet"):
+    with pytest.raises(hub.HubError, match="2 label names for 3 classes: give one per class"):
         tiny().save_pretrained(tmp_path, label_names=["cat", "dog"])
     by_hand = CodaNet((1, 1, 1), (4, 4, 4), (1, 1, 1), rank=2)
     with pytest.raises(hub.HubError, match=r"this CodaNet cannot be saved: create it with timm\.create_model"):
@@ -159,7 +161,7 @@ def test_weights_that_are_not_all_there(saved):
         ({"architecture": None}, r"names no architecture"),
         ({"num_classes": "three"}, r"num_classes 'three': expected an integer"),
         ({"label_names": ["cat", "dog"]}, r"2 label names for 3 classes"),
-        ({"label_names": 3}, r"has 3 as label names for 3 classes"),
+        ({"label_names": 3}, r"3 as label names for 3 classes"),
         ({"model_args": [1]}, r"has model_args \[1\]: expected a JSON object"),
         ({"pretrained_cfg": None}, r"has pretrained_cfg None: expected a JSON object"),
         ({"model_args": {"rank": 2, "shape": 1}}, r"cannot create coda_net_xs.*unexpected keyword argument 'shape'"),
@@ -231,3 +233,54 @@ def test_models_of_another_class(tmp_path):
         CodaNet.from_pretrained(tmp_path)
     tiny().save_pretrained(tmp_path)
     assert isinstance(timm_coda.HubMixin.from_pretrained(tmp_path), CodaNet)
+
+
+@pytest.mark.parametrize(
+    ("name", "args"),
+    [
+        ("coda_net_xs", {"rank": 3}),  # three rows for each of the three classes, and three of `down`
+        ("bcos_resnet20", {}),
+        ("bcos_v1_conv9", {"channels": [6] * 8}),
+        ("bcos_v1_resnet34", {}),
+        ("vit_tiny_patch16_bcos_224", {"depth": 1, "img_size": 32}),
+        ("bcosified", {"base": "convnext_atto"}),
+        ("resnet18", {}),
+    ],
+)
+def test_a_pretrained_classifier_is_kept_for_the_same_classes_only(tmp_path, name, args):
+    names = ["ant", "bee", "cow"]
+    model = timm.create_model(name, num_classes=3, **args)
+    hub.save_model(model.eval(), tmp_path, label_names=names)
+    images = torch.rand(2, 3, 32, 32)
+    logits = model(images)
+
+    def tuned(label_names, count=3):
+        create = {"num_classes": count, "label_names": label_names, "pretrained": True}
+        return hub.create_model(f"local-dir:{tmp_path}", **create).eval()
+
+    assert torch.equal(tuned(names)(images), logits) and torch.equal(tuned([])(images), logits)
+    assert relative_error(tuned(["cow", "ant", "bee"])(images), logits[:, [2, 0, 1]]) < 1e-6
+    for other in (["ant", "zebra", "cow"], ["ant", "bee"], ["ant", "bee", "cow", "dog"]):
+        new = tuned(other, len(other))
+        found = new(images)
+        assert found.shape == (2, len(other)) and new.num_classes == found.shape[1]
+        assert not any(torch.equal(found[:, i], logits[:, j]) for i in range(found.shape[1]) for j in range(3))
+        assert Classes.of(new).labels == ()
+        head = new.get_classifier()
+        kept = {id(parameter) for parameter in head.parameters()}
+        before = dict(model.named_parameters())
+        assert all(torch.equal(p, before[n]) for n, p in new.named_parameters() if id(p) not in kept)
+
+
+def test_a_folder_does_not_shadow_a_registered_name(tmp_path, monkeypatch, caplog):
+    monkeypatch.chdir(tmp_path)
+    tiny().save_pretrained("coda_net_xs.digits", label_names=["cat", "dog", "eel"])
+    assert Classes.of(hub.load_model("coda_net_xs.digits")).labels == tuple("0123456789")
+    assert "for the folder of this name, write ./coda_net_xs.digits" in caplog.text
+    for name in ("./coda_net_xs.digits", "local-dir:coda_net_xs.digits", str(tmp_path / "coda_net_xs.digits")):
+        assert Classes.of(hub.load_model(name)).labels == ("cat", "dog", "eel")
+    (tmp_path / "coda_net_xs.cifar10").mkdir()  # as in hub_configs, without a model
+    caplog.clear()
+    assert hub.load_model("coda_net_xs.cifar10").num_classes == 10 and not caplog.text
+    tiny().save_pretrained("mine", label_names=["cat", "dog", "eel"])
+    assert hub.load_model("mine").num_classes == 3

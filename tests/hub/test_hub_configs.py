@@ -18,6 +18,7 @@ import yaml
 
 from helpers import ROOT
 from timm_coda import hub
+from timm_coda.explanation import Classes
 from timm_coda.hub.folder import model_config
 from timm_coda.training import options
 
@@ -28,8 +29,12 @@ TAGS = [name for model in MODELS for name in timm.list_models(f"{model}.*", incl
 
 @functools.cache
 def meta_model(name: str):
-    """A model without data in its tensors. Do not change it: it is shared."""
-    return timm.create_model(name, device="meta")
+    """A model without data in its tensors, but with the config of its tag. Do not change it: it is shared."""
+    model = timm.create_model(name, device="meta")
+    known = timm.get_pretrained_cfg(name)
+    assert known
+    model.pretrained_cfg = known.to_dict()
+    return model
 
 
 def config_of(name: str) -> str:
@@ -54,8 +59,11 @@ def test_config_is_what_the_package_saves(name):
     assert str(model) == str(same)  # layers, temperature
     shapes = [{key: value.shape for key, value in net.state_dict().items()} for net in (model, same)]
     assert shapes[0] == shapes[1]
-    for key in ("tag", "license", "input_size", "label_names", "description"):
+    for key in ("tag", "license", "input_size", "description"):
         assert json.dumps(model.pretrained_cfg.get(key)) == json.dumps(same.pretrained_cfg.get(key)), key
+    assert Classes.of_config(json.loads(expected), same.num_classes).names == Classes.of_config(
+        same.pretrained_cfg | {"tag": None}, same.num_classes
+    ).names
 
 
 @pytest.mark.parametrize("name", TAGS)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -13,6 +14,7 @@ import timm
 import torch
 from huggingface_hub import ModelCard, constants
 from PIL import Image
+from safetensors.torch import load_file
 
 from helpers import ROOT
 from helpers.hub_server import HubServer
@@ -34,6 +36,7 @@ def run_folder(tmp_path_factory) -> Path:
     model = timm.create_model("coda_net_xs.digits", num_classes=3, rank=2, logit_temperature=20.0)
     model.save_pretrained(folder, label_names=NAMES, data_config={"input_size": (3, 12, 12), "crop_pct": 0.9})
     summary = {"command": "train.py", "accuracy": 0.875, "test_images": 8, "options": {"data": ["digits"]}}
+    summary["weights"] = hub.weights_fingerprint(model)
     (folder / "summary.json").write_text(json.dumps(summary))
     (folder / "recipe.yaml").write_text("epochs: 1\n")
     Image.new("RGB", (20, 10), "red").save(folder / "explanation.png")
@@ -78,6 +81,7 @@ LOAD_EVERYWHERE = """
 import sys
 import timm, timm_coda, torch
 from PIL import Image
+from safetensors.torch import load_file
 from transformers import AutoImageProcessor, AutoModelForImageClassification, pipeline
 
 repo, picture, result = sys.argv[1:]
@@ -378,3 +382,47 @@ def test_a_run_that_cannot_be_published_stays_and_says_how(server, run_folder, c
     assert capsys.readouterr().out == ""
     with pytest.raises(hub.HubError, match="hf_wro"):
         hub.check_access("ada/x", token="hf_wrong")
+
+
+def results_of(folder) -> set[str]:
+    return {"summary.json", "explanation.png", "recipe.yaml"} & set(hub.files_to_push(folder, "ada/tiny"))
+
+
+def test_results_of_other_weights_are_left_out(run_folder, tmp_path, capsys, caplog):
+    """Saving another model into a finished run's folder leaves the old accuracy and figure there."""
+    folder = tmp_path / "run"
+    shutil.copytree(run_folder, folder)
+    everything = {"summary.json", "explanation.png", "recipe.yaml"}
+    model = timm.create_model("coda_net_xs.digits", num_classes=3, rank=2, logit_temperature=20.0)
+    model.load_state_dict(load_file(folder / "model.safetensors"))
+    images = torch.rand(1, 3, 12, 12)
+    assert results_of(folder) == everything, "the figure is the user's own, and the summary fits"
+    drawn = {"weights": hub.weights_fingerprint(model), "label_names": NAMES, "true_labels": [0]}
+    runs.save_picture(model.eval().explain(images), folder / "explanation.png", **drawn)
+    assert results_of(folder) == everything
+    model.save_pretrained(folder, label_names=["ant", "bee", "cow"])  # the same weights
+    assert results_of(folder) == everything and not caplog.text
+
+    other = timm.create_model("coda_net_xs.digits", num_classes=5, rank=2)
+    other.save_pretrained(folder, label_names=list("vwxyz"))
+    assert results_of(folder) == set() and "left out: explanation.png, recipe.yaml, summary.json in" in caplog.text
+    assert cli.main(["push", str(folder), "ada/tiny", "--dry-run"]) == 0
+    card = capsys.readouterr().out
+    assert "5 classes: v, w, x, y, z" in card and "87.5" not in card and "explanation.png" not in card
+
+    summary = json.loads((folder / "summary.json").read_text())
+    (folder / "summary.json").write_text(json.dumps(summary | {"weights": hub.weights_fingerprint(other)}))
+    assert results_of(folder) == {"summary.json", "recipe.yaml"}, "the figure is of the first model"
+    with torch.no_grad():
+        next(other.parameters())[0] += 1e-6  # one more step of training
+    other.save_pretrained(folder)
+    assert results_of(folder) == set()
+
+
+def test_fingerprints_of_weights(tmp_path):
+    model = timm.create_model("bcos_resnet20", num_classes=2)
+    found = hub.weights_fingerprint(model)
+    model.save_pretrained(tmp_path)
+    assert hub.weights_fingerprint(tmp_path / "model.safetensors") == found
+    assert hub.weights_fingerprint(model.to(memory_format=torch.channels_last)) == found
+    assert len({found, hub.weights_fingerprint(model.bfloat16()), hub.weights_fingerprint(model.half())}) == 3

@@ -65,9 +65,9 @@ def add(subcommands: Any) -> None:
 
 
 def _run(args: argparse.Namespace) -> int:
-    from ..explanation import letters
+    from ..explanation import Classes, letters
     from ..gallery import VIDEO_SUFFIXES, Gallery, find_sources
-    from ..hub import class_names, load_model
+    from ..hub import load_model
 
     if args.batch_size < 1:
         raise ValueError(f"--batch-size {args.batch_size}: must be at least 1")
@@ -82,8 +82,10 @@ def _run(args: argparse.Namespace) -> int:
     if not hasattr(model, "explain"):
         kind = type(model).__name__
         raise ValueError(f"--model {args.model}: {kind} cannot explain itself: use a timm_coda model")
-    names = class_names(model)
-    targets, versus = _classes(names, args.target), _classes(names, args.versus)
+    classes = Classes.of(model)
+    words = (args.target, args.versus)
+    targets, versus = (None if given is None else [classes.find(word) for word in given] for given in words)
+    names = classes.names
     _check(args.top, targets, versus, names)
     gallery = Gallery(
         model,
@@ -164,12 +166,6 @@ def _short(text: str, width: int) -> str:
     if len(text) <= width:
         return text
     return "…" + text[-width + 1 :] if "/" in text else text[: width - 1] + "…"
-
-
-def _classes(names: "Sequence[str]", words: list[str] | None) -> list[int] | None:
-    from ..hub import find_class
-
-    return None if words is None else [find_class(names, word) for word in words]
 
 
 def _check(top: int, targets: list[int] | None, versus: list[int] | None, names: "Sequence[str]") -> None:

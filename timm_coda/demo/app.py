@@ -15,7 +15,7 @@ try:
 except ImportError as error:
     raise ImportError("the page needs gradio: pip install 'timm_coda[demo]'") from error
 
-from ..hub import class_names
+from ..explanation import Classes
 from ..images import read_image
 from .shelf import Shelf, layer_names
 from .views import Shown, arrays_file, examples_html, figure_file, result_html
@@ -67,7 +67,7 @@ class _Page:
     def __init__(self, shelf: Shelf, examples: Sequence[Path], first: Path | None) -> None:
         self.shelf = shelf
         model = shelf[shelf.names[0]]
-        names = class_names(model)
+        names = Classes.of(model).names
         self.shown = gr.State(None, time_to_live=_HOUR)
         gr.HTML(_HEAD, elem_id="coda-head", js_on_load=None)
         with gr.Row(elem_id="coda-page"):
@@ -154,7 +154,7 @@ class _Page:
         if wish.image is None:
             return self._nothing(_EMPTY)
         model = self.shelf[wish.model]
-        names, (widest, window) = class_names(model), _windows(model)
+        names, (widest, window) = Classes.of(model).names, _windows(model)
         picture = read_image(wish.image, name="The image", max_pixels=MAX_PIXELS)
         if wish.shown is not None and wish.shown.model == wish.model:
             return self._explain(wish, picture, None, _NOBODY)
@@ -194,7 +194,7 @@ class _Page:
         versus = _NOBODY if versus == target else versus
         other = None if versus == _NOBODY else versus
         explanation = model.explain(picture, target, versus=other, layer=wish.layer or None)
-        shown = Shown(wish.model, explanation, class_names(model))
+        shown = Shown(wish.model, explanation, Classes.of(model).names)
         return {
             self.shown: shown,
             self.result: result_html(shown, smooth=wish.smooth, percentile=wish.percentile),

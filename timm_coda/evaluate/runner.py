@@ -4,7 +4,6 @@ import json
 import os
 import shutil
 import time
-import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -16,7 +15,7 @@ from timm.data import create_transform, resolve_model_data_config
 from tqdm import tqdm
 
 from ..data import ImageDataset, load_data
-from ..hub import __version__, environment, load_model, write_text
+from ..hub import __version__, environment, load_model, weights_fingerprint, write_text
 from .base import Curve, EvaluationError, Explainer, ExplainerError, Metric, Scores, Subject
 from .localisation import GridLocalisation
 from .statistics import summarise
@@ -84,7 +83,7 @@ def run(
         num_classes=model.num_classes,
     )
     settings = {key: value for key, value in asdict(setup).items() if key not in _FREE}
-    settings |= {"data": list(setup.data), "weights": _fingerprint(model)}
+    settings |= {"data": list(setup.data), "weights": weights_fingerprint(model), "timm_coda": __version__}
     open_folder(folder, settings, overwrite=overwrite)
     for note in data.notes:
         say(note)
@@ -291,12 +290,3 @@ def kept(path: Path) -> dict[str, np.ndarray] | None:
         return None
     with np.load(path) as arrays:
         return dict(arrays)
-
-
-def _fingerprint(model: torch.nn.Module) -> str:
-    """Hash the package version and a model's weights, to detect changes."""
-    number = zlib.crc32(__version__.encode())
-    for name, value in model.state_dict().items():
-        number = zlib.crc32(name.encode(), number)
-        number = zlib.crc32(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes(), number)
-    return f"{number:08x}"

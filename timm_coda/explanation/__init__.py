@@ -1,5 +1,6 @@
 """Exact explanations: computing them, the `Explanation` result, and figures drawn from it."""
 
+from .classes import Classes, ClassesError, forget_names, read_names
 from .compute import ExplainMixin, explain, explanation_mode, output_of
 from .figures import (
     EVIDENCE_COLORS,
@@ -25,6 +26,8 @@ __all__ = [
     "INK",
     "PANEL",
     "PITCH",
+    "Classes",
+    "ClassesError",
     "ExplainMixin",
     "Explanation",
     "Page",
@@ -34,10 +37,12 @@ __all__ = [
     "explain",
     "explanation_mode",
     "figure",
+    "forget_names",
     "heatmap",
     "letters",
     "output_of",
     "overlay",
+    "read_names",
     "replacing",
     "rgba",
     "save_arrays",

@@ -7,11 +7,13 @@ import threading
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
+from .classes import Classes
 from .result import Explanation, concatenate
 
 if TYPE_CHECKING:
@@ -52,6 +54,8 @@ def explanation_mode(model: nn.Module) -> Iterator[nn.Module]:
 def explain(model: nn.Module, images: "Tensor | Image | Sequence[Image]", *args: Any, **kwargs: Any) -> Explanation:
     """Explain a model that may be wrapped by DDP, torch.compile or transformers; see `ExplainMixin.explain`.
 
+    Classes are called as in `id2label` of a transformers wrapper.
+
     Args:
         model: a timm_coda model, or a wrapper around one
         images, args, kwargs: as in `ExplainMixin.explain`
@@ -59,15 +63,17 @@ def explain(model: nn.Module, images: "Tensor | Image | Sequence[Image]", *args:
     Raises:
         TypeError: `model` neither has `explain` nor wraps a model that has it.
     """
-    inner = model
+    inner, named = model, None
     while not isinstance(inner, ExplainMixin):
         for name in ("module", "_orig_mod", "timm_model"):
             if isinstance(getattr(inner, name, None), nn.Module):
+                named = Classes.of(inner) if name == "timm_model" else named
                 inner = getattr(inner, name)
                 break
         else:
             raise TypeError(f"{type(inner).__name__} cannot explain itself: use one of timm_coda's models")
-    return inner.explain(images, *args, **kwargs)
+    explanation = inner.explain(images, *args, **kwargs)
+    return explanation if named is None else replace(explanation, label_names=named.names if named.labels else None)
 
 
 class ExplainMixin:
@@ -179,7 +185,7 @@ def _explain_batch(
     seen = _as_map(source.detach().to(exact.dtype), grid)
     contributions = (weights * seen.unsqueeze(1)).sum(2)
     colours = encoded.detach()[:, : encoded.shape[1] // 2].to(exact.dtype)
-    names = model.pretrained_cfg.get("label_names") if hasattr(model, "pretrained_cfg") else None
+    names = Classes.of(model)
     shape = chosen.shape
     return Explanation(
         images=colours,
@@ -193,7 +199,7 @@ def _explain_batch(
         versus=versus,
         layer=layer,
         unit=unit,
-        label_names=tuple(names) if names else None,
+        label_names=names.names if names.labels else None,
     )
 
 

@@ -256,7 +256,7 @@ def save_image(array: ArrayLike, path: str | os.PathLike[str]) -> None:
         grid.save(stream, format="PNG")
 
 
-def save_figure(figure: "Figure", path: str | os.PathLike[str]) -> None:
+def save_figure(figure: "Figure", path: str | os.PathLike[str], *, text: Mapping[str, str] | None = None) -> None:
     """Write a figure to a PNG, SVG or PDF file atomically.
 
     Dates and versions are omitted, so the same figure gives the same PNG or PDF bytes. SVG bytes differ, because
@@ -265,6 +265,7 @@ def save_figure(figure: "Figure", path: str | os.PathLike[str]) -> None:
     Args:
         figure: any matplotlib figure.
         path: ends in .png, .svg or .pdf; missing folders are created.
+        text: text to store in a PNG file, by keyword, such as the fingerprint of the weights.
 
     Raises:
         ValueError: another suffix.
@@ -272,7 +273,8 @@ def save_figure(figure: "Figure", path: str | os.PathLike[str]) -> None:
     unset = {".png": ["Software"], ".svg": ["Date", "Creator"], ".pdf": ["CreationDate", "Creator", "Producer"]}
     with replacing(path, tuple(unset)) as stream:
         suffix = Path(path).suffix.lower()
-        figure.savefig(stream, format=suffix[1:], facecolor="white", metadata=dict.fromkeys(unset[suffix]))
+        metadata = {**dict.fromkeys(unset[suffix]), **(text or {} if suffix == ".png" else {})}
+        figure.savefig(stream, format=suffix[1:], facecolor="white", metadata=metadata)
 
 
 def save_arrays(arrays: Mapping[str, np.ndarray], path: str | os.PathLike[str]) -> None:

@@ -23,8 +23,7 @@ from timm.data import resolve_model_data_config
 from torch import Tensor
 from tqdm import tqdm
 
-from ..explanation import color_limit
-from ..hub import class_names
+from ..explanation import Classes, color_limit
 from ..images import MAX_PIXELS, MAX_RATIO
 from .legend import draw_legend
 from .placement import eval_transform, overlay_whole, seen_box
@@ -103,7 +102,7 @@ def explain_video(
     for name, value in (("target", target), ("versus", versus)):
         if value is not None and not 0 <= value < model.num_classes:
             raise ValueError(f"{name}={value}: the model's classes are 0 to {model.num_classes - 1}")
-    names = class_names(model) if label_names is None else label_names
+    names = Classes.of(model).names if label_names is None else label_names
     header = _read_header(source)
     config = resolve_model_data_config(model)
     transform = eval_transform(model)

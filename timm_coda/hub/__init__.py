@@ -4,6 +4,7 @@ from .card import make_card
 from .checkpoints import ConvertError, check_fit, convert_checkpoint, from_bcos_v2, resolve_weights, unwrap
 from .environment import __version__, environment
 from .factory import HubMixin, create_model, load_model
+from .fingerprint import PICTURE_KEY, weights_fingerprint
 from .folder import (
     HubError,
     SaveError,
@@ -14,10 +15,10 @@ from .folder import (
     temporary_folder,
     write_text,
 )
-from .labels import class_names, find_class
 from .remote import card_of_folder, check_access, check_repo_id, fetch, files_to_push, push_folder
 
 __all__ = [
+    "PICTURE_KEY",
     "ConvertError",
     "HubError",
     "HubMixin",
@@ -28,13 +29,11 @@ __all__ = [
     "check_fit",
     "check_folder",
     "check_repo_id",
-    "class_names",
     "convert_checkpoint",
     "create_model",
     "environment",
     "fetch",
     "files_to_push",
-    "find_class",
     "from_bcos_v2",
     "load_model",
     "make_card",
@@ -45,5 +44,6 @@ __all__ = [
     "save_model",
     "temporary_folder",
     "unwrap",
+    "weights_fingerprint",
     "write_text",
 ]

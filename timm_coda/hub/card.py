@@ -10,6 +10,8 @@ from typing import Any
 import timm
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
+from ..explanation import Classes
+
 CARD, PICTURE, SUMMARY, RECIPE = "README.md", "explanation.png", "summary.json", "recipe.yaml"
 _HUB_LICENSES = {  # Hub identifiers of common model licences; any other becomes "other" with a `license_name`
     *("apache-2.0", "mit", "bsd-2-clause", "bsd-3-clause", "cc0-1.0", "cc-by-4.0", "cc-by-sa-4.0", "cc-by-nc-4.0"),
@@ -110,9 +112,10 @@ def _what_it_is(config: Mapping[str, Any], source: Mapping[str, Any], summary: M
     if paper:
         lines.append(f"Paper: [*{paper}*]({links[0]})." if links else f"Paper: *{paper}*.")
     facts = []
-    classes, names = config.get("num_classes"), config.get("label_names") or source.get("label_names")
+    classes = config.get("num_classes")
+    names = Classes.of_config({**source, **config, "tag": None}, classes or 0)
     if classes is not None:
-        some = f": {', '.join(map(str, names[:10]))}{', ...' if len(names) > 10 else ''}" if names else ""
+        some = f": {', '.join(names.names[:10])}{', ...' if len(names) > 10 else ''}" if names.labels else ""
         facts.append(f"- {classes} classes{some}")
     if size := source.get("input_size"):
         facts.append(f"- images of {size[1]} x {size[2]} pixels{', colours in [0, 1]' if _explains(config) else ''}")

@@ -26,6 +26,7 @@ from timm.models import PretrainedCfg, clean_state_dict, load_state_dict, resolv
 from torch import Tensor, nn
 
 from ..errors import wrap_errors
+from ..explanation import Classes, read_names
 from ..layers import adapt_colours
 from .factory import create_model
 from .folder import HubError, SaveError, save_model
@@ -285,12 +286,11 @@ def convert_checkpoint(
     if num_classes is None:
         num_classes = known.num_classes if known else 0  # 0: create_model raises for the unknown model
     model: Any = create_model(name, num_classes=num_classes, model_args=model_args)
-    config = model.pretrained_cfg
-    if model.num_classes != config["num_classes"]:  # then the tag's names are wrong
-        config.update(num_classes=model.num_classes, label_names=None, label_descriptions=None)
-    names = config.get("label_names") if label_names is None else list(label_names)
-    if names is not None and len(names) != model.num_classes:
-        raise ConvertError(f"{len(names)} label names ({', '.join(names[:3])}, ...) for {model.num_classes} classes")
+    with wrap_errors("--label-names", ConvertError):  # of the tag's weights, unless given
+        classes = Classes.of_config(known.to_dict() if known else {}, model.num_classes)
+        if label_names is not None:
+            classes = Classes.named(read_names(label_names, model.num_classes))
+    model.pretrained_cfg |= {"num_classes": model.num_classes, **classes.as_config()}
 
     convert = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
     if convert is None:
@@ -313,5 +313,5 @@ def convert_checkpoint(
             finally:
                 new.unlink(missing_ok=True)
     else:
-        save_model(model, output, label_names=names)
+        save_model(model, output)
     return model

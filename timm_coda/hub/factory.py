@@ -4,8 +4,10 @@
 """
 
 import contextlib
+import copy
 import difflib
 import json
+import logging
 import os
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -18,19 +20,22 @@ import torch
 from huggingface_hub import CommitInfo, ModelCard, ModelHubMixin
 
 from ..errors import wrap_errors
+from ..explanation import Classes, ClassesError, forget_names
 from .card import make_card
-from .folder import HubError, check_folder, model_config, save_model
+from .folder import CONFIG, HubError, check_folder, model_config, save_model
 from .remote import fetch, push_folder
 
 __all__ = ["HubMixin", "create_model", "load_model"]
 
 _M = TypeVar("_M", bound="HubMixin")
+_logger = logging.getLogger(__name__)
 
 
 def create_model(
     name: str,
     *,
     num_classes: int,
+    label_names: Sequence[str] = (),
     pretrained: bool = False,
     model_args: Sequence[str] = (),
     head_only: bool = False,
@@ -40,7 +45,9 @@ def create_model(
     Args:
         name: A name in timm's registry, `local-dir:FOLDER`, or `hf-hub:ID`.
         num_classes: Number of classes.
-        pretrained: Load the published weights.
+        label_names: Their names; if none are given, those of the pretrained model.
+        pretrained: Load the published weights. The classifier is kept if its classes have these names, in any order
+            (its outputs are then put in the order of `label_names`); otherwise it is new.
         model_args: Extra model arguments `NAME=VALUE`, such as `logit_temperature=100`; a value that is not JSON is
             passed as a string.
         head_only: Freeze everything except the classifier.
@@ -61,7 +68,11 @@ def create_model(
         raise HubError(f"model argument num_classes={arguments['num_classes']}: leave it out, it is {num_classes} here")
     said = "".join(f", {key}={value!r}" for key, value in arguments.items())
     with wrap_errors(f"cannot create the model {name} with num_classes={num_classes}{said}", HubError):
-        model: Any = timm.create_model(name, pretrained=pretrained, num_classes=num_classes, **arguments)
+        if pretrained:
+            model: Any = timm.create_model(name, pretrained=True, **arguments)
+            _fit_classifier(model, num_classes, label_names)
+        else:
+            model = timm.create_model(name, num_classes=num_classes, **arguments)
     if head_only:
         model.requires_grad_(False)
         model.get_classifier().requires_grad_(True)
@@ -79,10 +90,35 @@ def load_model(name: str, *, pretrained: bool = True) -> Any:
         HubError: The model is unknown, or its weights cannot be loaded.
     """
     if os.path.isdir(name):
-        name = f"local-dir:{name}"
+        if not timm.is_model(name.split(".")[0]):
+            name = f"local-dir:{name}"
+        elif os.path.isfile(os.path.join(name, CONFIG)):
+            _logger.warning(f"{name} is timm's registered model here; for the folder of this name, write ./{name}")
     _check_name(name)
     with wrap_errors(f"cannot load {name}", HubError):
         return timm.create_model(name, pretrained=pretrained).eval()
+
+
+@torch.no_grad()
+def _fit_classifier(model: Any, num_classes: int, label_names: Sequence[str]) -> None:
+    """Keep a pretrained classifier if its classes have these names, in their order here; else make a new one."""
+    same: tuple[int, ...] = tuple(range(num_classes))
+    try:
+        order = Classes.of(model).match(label_names) if label_names else same
+    except ClassesError:
+        order = ()
+    if num_classes != model.num_classes or sorted(order) != list(same):
+        model.reset_classifier(num_classes)
+        forget_names(model)  # timm's own models keep them
+    elif order != same:
+        # The parameters with one row, or rank rows, per class are those that grow with the number of classes.
+        larger = copy.deepcopy(model)
+        larger.reset_classifier(num_classes + 1)
+        sizes = {key: value.shape for key, value in larger.state_dict().items()}
+        for key, value in model.state_dict().items():
+            if sizes[key] != value.shape:
+                value.copy_(value.unflatten(0, (num_classes, -1))[list(order)].flatten(0, 1))
+        forget_names(model)  # they are in the old order
 
 
 def _check_name(name: str) -> None:

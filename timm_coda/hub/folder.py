@@ -20,6 +20,7 @@ from safetensors.torch import save_file
 from timm.models._hub import load_model_config_from_path, save_config_for_hf
 
 from ..errors import wrap_errors
+from ..explanation import Classes, read_names
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.pkl", "*.ckpt", "*.pth.tar")
@@ -49,7 +50,8 @@ def save_model(
     Args:
         model: A model created by `timm.create_model`, which records its arguments.
         folder: Destination; created if missing.
-        label_names: Class names in the order of the logits; by default those the model was loaded with.
+        label_names: Class names in the order of the logits, or by their number; by default those of the model's
+            weights, if its classifier has not been replaced.
         data_config: Image size, crop and interpolation used in training (`timm.data.resolve_model_data_config`); by
             default the model's own.
         model_args: Constructor arguments to record; they extend or override those recorded by timm.
@@ -83,24 +85,26 @@ def model_config(
     known: Any = getattr(model, "pretrained_cfg", None)
     if known is None:
         raise HubError(f"this {shown} cannot be saved: create it with timm.create_model, which records its arguments")
-    classes: Any = model.num_classes
-    if label_names is None and known.get("num_classes") == classes:
-        label_names = known.get("label_names")
-    if label_names is not None and len(label_names) != classes:
-        raise HubError(f"{len(label_names)} label names for the {classes} classes of this {shown}: give one per class")
+    with wrap_errors(f"this {shown} cannot be saved", HubError):
+        classes = Classes.of(model)
+        if label_names is not None:
+            classes = Classes.named(read_names(label_names, len(classes)))
+    by_tag = label_names is None and not known.get("label_names")  # ImageNet's names, or none
+    named = {} if by_tag else {key: value for key, value in classes.as_config().items() if value}
     with wrap_errors(f"timm cannot describe this {shown}", HubError), tempfile.TemporaryDirectory() as temporary:
         save_config_for_hf(
             model,
             f"{temporary}/{CONFIG}",
-            model_config={} if label_names is None else {"label_names": list(label_names)},
+            model_config=named,
             model_args=model_args,
             data_config=data_config,
         )
         config = json.loads(Path(temporary, CONFIG).read_text(encoding="utf-8"))
     # transformers' TimmWrapper passes num_classes itself and fails if model_args has it as well. timm reads num_classes
-    # and the label names from the top level.
+    # and the class names from the top level. The tag of ImageNet weights stands for ImageNet's class names.
     config.get("model_args", {}).pop("num_classes", None)
-    config["pretrained_cfg"].pop("label_names", None)
+    for key in ("label_names", "label_descriptions", *(() if classes.labels else ("tag",))):
+        config["pretrained_cfg"].pop(key, None)
     return config
 
 
@@ -133,9 +137,9 @@ def read_config(folder: str | os.PathLike) -> dict[str, Any]:
     if not isinstance(classes, int):
         raise HubError(f"{path} has num_classes {classes!r}: expected an integer")
     names = config.get("label_names", inner.get("label_names"))
-    if names is not None and (not isinstance(names, (list, dict)) or len(names) != classes):
-        count = len(names) if isinstance(names, (list, dict)) else f"{names!r:.60} as"
-        raise HubError(f"{path} has {count} label names for {classes} classes: give one per class, or none")
+    if names is not None:
+        with wrap_errors(f"{path}", HubError):
+            read_names(names, classes)
     return config
 
 

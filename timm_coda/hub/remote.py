@@ -5,6 +5,7 @@ the problem. The environment variable HF_ENDPOINT selects the Hub.
 """
 
 import contextlib
+import functools
 import hashlib
 import json
 import logging
@@ -31,6 +32,7 @@ from huggingface_hub.utils import validate_repo_id
 
 from ..errors import wrap_errors
 from .card import CARD, PICTURE, RECIPE, SUMMARY, make_card
+from .fingerprint import fingerprint_in_picture, weights_fingerprint
 from .folder import CONFIG, WEIGHTS, HubError, check_folder, read_config
 
 _FILES = (CONFIG, WEIGHTS, CARD, PICTURE, SUMMARY, RECIPE)  # never checkpoints: they are for resuming, and pickles
@@ -67,14 +69,18 @@ def files_to_push(folder: str | os.PathLike, repo_id: str, *, license: str | Non
     """Return the files that a push of a model folder uploads: a mapping from name in the repository to path or content.
 
     The model card is the folder's `README.md`. If that is missing, the card is generated from `config.json`,
-    `summary.json` and `explanation.png`; `license` is for this generated card, see `make_card`.
+    `summary.json` and `explanation.png`; `license` is for this generated card, see `make_card`. Results and figures of
+    other weights than the folder's are left out, with a warning.
 
     Raises:
         HubError: The folder is not a complete model, see `check_folder`.
     """
     folder = Path(folder)
     check_folder(folder)
-    files: dict[str, Path | bytes] = {name: folder / name for name in _FILES if (folder / name).is_file()}
+    stale = _stale_results(folder)
+    files: dict[str, Path | bytes] = {
+        name: folder / name for name in _FILES if name not in stale and (folder / name).is_file()
+    }
     if CARD not in files:
         files[CARD] = card_of_folder(folder, repo_id, license=license).encode()
     return files
@@ -83,21 +89,54 @@ def files_to_push(folder: str | os.PathLike, repo_id: str, *, license: str | Non
 def card_of_folder(folder: str | os.PathLike, repo_id: str | None, *, license: str | None = None) -> str:
     """Generate a folder's model card from `config.json` and, if they exist, `summary.json` and `explanation.png`.
 
-    `repo_id` and `license` as for `make_card`.
+    `repo_id` and `license` as for `make_card`. Results and figures of other weights than the folder's are left out.
 
     Raises:
         HubError: `config.json` or `summary.json` cannot be read.
     """
     folder = Path(folder)
-    config, summary = read_config(folder), None
-    if (folder / SUMMARY).is_file():
-        try:
-            summary = json.loads((folder / SUMMARY).read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise HubError(f"{folder / SUMMARY} is not JSON: {error}; remove it, or train again") from error
-    picture = PICTURE if (folder / PICTURE).is_file() else None
+    config, stale = read_config(folder), _stale_results(folder)
+    summary = None if SUMMARY in stale else _read_summary(folder)
+    picture = PICTURE if PICTURE not in stale and (folder / PICTURE).is_file() else None
     with wrap_errors(f"cannot make a model card from {folder / CONFIG} and {SUMMARY}", HubError):
         return str(make_card(config, repo_id=repo_id, summary=summary, picture=picture, license=license))
+
+
+def _read_summary(folder: Path) -> dict[str, Any] | None:
+    if not (folder / SUMMARY).is_file():
+        return None
+    try:
+        return json.loads((folder / SUMMARY).read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise HubError(f"{folder / SUMMARY} is not JSON: {error}; remove it, or train again") from error
+
+
+def _stale_results(folder: Path) -> set[str]:
+    """Return the files whose content was measured on other weights than the folder's, and warn about them.
+
+    train.py records the fingerprint of the weights in `summary.json` and `explanation.png`. A figure without one, made
+    by a user, is trusted unless the summary is not.
+    """
+    if not (folder / WEIGHTS).is_file():  # a folder of hub_configs: the weights are in the package
+        return set()
+    weights, stale, summary = weights_fingerprint(folder / WEIGHTS), set(), _read_summary(folder)
+    if summary is not None and (not isinstance(summary, dict) or summary.get("weights") != weights):
+        stale |= {SUMMARY, RECIPE}
+    if (folder / PICTURE).is_file():
+        drawn = fingerprint_in_picture(folder / PICTURE)
+        stale |= {PICTURE} if (SUMMARY in stale if drawn is None else drawn != weights) else set()
+    there = sorted(name for name in stale if (folder / name).is_file())
+    if there:
+        _warn_once(
+            f"left out: {', '.join(there)} in {folder}, made with other weights than those in {WEIGHTS}, or by a "
+            "version of timm_coda that did not record which; `timm-coda evaluate` measures these weights"
+        )
+    return stale
+
+
+@functools.cache
+def _warn_once(text: str) -> None:
+    _logger.warning(text)
 
 
 def push_folder(

@@ -6,7 +6,7 @@ from typing import Any
 from timm.layers import get_device_dtype
 from torch import Tensor, nn
 
-from ..explanation import ExplainMixin
+from ..explanation import ExplainMixin, forget_names
 from ..hub import HubMixin, check_fit, from_bcos_v2, unwrap
 from ..layers import GlobalPool
 from ._bcosify import bcos_classifier, bcos_logits
@@ -28,6 +28,7 @@ class BcosHead(ExplainMixin, HubMixin):
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
         model: Any = self
+        forget_names(model)
         model.num_classes = num_classes
         if global_pool is not None:
             model.global_pool = GlobalPool(global_pool).train(model.training)

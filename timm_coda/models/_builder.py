@@ -1,4 +1,4 @@
-"""Build models with timm's builder, plus downloads from the authors' file share and constructor arguments per tag."""
+"""Build models with timm's builder, plus downloads from the authors' share, arguments per tag, and class names."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -6,6 +6,7 @@ from typing import Any
 from timm.models import build_model_with_cfg
 from torch import nn
 
+from ..explanation import forget_names
 from ..hub import resolve_weights
 
 __all__ = ["build_model"]
@@ -25,6 +26,8 @@ def build_model(
     **kwargs: Any,
 ) -> Any:
     """Build a model as timm's `build_model_with_cfg` does, also with the URLs that `resolve_weights` understands.
+
+    Only a model whose classifier has the config's weights has the config's class names.
 
     Args:
         model_cls, variant, pretrained: as in timm
@@ -56,4 +59,6 @@ def build_model(
     )
     if brought:
         model._model_args = {name: kwargs[name] for name in brought}  # timm adds the caller's arguments and saves all
+    if not (pretrained and getattr(model, "num_classes", None) == config.num_classes):
+        forget_names(model)
     return model

@@ -28,7 +28,7 @@ from timm.models.resnet import BasicBlock, Bottleneck, ResNet
 from timm.models.vgg import VGG, cfgs
 from torch import Tensor, nn
 
-from ..explanation import ExplainMixin
+from ..explanation import ExplainMixin, forget_names
 from ..hub import HubMixin, check_fit, unwrap
 from ..layers import BcosConv2d, EncodedBcosConv2d, GlobalPool, Logits, adapt_colours
 from ._builder import build_model
@@ -128,6 +128,7 @@ class _BcosV1(ExplainMixin, HubMixin, nn.Module):
         return self.fc
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        forget_names(self)
         self.num_classes = num_classes
         if global_pool is not None:
             self.global_pool = GlobalPool(global_pool).train(self.training)

@@ -23,11 +23,11 @@ from functools import partial
 from typing import Any
 
 from timm.layers import Format, HybridEmbed, PatchEmbed, _assert, get_device_dtype, to_2tuple
-from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from timm.models import generate_default_cfgs, register_model
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from ..explanation import ExplainMixin
+from ..explanation import ExplainMixin, forget_names
 from ..hub import from_bcos_v2
 from ..layers import (
     BcosConv2d,
@@ -39,6 +39,7 @@ from ..layers import (
     freezable,
 )
 from ._bcosify import bcos_logits
+from ._builder import build_model
 
 __all__ = ["BcosVisionTransformer"]
 
@@ -195,6 +196,7 @@ class BcosVisionTransformer(ExplainMixin, VisionTransformer):
         self.reset_classifier(num_classes)
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        forget_names(self)
         self.num_classes = num_classes
         if global_pool is not None:
             self.global_pool = _pooling(global_pool)
@@ -299,11 +301,11 @@ default_cfgs = generate_default_cfgs(
 
 
 def _create_bcos_vit(variant: str, pretrained: bool = False, **kwargs: Any) -> BcosVisionTransformer:
-    return build_model_with_cfg(
+    return build_model(
         BcosVisionTransformer,
         variant,
         pretrained,
-        pretrained_filter_fn=checkpoint_filter_fn,
+        checkpoint_filter_fn,
         feature_cfg={"out_indices": 3, "feature_cls": "getter"},
         **kwargs,
     )

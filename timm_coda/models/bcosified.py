@@ -20,15 +20,16 @@ import torch
 import torch.nn.functional as F
 from timm.data import resolve_model_data_config
 from timm.layers import get_device_dtype
-from timm.models import adapt_input_conv, build_model_with_cfg, generate_default_cfgs, register_model
+from timm.models import adapt_input_conv, generate_default_cfgs, register_model
 from timm.models._input import get_model_args, get_model_input_config
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from ..explanation import ExplainMixin, explanation_mode
+from ..explanation import Classes, ExplainMixin, explanation_mode, forget_names
 from ..hub import HubMixin
 from ..layers import BatchNormUncentered2d, DynamicLinear, GlobalPool, InverseEncoding
 from ._bcosify import bcos_classifier, bcos_logits, replace_modules
+from ._builder import build_model
 
 __all__ = ["Bcosified", "bcosify"]
 
@@ -154,6 +155,7 @@ class Bcosified(ExplainMixin, HubMixin, nn.Module):
         return self.head
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        forget_names(self)
         self.num_classes = num_classes
         if global_pool is not None:
             self.global_pool = GlobalPool(global_pool).train(self.training)
@@ -302,6 +304,7 @@ def _carry_over(original: Any, target: Bcosified) -> None:
         raise ValueError(f"the classifier ({classifier}) is not a single linear layer on the last features")
     if len(weight) == target.num_classes:
         target.head.load_state_dict({"weight": weight.reshape(*weight.shape[:2], 1, 1)})
+        target.pretrained_cfg |= Classes.of(original).as_config()  # pyright: ignore[reportOperatorIssue]
 
 
 def _mean_and_std(model: nn.Module) -> dict[str, Tensor]:
@@ -399,13 +402,13 @@ def bcosified(
         first = config.first_conv
         overlay["first_conv"] = f"body.{first}" if isinstance(first, str) else None
         pretrained_cfg_overlay = overlay | (pretrained_cfg_overlay or {})
-    return build_model_with_cfg(
+    return build_model(
         Bcosified,
         "bcosified",
         pretrained,
+        checkpoint_filter_fn,
         pretrained_cfg=pretrained_cfg,
         pretrained_cfg_overlay=pretrained_cfg_overlay,
-        pretrained_filter_fn=checkpoint_filter_fn,
         feature_cfg={"out_indices": (0, 1, 2, 3), "feature_cls": "getter"},
         base=base,
         **kwargs,

@@ -14,7 +14,7 @@ from timm.models import checkpoint_seq
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
-from ..explanation import ExplainMixin
+from ..explanation import ExplainMixin, forget_names
 from ..hub import HubMixin
 from ..layers import DynamicLinear, GlobalPool, InverseEncoding, Logits
 
@@ -124,6 +124,7 @@ class ConvStack(ExplainMixin, HubMixin, nn.Module):
         return self.head
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        forget_names(self)
         self.num_classes = num_classes
         if global_pool is not None:
             self.global_pool = GlobalPool(global_pool).train(self.training)

@@ -21,7 +21,8 @@ from accelerate import Accelerator, DataLoaderConfiguration
 from tqdm import tqdm
 
 from ..errors import wrap_errors
-from ..hub import HubError, push_folder, write_text
+from ..explanation import save_figure
+from ..hub import PICTURE_KEY, HubError, push_folder, write_text
 from .states import Progress, RunError
 
 # What train.py writes into a run's folder; --overwrite removes these and nothing else.
@@ -94,10 +95,14 @@ def start_folder(folder: Path, options: dict[str, Any]) -> None:
     write_text(folder / "recipe.yaml", yaml.safe_dump(options, sort_keys=False, allow_unicode=True))
 
 
-def save_picture(explanation: Any, path: Path, *, label_names: Sequence[str], true_labels: Any) -> bool:
-    """Save a figure of an explanation. Return False if writing fails, so that a full disk does not stop training."""
+def save_picture(explanation: Any, path: Path, *, weights: str, label_names: Sequence[str], true_labels: Any) -> bool:
+    """Save a figure of an explanation, with the fingerprint of the model's weights.
+
+    Return False if writing fails, so that a full disk does not stop training.
+    """
     try:
-        explanation.save(path, label_names=label_names, true_labels=true_labels)
+        figure = explanation.plot(label_names=label_names, true_labels=true_labels)
+        save_figure(figure, path, text={PICTURE_KEY: weights})
     except OSError as error:
         tqdm.write(f"could not write the figure {path}: {error}")
         return False
