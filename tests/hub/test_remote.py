@@ -408,7 +408,7 @@ def test_results_of_other_weights_are_left_out(run_folder, tmp_path, capsys, cap
     assert results_of(folder) == set() and "left out: explanation.png, recipe.yaml, summary.json in" in caplog.text
     assert cli.main(["push", str(folder), "ada/tiny", "--dry-run"]) == 0
     card = capsys.readouterr().out
-    assert "5 classes: v, w, x, y, z" in card and "87.5" not in card and "explanation.png" not in card
+    assert "5 classes: v, w, x, y, z" in card and "87.5" not in card and "](explanation.png)" not in card
 
     summary = json.loads((folder / "summary.json").read_text())
     (folder / "summary.json").write_text(json.dumps(summary | {"weights": hub.weights_fingerprint(other)}))
