@@ -73,7 +73,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--test-split", help="test split (default: validation, else test: Hub test splits often lack labels)")
     add("--val-fraction", type=float, default=0.1, help="fraction of training images held out if no test split exists")
     add("--image-column", help="column of images (default: the only one, else image or img)")
-    add("--label-column", help="column of labels (default: the only class column, else label or labels)")
+    add("--label-column", help="column of labels (default: the class column, else label, class, category or target)")
     add("--num-classes", type=positive, help="number of classes (default: the dataset's)")
     add("--workers", type=natural, default=2, help="processes that decode images; 0 is best for tiny images")
     buffer = {"type": positive, "nargs": "?", "const": 8192, "metavar": "IMAGES"}
@@ -276,8 +276,8 @@ def train(args: argparse.Namespace, stop: list[int]) -> None:
         published = timm.create_model(f"local-dir:{output}", pretrained=True).to(device)  # as users load it
         explain(output / "explanation.png")
         facts = {"options": options, "parameters": parameters, "processes": processes, "label_names": classes}
-        facts |= {"weights": hub.weights_fingerprint(published), "environment": environment}
-        facts |= localisation.at_end(published)
+        facts |= {"weights": hub.weights_fingerprint(published), "notes": source.notes, "files": source.account}
+        facts |= {"environment": environment, **localisation.at_end(published)}
         runs.save_summary(output, progress, facts | {"training_images": images_seen, "test_images": len(test_set)})
         print(runs.closing_words(output, progress, pictures=not silent))
     trackers.finish(accelerator)

@@ -65,6 +65,7 @@ def test_a_whole_run(train, colours, tmp_path, capsys):
     assert summary["curve"][-1][0] == 27 and summary["label_names"] == ["blue", "green", "red"]
     assert summary["command"].startswith("train.py --data") and summary["environment"]["torch"] == torch.__version__
     assert summary["options"]["lr"] == 0.003 and summary["parameters"] > 0 and summary["skipped"] == {}
+    assert summary["files"] == {"used": {"train": 72, "test": 21}, "links": 0, "left_out": {}}
     files = {str(path.relative_to("out")) for path in Path("out").rglob("*") if path.is_file()}
     state = "checkpoints/epoch-00003-batch-0000000/"
     ranked = sorted(summary["history"], key=lambda epoch: (-epoch["accuracy"], epoch["loss"]))

@@ -1,22 +1,38 @@
-"""Read image files as RGB, or raise an error that says what is wrong with the file.
+"""Find image files, and read them as RGB, or raise an error that says what is wrong with the file.
 
 The size in the file's header is checked before its pixels are decoded. Only raster formats are opened, so that no
 external program is started for a file (Pillow starts one for PostScript).
 """
 
+import heapq
+import importlib.util
 import math
 import os
 import warnings
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
 import PIL.Image
 import PIL.ImageOps
 
-__all__ = ["FORMATS", "MAX_PIXELS", "MAX_RATIO", "ImageError", "read_image", "to_rgb"]
+__all__ = [
+    "FORMATS",
+    "HEIC_ENDINGS",
+    "MAX_PIXELS",
+    "MAX_RATIO",
+    "FolderEntry",
+    "ImageError",
+    "image_endings",
+    "is_image",
+    "read_image",
+    "to_rgb",
+    "walk_folder",
+]
 
 FORMATS = ("JPEG", "MPO", "PNG", "GIF", "WEBP", "AVIF", "BMP", "TIFF", "PPM", "JPEG2000", "ICO")
+HEIC_ENDINGS = frozenset({".heic", ".heics", ".heif", ".heifs", ".hif"})
+"""Endings of photos that need the package pillow-heif."""
 MAX_PIXELS = 50_000_000
 """Default limit on pixels: a large phone photo, 8160x6120. Decoding one takes up to 500 MB of memory."""
 MAX_RATIO = 50
@@ -124,3 +140,106 @@ def _check_size(image: PIL.Image.Image, name: str, max_pixels: int) -> str:
 def _damaged(name: str, error: Exception) -> ImageError:
     reason = str(error).strip().split("\n")[0] or type(error).__name__
     return ImageError(f"{name}: damaged or incomplete ({reason}): copy or download it again")
+
+
+def image_endings() -> frozenset[str]:
+    """Return the endings of files in the formats that `read_image` reads, in lower case and with the dot."""
+    known = PIL.Image.registered_extensions().items()
+    endings = frozenset(ending for ending, kind in known if kind in FORMATS and kind in PIL.Image.OPEN)
+    return endings | HEIC_ENDINGS if importlib.util.find_spec("pillow_heif") else endings
+
+
+def is_image(path: str | os.PathLike[str]) -> bool:
+    """Return whether a file begins like an image that `read_image` reads, whatever its name."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", PIL.Image.DecompressionBombWarning)
+            PIL.Image.init()
+            PIL.Image.open(path, formats=[kind for kind in FORMATS if kind in PIL.Image.OPEN]).close()
+        return True
+    except PIL.Image.DecompressionBombError:
+        return True
+    except Exception:  # decoders raise almost any exception for other data
+        return False
+
+
+class FolderEntry(NamedTuple):
+    """Something in a folder, see `walk_folder`."""
+
+    path: str
+    """Relative to the folder."""
+    kind: str
+    """ "file", "folder", or why it is neither: "hidden", "broken link", ..."""
+    link: bool
+    """Whether it is a link itself."""
+
+
+def walk_folder(folder: str | os.PathLike[str], *, deep: bool = True) -> list[FolderEntry]:
+    """List everything in a folder and, if `deep`, in its subfolders, sorted by path. Links are followed.
+
+    Each folder is visited once, under its own path if it lies inside, else under that of the first link to it. A link
+    to a folder that contains the link is not followed.
+    """
+    root = os.fspath(folder)
+    found: list[FolderEntry] = []
+    todo, links = [""], []  # folders to visit; linked folders, for afterwards, as a heap
+    seen: set[tuple[int, int]] = set()
+    while todo or links:
+        if todo:
+            inside = todo.pop()
+        else:
+            inside = heapq.heappop(links).replace("\0", os.sep)
+            target, reason = _identity(os.path.join(root, inside)), ""
+            if target in _around(os.path.join(root, inside)):
+                reason = "link to a folder that contains it"
+            elif target in seen:
+                reason = "link to a folder that is included already"
+            found.append(FolderEntry(inside, reason or "folder", True))
+            if reason or not deep:
+                continue
+        try:
+            seen.add(_identity(os.path.join(root, inside)))
+            prefix = os.path.join(inside, "")
+            with os.scandir(os.path.join(root, inside)) as children:
+                for child in children:
+                    path, kind, link = prefix + child.name, _kind(child), child.is_symlink()
+                    if kind == "folder" and link:
+                        heapq.heappush(links, _by_parts(path))
+                        continue
+                    if kind == "folder" and deep:
+                        todo.append(path)
+                    found.append(FolderEntry(path, kind, link))
+        except OSError as error:
+            found.append(FolderEntry(inside, f"cannot be opened ({error.strerror})", False))
+    return sorted(found, key=lambda entry: _by_parts(entry.path))
+
+
+def _kind(child: os.DirEntry) -> str:
+    # Besides names with a dot: folders that macOS, Python and Synology devices put beside the user's files.
+    if child.name.startswith(".") or child.name in ("__MACOSX", "__pycache__", "@eaDir"):
+        return "hidden"
+    try:
+        if child.is_dir():
+            return "folder"
+        if child.is_file():
+            return "file"
+    except OSError:  # a link to itself
+        pass
+    return "broken link" if child.is_symlink() else "neither a file nor a folder"
+
+
+def _by_parts(path: str) -> str:
+    return path.replace(os.sep, "\0")  # a folder's files come together: "a/1" before "a-b/1"
+
+
+def _identity(path: str) -> tuple[int, int]:
+    status = os.stat(path)
+    return status.st_dev, status.st_ino
+
+
+def _around(path: str) -> set[tuple[int, int]]:
+    """Return the folders that contain a path, as it is written and as it is after links are resolved."""
+    found: set[tuple[int, int]] = set()
+    for place in (Path(os.path.abspath(path)), Path(os.path.realpath(os.path.dirname(path))) / "x"):
+        found |= {_identity(str(parent)) for parent in place.parents}
+    return found

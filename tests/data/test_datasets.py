@@ -183,11 +183,92 @@ def test_columns_are_found_or_named(tmp_path):
     file = write_parquet(tmp_path / "2" / "train.parquet", [0, 1] * 5, kind=kind, size=list(range(10)))
     assert data.load_data(file).label_column == "label"  # the column named "label"
     file = write_parquet(tmp_path / "3" / "train.parquet", [0, 1] * 5, kind=kind, label="fine", coarse=[0] * 10)
-    with pytest.raises(data.DataError, match=r"fine, coarse could all.*image \(Image\).*--label-column"):
+    with pytest.raises(data.DataError, match=r"no column holds labels.*image \(Image\).*coarse.*--label-column"):
         data.load_data(file)
-    assert data.load_data(file, label_column="coarse").label_names == ("0",)
+    with pytest.raises(data.DataError, match=r"all 10 images to train on are of one class, '0'"):
+        data.load_data(file, label_column="coarse")
+    assert data.load_data(file, label_column="coarse", training=False).label_names == ("0",)
     with pytest.raises(data.DataError, match=r"--image-column photo.*image \(Image\), fine \(int64\)"):
         data.load_data(file, image_column="photo")
+
+
+@pytest.mark.parametrize(
+    ("columns", "found"),
+    [
+        ({"id": range(6), "label": [True, False] * 3}, "label"),
+        (
+            {"image_id": range(6), "label": [[1], [0, 1]] * 3},
+            r"column label looks like .*label \(List\).*--label-column",
+        ),
+        ({"file_name": "abcdef", "Labels": [0.0, 1.0] * 3}, r"column Labels looks like .*Labels \(float64\)"),
+        ({"width": [8, 9] * 3, "target": [[0]] * 6}, r"column target looks like"),
+        ({"id": range(6)}, r"no column holds labels by its type \(ClassLabel\) or name \(label, .*id \(int64\)"),
+        ({"id": range(6), "Category": ["b", "a"] * 3}, "Category"),
+        ({"class": [0, 1] * 3, "label": [1, 0] * 3}, "label"),
+        ({"class": [0, 1] * 3, "category": [1, 0] * 3}, r"class, category could all hold the labels"),
+    ],
+    ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
+)
+def test_a_label_column_is_not_guessed_from_what_is_left(tmp_path, columns, found):
+    table = {"image": [png(row) for row in range(6)], **{name: list(values) for name, values in columns.items()}}
+    pq.write_table(pa.table(table), tmp_path / "train.parquet")
+    if found in columns:
+        loaded = data.load_data(tmp_path, val_fraction=0.5)
+        assert loaded.label_column == found and len(loaded.label_names) == 2
+        if columns[found][0] is True:
+            assert loaded.label_names == ("false", "true") and loaded.named
+            labels = np.concatenate([loaded.train.labels, loaded.test.labels])
+            assert labels[np.argsort([*loaded.train.indices, *loaded.test.indices])].tolist() == [1, 0] * 3
+    else:
+        with pytest.raises(data.DataError, match=found):
+            data.load_data(tmp_path, val_fraction=0.5)
+
+
+def test_a_column_of_the_type_for_labels_beside_one_of_that_name(tmp_path):
+    file = write_parquet(tmp_path / "train.parquet", [0, 1] * 5, label="kind", label_text=["a", "b"] * 5)
+    assert data.load_data(file).label_column == "kind"
+    file = write_parquet(tmp_path / "2" / "train.parquet", [0, 1] * 5, label="kind", Label=[3, 4] * 5)
+    with pytest.raises(data.DataError, match="Label, kind could all hold the labels"):
+        data.load_data(file)
+
+
+@pytest.mark.parametrize(
+    ("name", "other"),
+    [("data[1]", "data1"), ("a*b", "aXb"), ("a?b", "aXb"), ("[!a]", "b"), ("{a,b}", "a"), ("a::b", "a")],
+)
+@pytest.mark.parametrize("load", [data.load_data, data.load_stream])
+def test_names_on_disk_are_not_patterns(tmp_path, monkeypatch, name, other, load):
+    monkeypatch.chdir(tmp_path)
+    for folder, names in ((name, ["cat", "dog"]), (other, ["eel", "fox", "gnu"])):
+        for split in ("train", "test"):
+            write_parquet(tmp_path / folder / f"{split}.parquet", [0, 1], kind=datasets.ClassLabel(names=names))
+    files = [f"{name}/train.parquet", str(tmp_path / name / "test.parquet")]
+    for source in ([name], [str(tmp_path / name)], files, [f"{name}/*.parquet"]):
+        loaded = load(source)
+        assert loaded.label_names == ("cat", "dog") and len(loaded.train) == len(loaded.test) == 2
+    if load is data.load_data:
+        write_images(tmp_path / "images" / name, count=10)
+        write_images(tmp_path / "images" / other, classes=("eel", "fox"), count=10)
+        images = data.load_data(tmp_path / "images" / name)
+        assert images.label_names == ("cat", "dog") and images.test.image(0).size == (8, 8)
+
+
+def test_a_folder_of_parquet_files_with_links_and_images(tmp_path):
+    write_parquet(tmp_path / "elsewhere" / "train.parquet", [0, 1] * 5)
+    write_parquet(tmp_path / "set" / "test.parquet", [0, 1])
+    os.symlink(tmp_path / "elsewhere", tmp_path / "set" / "more")
+    write_parquet(tmp_path / "set" / ".cache" / "train.parquet", [0, 1])
+    (tmp_path / "set" / "1.png").write_bytes(png())
+    loaded = data.load_data(tmp_path / "set")
+    assert (len(loaded.train), len(loaded.test)) == (10, 2)
+    assert loaded.notes == ("1 left out, images beside the parquet files: 1.png, ...",)
+
+
+def test_splits_that_are_not_used_are_named(tmp_path):
+    for name in ("train", "test", "val"):
+        write_parquet(tmp_path / f"{name}.parquet", [0, 1])
+    for load in (data.load_data, data.load_stream):
+        assert load([str(tmp_path)]).notes == ("not used: the splits test",)
 
 
 def test_columns_of_the_wrong_kind(tmp_path):
@@ -199,7 +280,7 @@ def test_columns_of_the_wrong_kind(tmp_path):
     pq.write_table(pa.table({"image": [png()], "score": [0.5]}), tmp_path / "train.parquet")
     with pytest.raises(data.DataError, match=r"no column holds labels"):
         data.load_data(tmp_path / "train.parquet")
-    with pytest.raises(data.DataError, match=r"--label-column score: labels must be integers or strings"):
+    with pytest.raises(data.DataError, match=r"--label-column score: labels must be integers, strings or booleans"):
         data.load_data(tmp_path / "train.parquet", label_column="score")
 
 

@@ -50,7 +50,7 @@ def test_labels_and_names_are_those_of_the_loaded_data_set(shards):
     assert streamed.train.groups[:, 2].sum() == COUNT and len(streamed.train.groups) == 4 * 14
     found = streaming._hub_files(str(shards), None)  # a folder's dataset builder lists its files like a Hub dataset's
     assert {name: len(files) for name, files in found.items()} == {"train": 4, "test": 1}
-    url = streaming._open(f"file://{shards}/test.parquet")
+    url = streaming.open_parquet(f"file://{shards}/test.parquet")
     assert url.metadata.num_rows == 21
 
 

@@ -1,6 +1,7 @@
 """Resolve files, folders and URLs, and download."""
 
 import http.server
+import os
 import threading
 import time
 
@@ -26,6 +27,17 @@ def test_names_of_links_are_safe(tmp_path):
         assert "/" not in stem and ".." not in stem and stem
     source = find_sources(["https://example.org/a%00b%0ac.png"], tmp_path)[0]
     assert source.stem == "a_b_c"
+
+
+def test_linked_folders_are_followed_without_loops(tmp_path):
+    for name in ("in/b/1.png", "in/z.png", "elsewhere/deep/2.png", "elsewhere/.hidden/3.png", "in/out/old.png"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    for link, target in (("in/a", "../elsewhere"), ("in/c", "b"), ("in/loop", "."), ("elsewhere/back", "../in")):
+        os.symlink(target, tmp_path / link)
+    os.symlink("../in/z.png", tmp_path / "in/file.png")
+    stems = [source.stem for source in find_sources([str(tmp_path / "in")], tmp_path / "in/out")]
+    assert stems == ["a/deep/2", "b/1", "file", "z"]
 
 
 def test_names_that_cannot_be_printed(tmp_path):

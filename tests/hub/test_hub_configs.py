@@ -61,9 +61,10 @@ def test_config_is_what_the_package_saves(name):
     assert shapes[0] == shapes[1]
     for key in ("tag", "license", "input_size", "description"):
         assert json.dumps(model.pretrained_cfg.get(key)) == json.dumps(same.pretrained_cfg.get(key)), key
-    assert Classes.of_config(json.loads(expected), same.num_classes).names == Classes.of_config(
-        same.pretrained_cfg | {"tag": None}, same.num_classes
-    ).names
+    assert (
+        Classes.of_config(json.loads(expected), same.num_classes).names
+        == Classes.of_config(same.pretrained_cfg | {"tag": None}, same.num_classes).names
+    )
 
 
 @pytest.mark.parametrize("name", TAGS)

@@ -53,7 +53,7 @@ def add(subcommands: Any) -> None:
     hint = "split to evaluate on (default: validation, else test, else a tenth of the training images)"
     add("--test-split", metavar="NAME", help=hint)
     add("--image-column", metavar="NAME", help="column of images (default: the only one)")
-    add("--label-column", metavar="NAME", help="column of classes (default: the only one, or the one named label)")
+    add("--label-column", metavar="NAME", help="column of classes (default: by its type, or named label)")
     add = parser.add_argument_group("settings").add_argument
     add("--grids", type=_positive, default=500, metavar="N", help="maximum number of grids (default: 500, the papers')")
     add("--grid-size", type=_positive, default=3, metavar="N", help="cells per side of a grid (default: 3)")

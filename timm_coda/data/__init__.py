@@ -1,5 +1,6 @@
 """Labelled image datasets (Hugging Face Hub, parquet files, image folders, built-in digits) as batches for training."""
 
+from .labels import DataError
 from .datasets import (
     Batch,
     ImageData,
@@ -13,8 +14,8 @@ from .datasets import (
     derive_seed,
     load_data,
 )
+from .description import data_changes, describe_data
 from .loading import make_train_loader
-from .sources import DataError
 from .streaming import load_stream
 
 __all__ = [
@@ -28,7 +29,9 @@ __all__ = [
     "collate",
     "create_loader",
     "create_transforms",
+    "data_changes",
     "derive_seed",
+    "describe_data",
     "load_data",
     "load_stream",
     "make_train_loader",

@@ -13,7 +13,7 @@ import os
 import random
 import signal
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import datasets
@@ -26,18 +26,9 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
 
 from ..images import to_rgb
-from .sources import (
-    EVAL_NAMES,
-    TRAIN_NAMES,
-    DataError,
-    choose_split,
-    columns_of,
-    encode_labels,
-    encoded_images,
-    find_columns,
-    find_splits,
-    listed,
-)
+from .labels import DataError, check_several, encode_labels, listed, missing_classes
+from .folder import EVAL_NAMES, TRAIN_NAMES
+from .sources import choose_split, columns_of, encoded_images, find_columns, find_splits, unused_splits
 
 
 @dataclass(frozen=True)
@@ -49,6 +40,7 @@ class Split:
     column: str
     indices: np.ndarray  # (n,) row numbers of the images in `rows`
     labels: np.ndarray  # (n,) class numbers
+    origin: tuple[str, ...] = ()  # the parquet files of `rows`, or the folder of the class folders, or unknown
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -74,6 +66,8 @@ class ImageData:
     label_column: str
     label_names: tuple[str, ...]
     notes: tuple[str, ...]  # choices that the user should know about
+    named: bool = True  # False if the label names are only the numbers of the classes
+    account: dict[str, Any] = field(default_factory=dict)  # of an image folder: what is used, and what not and why
 
 
 def load_data(
@@ -87,8 +81,16 @@ def load_data(
     val_fraction: float = 0.1,
     seed: int = 0,
     num_classes: int | None = None,
+    training: bool = True,
 ) -> ImageData:
     """Load a labelled image dataset.
+
+    In an image folder, links are followed, and hidden files are ignored. Files without ending are used if they begin
+    like an image. An empty class folder is not a class; one whose files cannot be used is an error. What is not used is
+    listed in the notes. Class names are compared in Unicode's composed form (NFC).
+
+    Integer labels are class numbers if they are all of 0, 1, ..., n - 1, or if `num_classes` is given. Others are
+    numbered in their order, and the classes named after them.
 
     Args:
         source: `"digits"` (included in the package), a dataset id on the Hugging Face Hub, or local data: parquet
@@ -96,52 +98,84 @@ def load_data(
             or a folder of images with one folder per class, inside `train/` and `test/` if there are two splits.
         subset: Configuration of a Hub dataset.
         image_column: Column of images; by default the only one, or the one named `image`.
-        label_column: Column of labels; by default the only one, or the one named `label`.
-        train_split: Split to train on; by default the one named `train`.
-        test_split: Split to evaluate on; by default one named `validation` or `test`.
+        label_column: Column of labels: integers, strings or booleans. By default the only one of type ClassLabel, else
+            the one named `label`, `labels`, `class`, `category` or `target`.
+        train_split: Split to train on; by default the one named `train`. In an image folder, any subfolder.
+        test_split: Split to evaluate on; by default one named `validation` or `test`. In an image folder, any
+            subfolder.
         val_fraction: If there is no split to evaluate on, hold out this share of every class of the training split, the
             same images each time.
         seed: Seed for choosing the images to hold out.
         num_classes: Number of classes; by default the dataset's.
+        training: Whether the data will be trained on. If not, one class is enough, and without a split to train on the
+            split to evaluate on is also given as `train`.
 
     Raises:
-        DataError: The dataset is empty, cannot be found or read, its columns are ambiguous, or a label is not a class.
+        DataError: The dataset is empty, cannot be found or read, its columns or splits are ambiguous, a label is not a
+            class, or there is only one class to train on.
     """
     sources = [source] if isinstance(source, (str, os.PathLike)) else list(source)
-    splits, notes = find_splits([os.fspath(item) for item in sources], subset)
-    train_name = choose_split(splits, train_split, TRAIN_NAMES, "--train-split")
+    splits = find_splits([os.fspath(item) for item in sources], subset, (train_split, test_split))
+    notes = list(splits.notes)
+    train_name = choose_split(splits.names, train_split, TRAIN_NAMES, "--train-split")
+    usual = [name for name in EVAL_NAMES if name != train_name]
+    test_name = choose_split(splits.names, test_split, usual, "--test-split")
+    if train_name is None and not training:
+        train_name = test_name
     if train_name is None:
-        if len(splits) > 1:
-            raise DataError(f"no split is named train, only {listed(splits)}: choose one with --train-split")
-        train_name = next(iter(splits))
-    test_name = choose_split(splits, test_split, [name for name in EVAL_NAMES if name != train_name], "--test-split")
-    train_rows = splits[train_name]
-    test_rows = None if test_name is None else splits[test_name]
-    for name, rows in ((train_name, train_rows), (test_name, test_rows)):
-        if rows is not None and len(rows) == 0:
+        if len(splits.names) > 1:
+            raise DataError(f"no split is named train, only {listed(splits.names)}: choose one with --train-split")
+        train_name = next(iter(splits.names))
+        test_name = test_name if test_split else None
+        if train_name in EVAL_NAMES:
+            notes.append(f"the only split is {train_name}: its images are trained on")
+    read = {name: splits.read(name) for name in dict.fromkeys((train_name, test_name)) if name is not None}
+    for name, rows in read.items():
+        if len(rows) == 0:
             raise DataError(f"the {name} split of {listed(sources)} is empty: there is nothing to learn from")
+    train_rows = read[train_name]
     image_column, label_column = find_columns(train_rows.features, image_column, label_column)
-    if test_rows is not None and not {image_column, label_column} <= set(test_rows.features):
+    if test_name is not None and not {image_column, label_column} <= set(read[test_name].features):
         raise DataError(
-            f"the {test_name} split lacks {image_column} or {label_column}; {columns_of(test_rows.features)}"
+            f"the {test_name} split lacks {image_column} or {label_column}; {columns_of(read[test_name].features)}"
         )
 
-    labels, names = encode_labels(train_rows, label_column, train_name, None, num_classes)
-    images = encoded_images(train_rows, image_column)
-    train = Split(train_name, images, image_column, np.arange(len(labels)), labels)
-    if test_rows is not None:
-        test_labels, _ = encode_labels(test_rows, label_column, str(test_name), names, num_classes)
-        test_images = encoded_images(test_rows, image_column)
-        test = Split(str(test_name), test_images, image_column, np.arange(len(test_labels)), test_labels)
+    labels, classes = encode_labels(train_rows, label_column, train_name, None, num_classes)
+    images, origins = encoded_images(train_rows, image_column), splits.origins
+    train = Split(train_name, images, image_column, np.arange(len(labels)), labels, origins.get(train_name, ()))
+    hint = splits.folder.hint(train_name) if splits.folder else ""
+    if training:
+        check_several(labels, classes.names, hint)
+    elif hint:
+        notes.append(f"{classes.names[0]} is the only class; {hint}")
+    if test_name is not None:
+        labels, _ = encode_labels(read[test_name], label_column, test_name, classes, num_classes)
+        images = encoded_images(read[test_name], image_column)
+        test = Split(test_name, images, image_column, np.arange(len(labels)), labels, origins.get(test_name, ()))
     else:
         train, test = _divide(train, val_fraction, seed)
         notes.append(
             f"no validation or test split: {len(test)} of {len(train) + len(test)} training images are held out "
             f"(--val-fraction {val_fraction}, the same images each time)"
         )
-    if num_classes is not None:
-        names = (names + tuple(str(number) for number in range(len(names), num_classes)))[:num_classes]
-    return ImageData(train, test, image_column, label_column, names, tuple(notes))
+    notes += [classes.note, missing_classes(test.labels, classes, test.name)]
+    account = {}
+    if splits.folder is None:
+        notes.append(unused_splits(splits.names, read))
+    else:
+        splits.folder.finish()
+        notes += splits.folder.account.notes()
+        account = splits.folder.account.facts()
+    return ImageData(
+        train,
+        test,
+        image_column,
+        label_column,
+        classes.padded(num_classes),
+        tuple(note for note in notes if note),
+        classes.named,
+        account,
+    )
 
 
 def decode(encoded: dict[str, Any] | None) -> PIL.Image.Image:
@@ -351,5 +385,5 @@ def _divide(split: Split, fraction: float, seed: int) -> tuple[Split, Split]:
         )
     parts = []
     for name, rows in ((split.name, np.sort(order[~held])), ("validation", np.sort(order[held]))):
-        parts.append(Split(name, split.rows, split.column, split.indices[rows], split.labels[rows]))
+        parts.append(replace(split, name=name, indices=split.indices[rows], labels=split.labels[rows]))
     return parts[0], parts[1]

@@ -1,4 +1,4 @@
-"""Find the splits of a labelled image dataset, its image and label columns, and its classes.
+"""Find the splits of a labelled image dataset, and its image and label columns.
 
 `datasets.py` loads the images before training; `streaming.py` reads them during training.
 """
@@ -6,46 +6,73 @@
 import glob
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import datasets
-import numpy as np
-import PIL.Image
 import pyarrow as pa
 import pyarrow.parquet as pq
+from datasets.data_files import DataFilesList
+
+from ..images import image_endings, walk_folder
+from .labels import DataError, listed
+from .folder import EVAL_NAMES, TRAIN_NAMES, ImageFolder
 
 DIGITS = Path(__file__).parent / "digits"
-# Names of splits, in order of preference. Validation comes before test, because the test labels of many datasets on the
-# Hub are withheld (-1).
-TRAIN_NAMES = ("train", "training")
-EVAL_NAMES = ("validation", "valid", "val", "dev", "test", "testing", "eval", "evaluation")
+# Usual names of label columns, in any case; the second kind is considered only if there is none of the first.
+LABEL_NAMES = (("label", "labels"), ("class", "category", "target"))
 
 
-class DataError(ValueError):
-    """A dataset that cannot be used; the message names what was found and says how to fix the problem."""
+@dataclass(frozen=True)
+class Splits:
+    """The splits of a dataset, to be read by name."""
+
+    names: tuple[str, ...]
+    read: Callable[[str], datasets.Dataset]
+    origins: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    """Of each split: its parquet files, or the folder of its class folders; nothing for a dataset of the Hub."""
+    notes: tuple[str, ...] = ()
+    folder: ImageFolder | None = None
 
 
-def find_splits(sources: list[str], subset: str | None) -> tuple[dict[str, datasets.Dataset], list[str]]:
-    """Find a dataset's splits; return them by name, and notes for the user about how they were loaded."""
+def unused_splits(names: Collection[str], used: Collection[str]) -> str:
+    """Return a note about splits that are not used, "" if there are none."""
+    others = [name for name in names if name not in used]
+    return f"not used: the splits {listed(others)}" if others else ""
+
+
+def find_splits(sources: list[str], subset: str | None, wanted: Sequence[str | None] = ()) -> Splits:
+    """Find a dataset's splits. Of an image folder, the `wanted` folders are splits however they are named."""
     if sources == ["digits"]:
-        return {split: _read_in_memory([str(DIGITS / f"{split}.parquet")]) for split in ("train", "test")}, []
-    if len(sources) == 1 and os.path.isdir(sources[0]) and not any(Path(sources[0]).rglob("*.parquet")):
-        return _read_image_folder(Path(sources[0])), []
-    files = find_files(sources)
-    return read_parquet(files) if files else _read_hub(sources[0], subset)
+        digits = {split: (str(DIGITS / f"{split}.parquet"),) for split in ("train", "test")}
+        return Splits(tuple(digits), lambda split: _read_in_memory(digits[split]), digits)
+    if len(sources) == 1 and os.path.isdir(sources[0]):
+        entries = walk_folder(sources[0])
+        if not any(entry.kind == "file" and entry.path.endswith(".parquet") for entry in entries):
+            folder = ImageFolder(sources[0], entries, wanted)
+            origins = {name: (folder.place(name),) for name in folder.names}
+            return Splits(folder.names, lambda split: _read_images(folder, split), origins, folder=folder)
+    files, notes = find_files(sources)
+    return read_parquet(files, notes) if files else _read_hub(sources[0], subset)
 
 
-def find_files(sources: list[str]) -> dict[str, list[str]]:
-    """Find parquet files, grouped by the name of their split. Returns {} if the source may be an id on the Hub."""
+def find_files(sources: list[str]) -> tuple[dict[str, list[str]], list[str]]:
+    """Find parquet files, by the name of their split, and notes. There are none if the source may be a Hub id."""
     files: dict[str, str] = {}  # path: the part of it that may contain the split's name
+    notes = []
     for source in sources:
         if os.path.isdir(source):
-            found = sorted(str(path) for path in Path(source).rglob("*.parquet"))
+            inside = [entry.path for entry in walk_folder(source) if entry.kind == "file"]
+            found = [os.path.join(source, path) for path in inside if path.endswith(".parquet")]
             files |= {file: os.path.relpath(file, source) for file in found}
+            endings = image_endings()
+            others = [path for path in inside if os.path.splitext(path)[1].lower() in endings]
+            if others:
+                notes.append(f"{len(others):,} left out, images beside the parquet files: {others[0]}, ...")
         else:
-            found = [source] if os.path.isfile(source) else sorted(glob.glob(source, recursive=True))
+            found = [source] if os.path.isfile(source) else _matches(source)
             files |= {file: os.path.basename(file) for file in found}
         if not found and (len(sources) > 1 or not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", source)):
             raise DataError(
@@ -60,15 +87,24 @@ def find_files(sources: list[str]) -> dict[str, list[str]]:
         named = [word for word in words if word in TRAIN_NAMES + EVAL_NAMES]
         by_split.setdefault(named[-1] if named else "", []).append(file)
     if set(by_split) == {""}:
-        return {"train": by_split[""]}
+        return {"train": by_split[""]}, notes
     if "" in by_split:
         raise DataError(f"{listed(by_split[''])} has neither train nor test in its name, unlike the other files")
-    return by_split
+    return by_split, notes
 
 
-def _read_hub(name: str, subset: str | None) -> tuple[dict[str, datasets.Dataset], list[str]]:
+def _matches(pattern: str) -> list[str]:
+    """Return the files that match a pattern. Its first folders are literal as far as folders of these names exist."""
+    fixed, rest = "", Path(pattern).parts
+    while len(rest) > 1 and os.path.isdir(os.path.join(fixed, rest[0])):
+        fixed, rest = os.path.join(fixed, rest[0]), rest[1:]
+    return sorted(glob.glob(os.path.join(glob.escape(fixed), *rest), recursive=True))
+
+
+def _read_hub(name: str, subset: str | None) -> Splits:
     try:
-        return dict(datasets.load_dataset(name, subset)), []  # type: ignore[arg-type]
+        found: dict[str, datasets.Dataset] = dict(datasets.load_dataset(name, subset))  # type: ignore[arg-type]
+        return Splits(tuple(found), found.__getitem__)
     except Exception as error:  # the errors of Hub access have no common base class
         reason = str(error).strip().split("\n")[0]
         raise DataError(
@@ -77,8 +113,8 @@ def _read_hub(name: str, subset: str | None) -> tuple[dict[str, datasets.Dataset
         ) from error
 
 
-def read_parquet(by_split: dict[str, list[str]]) -> tuple[dict[str, datasets.Dataset], list[str]]:
-    """Read the parquet files of each split; return the splits and notes as `find_splits` does."""
+def read_parquet(by_split: dict[str, list[str]], notes: Sequence[str] = ()) -> Splits:
+    """Read the parquet files of each split."""
     for split, paths in by_split.items():
         rows = 0
         for file in paths:
@@ -88,48 +124,45 @@ def read_parquet(by_split: dict[str, list[str]]) -> tuple[dict[str, datasets.Dat
                 raise DataError(f"{file!r} cannot be read as parquet: {error}") from error
         if rows == 0:  # `datasets` would only report that an instruction corresponds to no data
             raise DataError(f"the {split} split is empty: no rows in {listed(paths)}")
+    origins = {split: tuple(paths) for split, paths in by_split.items()}
     try:
-        return dict(datasets.load_dataset("parquet", data_files=by_split)), []  # type: ignore[arg-type]
+        # Plain names would be taken for patterns: "data[1]" for "data1".
+        exact = {split: _exact_files(paths) for split, paths in by_split.items()}
+        found: dict[str, datasets.Dataset] = dict(datasets.load_dataset("parquet", data_files=exact))  # type: ignore
+        return Splits(tuple(found), found.__getitem__, origins, tuple(notes))
     except OSError as error:
-        note = f"the cache of Hugging Face datasets cannot be written ({error}): the images are kept in memory"
-        return {split: _read_in_memory(paths) for split, paths in by_split.items()}, [note]
+        note = f"the cache of Hugging Face datasets cannot be used ({error}): the images are kept in memory"
+        return Splits(tuple(by_split), lambda split: _read_in_memory(by_split[split]), origins, (*notes, note))
     except Exception as error:
         reason = error.__cause__ or error
         files = [file for paths in by_split.values() for file in paths]
         raise DataError(f"{listed(files)} cannot be read as one dataset: {reason}") from error
 
 
-def _read_in_memory(files: list[str]) -> datasets.Dataset:
+def _exact_files(paths: Sequence[str]) -> DataFilesList:
+    """Return files for `load_dataset` that are not patterns. The times of change decide whether its cache is valid."""
+    paths = [os.path.abspath(path) for path in paths]
+    if any("::" in path for path in paths):
+        raise OSError("it reads names with '::' as archives in archives")
+    return DataFilesList(paths, [(str(os.stat(path).st_mtime),) for path in paths])
+
+
+def _read_in_memory(files: Sequence[str]) -> datasets.Dataset:
     """Read parquet files into memory, without the cache that `datasets` would write."""
     return datasets.Dataset(pa.concat_tables(pq.ParquetFile(file).read() for file in files))
 
 
-def _read_image_folder(folder: Path) -> dict[str, datasets.Dataset]:
-    """Read `[split/]class/**/image`; the folder's name is the class."""
-    parts = {path.name: path for path in _folders(folder) if path.name.lower() in TRAIN_NAMES + EVAL_NAMES}
-    if not any(name.lower() in TRAIN_NAMES for name in parts):
-        parts = {"train": folder}
-    splits = {}
-    endings = tuple(ending for ending, kind in PIL.Image.registered_extensions().items() if kind in PIL.Image.OPEN)
+def _read_images(folder: ImageFolder, split: str) -> datasets.Dataset:
     features = datasets.Features({"image": datasets.Image(decode=False), "label": datasets.Value("string")})
-    for name, part in parts.items():
-        found = [(str(path), kind.name) for kind in _folders(part) for path in sorted(kind.rglob("*"))]
-        found = [(path, kind) for path, kind in found if path.lower().endswith(endings)]
-        if not found:
-            raise DataError(
-                f"no images in {str(part)!r}: expected one folder per class with image files in it "
-                f"({part.name}/cat/1.png), or *.parquet files"
-            )
-        columns = {"image": [path for path, _ in found], "label": [kind for _, kind in found]}
-        splits[name] = datasets.Dataset.from_dict(columns, features=features)
-    return splits
+    classes = folder.read(split)
+    paths = [path for paths in classes.values() for path in paths]
+    labels = [name for name, paths in classes.items() for _ in paths]
+    images = pa.StructArray.from_arrays([pa.nulls(len(paths), pa.binary()), pa.array(paths)], ["bytes", "path"])
+    table: Any = pa.table({"image": images, "label": labels})
+    return datasets.Dataset(table, info=datasets.DatasetInfo(features=features))
 
 
-def _folders(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith((".", "__")))
-
-
-def choose_split(splits: dict, wanted: str | None, usual: Sequence[str], flag: str) -> str | None:
+def choose_split(splits: Collection[str], wanted: str | None, usual: Sequence[str], flag: str) -> str | None:
     """Return the name of the `wanted` split, or else the first `usual` one that exists, or else None.
 
     Raises:
@@ -155,13 +188,30 @@ def find_columns(features: datasets.Features, image: str | None, label: str | No
     if image is None:
         candidates = [name for name, kind in features.items() if _is_image(kind)]
         image = _only(candidates, ("image", "img"), features, "images", "--image-column")
+    found = f"--label-column {label}"
     if label is None:
-        named = [name for name, kind in features.items() if isinstance(kind, datasets.ClassLabel)]
-        plain = [name for name, kind in features.items() if name != image and _is_label(kind)]
-        label = _only(named or plain, ("label", "labels"), features, "labels", "--label-column")
-    elif not isinstance(features[label], datasets.ClassLabel) and not _is_label(features[label]):
-        raise DataError(f"--label-column {label}: labels must be integers or strings; {columns_of(features)}")
+        label = _find_label(features, image)
+        found = f"column {label} looks like the labels, but cannot be used"
+    if not isinstance(features[label], datasets.ClassLabel) and not _is_label(features[label]):
+        raise DataError(
+            f"{found}: labels must be integers, strings or booleans; {columns_of(features)}: choose another one with "
+            "--label-column"
+        )
     return image, label
+
+
+def _find_label(features: datasets.Features, image: str) -> str:
+    """Return the only column that is marked as the labels, by its type or its name."""
+    first, second = ([name for name in features if name != image and name.lower() in usual] for usual in LABEL_NAMES)
+    typed = [name for name, kind in features.items() if isinstance(kind, datasets.ClassLabel)]
+    both = [name for name in first if name in typed]
+    candidates = (both or [*first, *typed]) if first else typed or second
+    if not candidates:
+        raise DataError(
+            f"no column holds labels by its type (ClassLabel) or name ({listed(sum(LABEL_NAMES, ()))}); "
+            f"{columns_of(features)}: choose one with --label-column"
+        )
+    return _only(candidates, (), features, "labels", "--label-column")
 
 
 def _is_image(kind: Any) -> bool:
@@ -171,7 +221,7 @@ def _is_image(kind: Any) -> bool:
 
 
 def _is_label(kind: Any) -> bool:
-    return isinstance(kind, datasets.Value) and re.fullmatch(r"u?int\d+|(large_)?string", kind.dtype) is not None
+    return isinstance(kind, datasets.Value) and re.fullmatch(r"u?int\d+|(large_)?string|bool", kind.dtype) is not None
 
 
 def _only(candidates: list[str], usual: Sequence[str], features: datasets.Features, what: str, flag: str) -> str:
@@ -200,60 +250,3 @@ def encoded_images(rows: datasets.Dataset, column: str) -> datasets.Dataset:
         return rows.select_columns([column]).cast_column(column, datasets.Image(decode=False))
     except (TypeError, ValueError, pa.ArrowException) as error:
         raise DataError(f"--image-column {column}: not a column of images; {columns_of(rows.features)}") from error
-
-
-def encode_labels(
-    rows: datasets.Dataset, column: str, split: str, names: tuple[str, ...] | None, num_classes: int | None
-) -> tuple[np.ndarray, tuple[str, ...]]:
-    """Number the classes and check the label of every row.
-
-    Args:
-        rows: The rows of a split.
-        column: The label column.
-        split: The split's name, for error messages.
-        names: Class names of the training split; None if this is the training split.
-        num_classes: Number of classes; by default that of the names.
-
-    Returns:
-        Class numbers (n,) and class names.
-
-    Raises:
-        DataError: A label is missing or not a class, or the classes differ from those of training.
-    """
-    kind = rows.features[column]
-    table: pa.Table = rows.select_columns([column]).with_format("arrow")[:]
-    values = table.column(column).to_pylist()
-    for row, value in enumerate(values):
-        if value is None:
-            raise DataError(f"{split} row {row} has no label (column {column}): give it one or remove the row")
-    if isinstance(kind, datasets.ClassLabel):
-        own = tuple(kind.names)
-        if names is not None and own != names:
-            raise DataError(
-                f"the classes of the {split} split, {listed(own)}, differ from those of training, {listed(names)}"
-            )
-        numbers, names = values, own
-    elif values and isinstance(values[0], str):
-        names = tuple(sorted(set(values))) if names is None else names
-        known = {name: number for number, name in enumerate(names)}
-        for row, value in enumerate(values):
-            if value not in known:
-                raise DataError(f"{split} row {row} has the label {value!r}, which is not a class of training")
-        numbers = [known[value] for value in values]
-    else:
-        names = tuple(str(number) for number in range(max(values) + 1)) if names is None else names
-        numbers = values
-    limit = len(names) if num_classes is None else num_classes
-    for row, number in enumerate(numbers):
-        if not 0 <= number < limit:
-            raise DataError(
-                f"{split} row {row} has the label {values[row]!r} (column {column}), but the {limit} classes are "
-                f"numbered 0 to {limit - 1}: correct the row, or choose another split, column or --num-classes"
-            )
-    return np.asarray(numbers, dtype=np.int64), names
-
-
-def listed(names: Any) -> str:
-    """Join at most 20 names with commas, and state how many more there are."""
-    names = [str(name) for name in names]
-    return ", ".join(names[:20]) + (f" and {len(names) - 20} more" if len(names) > 20 else "")

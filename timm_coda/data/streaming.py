@@ -18,8 +18,9 @@ import pyarrow.parquet as pq
 import torch
 
 from . import sources
+from .labels import DataError, check_several, encode_labels, listed, missing_classes
 from .datasets import ImageData, ImageDataset, Skipped, Split, decode
-from .sources import DataError
+from .folder import EVAL_NAMES, TRAIN_NAMES
 
 __all__ = ["StreamOrder", "StreamedDataset", "StreamedSplit", "load_stream"]
 
@@ -35,6 +36,7 @@ class StreamedSplit:
     column: str
     groups: np.ndarray  # (g, 3): index of the file, index of the row group in it, number of rows
     labels: np.ndarray  # (n,) class numbers
+    sizes: np.ndarray  # (g,) uncompressed bytes of each row group
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -42,7 +44,7 @@ class StreamedSplit:
     def read_group(self, group: int) -> pa.ChunkedArray:
         """Read the encoded images of a row group."""
         file, number, _ = self.groups[group].tolist()
-        with _open(self.files[file]) as parquet:
+        with open_parquet(self.files[file]) as parquet:
             return parquet.read_row_group(number, columns=[self.column]).column(0)
 
 
@@ -67,40 +69,46 @@ def load_stream(
     """
     if list(source) == ["digits"]:
         raise DataError("--streaming cannot be used with the built-in digits: give parquet files or a Hub id")
-    files = sources.find_files(list(source)) or _hub_files(source[0], subset)
-    train_name = sources.choose_split(files, train_split, sources.TRAIN_NAMES, "--train-split")
-    usual = [name for name in sources.EVAL_NAMES if name != train_name]
+    files, notes = sources.find_files(list(source))
+    files = files or _hub_files(source[0], subset)
+    train_name = sources.choose_split(files, train_split, TRAIN_NAMES, "--train-split")
+    usual = [name for name in EVAL_NAMES if name != train_name]
     test_name = sources.choose_split(files, test_split, usual, "--test-split")
     if train_name is None or test_name is None:
         raise DataError(
-            f"--streaming needs a train and a test split, found {sources.listed(files)}: choose them with "
+            f"--streaming needs a train and a test split, found {listed(files)}: choose them with "
             "--train-split and --test-split, or leave out --streaming"
         )
     paths = tuple(files[train_name])
     groups, tables = [], []
     for number, path in enumerate(paths):
         try:
-            with _open(path) as parquet:
+            with open_parquet(path) as parquet:
                 if number == 0:
                     features = datasets.Features.from_arrow_schema(parquet.schema_arrow)
                     image_column, label_column = sources.find_columns(features, image_column, label_column)
                 tables.append(parquet.read(columns=[label_column]))
-                rows = [parquet.metadata.row_group(group).num_rows for group in range(parquet.num_row_groups)]
+                groups += [(number, *group) for group in row_groups(parquet)]
         except (pa.ArrowException, OSError) as error:
             raise DataError(f"{path!r} cannot be read as parquet: {error}") from error
-        groups += [(number, group, count) for group, count in enumerate(rows) if count]
     assert image_column is not None and label_column is not None
-    labels, names = sources.encode_labels(
+    labels, classes = encode_labels(
         datasets.Dataset(pa.concat_tables(tables)), label_column, train_name, None, num_classes
     )
     if not len(labels):
-        raise DataError(f"the {train_name} split of {sources.listed(source)} is empty: there is nothing to learn from")
-    test_rows, notes = sources.read_parquet({test_name: files[test_name]})
-    test_labels, _ = sources.encode_labels(test_rows[test_name], label_column, test_name, names, num_classes)
-    images = sources.encoded_images(test_rows[test_name], image_column)
-    test = Split(test_name, images, image_column, np.arange(len(test_labels)), test_labels)
-    train = StreamedSplit(train_name, paths, image_column, np.array(groups), labels)
-    return ImageData(train, test, image_column, label_column, names, tuple(notes))
+        raise DataError(f"the {train_name} split of {listed(source)} is empty: there is nothing to learn from")
+    check_several(labels, classes.names, "")
+    loaded = sources.read_parquet({test_name: files[test_name]}, notes)
+    test_rows = loaded.read(test_name)
+    test_labels, _ = encode_labels(test_rows, label_column, test_name, classes, num_classes)
+    images = sources.encoded_images(test_rows, image_column)
+    test = Split(test_name, images, image_column, np.arange(len(test_labels)), test_labels, loaded.origins[test_name])
+    table = np.array(groups)
+    train = StreamedSplit(train_name, paths, image_column, table[:, :3], labels, table[:, 3])
+    notes = [*loaded.notes, classes.note, missing_classes(test_labels, classes, test_name)]
+    notes = [note for note in (*notes, sources.unused_splits(files, (train_name, test_name))) if note]
+    names = classes.padded(num_classes)
+    return ImageData(train, test, image_column, label_column, names, tuple(notes), classes.named)
 
 
 class StreamedDataset(ImageDataset):
@@ -201,12 +209,18 @@ class StreamOrder:
             return Skipped(name, f"{type(error).__name__}: {error}")
 
 
-def _open(file: str) -> pq.ParquetFile:
+def open_parquet(file: str) -> pq.ParquetFile:
     """Open a parquet file at a local path or a URL that fsspec supports."""
     if "://" not in file:
         return pq.ParquetFile(file)
     system, path = fsspec.url_to_fs(file)
     return pq.ParquetFile(path, filesystem=system)
+
+
+def row_groups(parquet: pq.ParquetFile) -> list[tuple[int, int, int]]:
+    """Return (index, number of rows, uncompressed bytes) of the row groups with rows."""
+    groups = [parquet.metadata.row_group(number) for number in range(parquet.num_row_groups)]
+    return [(number, group.num_rows, group.total_byte_size) for number, group in enumerate(groups) if group.num_rows]
 
 
 def _hub_files(name: str, subset: str | None) -> dict[str, list[str]]:

@@ -81,6 +81,7 @@ def run(
         image_column=setup.image_column,
         label_column=setup.label_column,
         num_classes=model.num_classes,
+        training=False,
     )
     settings = {key: value for key, value in asdict(setup).items() if key not in _FREE}
     settings |= {"data": list(setup.data), "weights": weights_fingerprint(model), "timm_coda": __version__}

@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from mimetypes import guess_extension
 from pathlib import Path, PurePosixPath
 
+from ..images import walk_folder
+
 __all__ = ["MAX_DOWNLOAD", "InputError", "Source", "fetched", "find_sources"]
 
 MAX_DOWNLOAD = 500_000_000
@@ -43,8 +45,8 @@ class Source:
 def find_sources(words: Sequence[str], output: Path) -> list[Source]:
     """Resolve files, folders and URLs to sources, in order.
 
-    A folder stands for all files in it and its subfolders, except hidden files (.name) and files in `output`. Results
-    are named after the files, without suffix; the second of two equal names ends in "-2".
+    A folder stands for all files in it and its subfolders, linked ones included, except hidden files (.name) and files
+    in `output`. Results are named after the files, without suffix; the second of two equal names ends in "-2".
 
     Args:
         words: paths and URLs.
@@ -68,7 +70,7 @@ def find_sources(words: Sequence[str], output: Path) -> list[Source]:
             continue
         if output.resolve() == place.resolve():
             raise InputError(f"{word!r} is also the output folder: choose another with --output")
-        inside = [path for path in sorted(place.rglob("*")) if path.is_file() and not _hidden(path.relative_to(place))]
+        inside = [place / entry.path for entry in walk_folder(place) if entry.kind == "file"]
         inside = [path for path in inside if not path.resolve().is_relative_to(output.resolve())]
         if not inside:
             raise InputError(f"{word!r}: the folder has no files")
@@ -124,10 +126,6 @@ def _download(url: str, folder: Path) -> Path:
 
 def _is_link(word: str) -> bool:
     return word.lower().startswith(("https://", "http://"))
-
-
-def _hidden(path: Path) -> bool:
-    return any(part.startswith(".") for part in path.parts)
 
 
 def _source(place: str, name: str, stem: str, taken: set[str]) -> Source:
