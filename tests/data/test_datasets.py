@@ -216,7 +216,7 @@ def test_a_label_column_is_not_guessed_from_what_is_left(tmp_path, columns, foun
         loaded = data.load_data(tmp_path, val_fraction=0.5)
         assert loaded.label_column == found and len(loaded.label_names) == 2
         if columns[found][0] is True:
-            assert loaded.label_names == ("false", "true") and loaded.named
+            assert loaded.label_names == ("false", "true") and loaded.label_kind != "numbers"
             labels = np.concatenate([loaded.train.labels, loaded.test.labels])
             assert labels[np.argsort([*loaded.train.indices, *loaded.test.indices])].tolist() == [1, 0] * 3
     else:

@@ -155,4 +155,4 @@ def test_datasets_without_files(tmp_path, monkeypatch):
 def test_the_digits():
     digits = data.load_data("digits")
     assert data.describe_data(digits) == data.describe_data(data.load_data(["digits"]))
-    assert digits.notes == () and digits.named and digits.account == {}
+    assert digits.notes == () and digits.label_kind == "declared" and digits.account == {}

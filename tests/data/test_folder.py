@@ -40,7 +40,7 @@ def test_every_file_is_used_or_accounted_for(tmp_path):
     os.symlink("/no/such/file.png", root / "train/dog/gone.png")
     (root / "labels.csv").write_text("a,b")
     loaded = data.load_data(root)
-    assert loaded.label_names == ("cat", "dog", "eel") and loaded.named
+    assert loaded.label_names == ("cat", "dog", "eel") and loaded.label_kind != "numbers"
     labels = np.concatenate([loaded.train.labels, loaded.test.labels])
     assert np.bincount(labels).tolist() == [20, 11, 10]
     account = json.loads(json.dumps(loaded.account))

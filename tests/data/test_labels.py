@@ -42,7 +42,7 @@ both = pytest.mark.parametrize("load", [data.load_data, data.load_stream])
 )
 def test_labels_with_gaps_are_renumbered(tmp_path, load, train, names, numbers):
     loaded = load([write(tmp_path, train=train, test=train[::-1])])
-    assert loaded.label_names == names and loaded.named
+    assert loaded.label_names == names and loaded.label_kind != "numbers"
     assert loaded.train.labels.tolist() == numbers and loaded.test.labels.tolist() == numbers[::-1]
     assert f"{len(names)} classes renumbered" in loaded.notes[0] and f"{names[0]} is 0" in loaded.notes[0]
     folder = write(tmp_path, test=[train[0], train[0] + 5])
@@ -53,10 +53,10 @@ def test_labels_with_gaps_are_renumbered(tmp_path, load, train, names, numbers):
 @both
 def test_labels_without_gaps_are_the_numbers_of_classes(tmp_path, load):
     loaded = load([write(tmp_path, train=pa.array([2, 0, 1], pa.uint8()), test=[1, 1])])
-    assert loaded.label_names == ("0", "1", "2") and not loaded.named and loaded.notes == ()
+    assert loaded.label_names == ("0", "1", "2") and loaded.label_kind == "numbers" and loaded.notes == ()
     folder = write(tmp_path, train=[0, 3], test=[2, 1])
     loaded = load([folder], num_classes=5)
-    assert loaded.label_names == ("0", "1", "2", "3", "4") and not loaded.named
+    assert loaded.label_names == ("0", "1", "2", "3", "4") and loaded.label_kind == "numbers"
     assert loaded.train.labels.tolist() == [0, 3] and loaded.test.labels.tolist() == [2, 1]
     with pytest.raises(data.DataError, match=r"train row 1 has the label 3 .*3 classes are numbered 0 to 2"):
         load([folder], num_classes=3)

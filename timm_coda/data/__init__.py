@@ -1,6 +1,5 @@
 """Labelled image datasets (Hugging Face Hub, parquet files, image folders, built-in digits) as batches for training."""
 
-from .labels import DataError
 from .datasets import (
     Batch,
     ImageData,
@@ -15,6 +14,7 @@ from .datasets import (
     load_data,
 )
 from .description import data_changes, describe_data
+from .labels import DataError
 from .loading import make_train_loader
 from .streaming import load_stream
 

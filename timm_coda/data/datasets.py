@@ -25,9 +25,10 @@ from timm.data.transforms_factory import create_transform
 from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
 
+from ..explanation import Classes, ClassesError
 from ..images import to_rgb
-from .labels import DataError, check_several, encode_labels, listed, missing_classes
 from .folder import EVAL_NAMES, TRAIN_NAMES
+from .labels import DataError, check_several, encode_labels, listed, missing_classes
 from .sources import choose_split, columns_of, encoded_images, find_columns, find_splits, unused_splits
 
 
@@ -66,8 +67,39 @@ class ImageData:
     label_column: str
     label_names: tuple[str, ...]
     notes: tuple[str, ...]  # choices that the user should know about
-    named: bool = True  # False if the label names are only the numbers of the classes
+    label_kind: str = "declared"  # see `labels.LabelTable.kind`
     account: dict[str, Any] = field(default_factory=dict)  # of an image folder: what is used, and what not and why
+
+    def matched(self, classes: Classes) -> "ImageData":
+        """Return this dataset with the class numbers and names of a model, whose classes are found by name.
+
+        Integer labels that are no names of the model's classes are their numbers.
+
+        Raises:
+            DataError: A class is not one of the model's, or nobody knows the names of the model's classes.
+        """
+        own, count, notes = self.label_names, len(classes), ()
+        numbers: tuple[int, ...] | None = None
+        try:
+            numbers = classes.match(own) if classes.labels else None
+        except ClassesError as error:
+            if self.label_kind not in ("numbers", "ids"):
+                raise DataError(f"{error}: use images of these classes only, or another model") from error
+        if numbers is None and self.label_kind in ("numbers", "ids"):
+            numbers = tuple(map(int, own))
+            if max(numbers, default=0) >= count:
+                raise DataError(f"the label {max(numbers)} is no class of the model: they are 0 to {count - 1}")
+            notes = ("integer labels are taken as the numbers of the model's classes",) if classes.labels else ()
+        if numbers is None:
+            raise DataError(
+                f"nobody has named the model's {count} classes, so {listed(own)} cannot be found among them: save it "
+                "with names, model.save_pretrained(FOLDER, label_names=[...])"
+            )
+        if len(own) < count:
+            notes += (f"the images are of {len(own)} of the model's {count} classes",)
+        renumber = np.asarray(numbers)
+        train, test = (replace(split, labels=renumber[split.labels]) for split in (self.train, self.test))
+        return replace(self, train=train, test=test, label_names=classes.names, notes=self.notes + notes)
 
 
 def load_data(
@@ -173,7 +205,7 @@ def load_data(
         label_column,
         classes.padded(num_classes),
         tuple(note for note in notes if note),
-        classes.named,
+        classes.kind,
         account,
     )
 

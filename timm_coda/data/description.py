@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from .labels import listed, normalised
 from .datasets import ImageData, Split
+from .labels import listed, normalised
 from .streaming import StreamedSplit, open_parquet, row_groups
 
 __all__ = ["data_changes", "describe_data"]

@@ -10,7 +10,7 @@ import datasets
 import numpy as np
 import pyarrow as pa
 
-__all__ = ["LabelTable", "DataError", "check_several", "encode_labels", "listed", "missing_classes", "normalised"]
+__all__ = ["DataError", "LabelTable", "check_several", "encode_labels", "listed", "missing_classes", "normalised"]
 
 
 class DataError(ValueError):

@@ -18,9 +18,9 @@ import pyarrow.parquet as pq
 import torch
 
 from . import sources
-from .labels import DataError, check_several, encode_labels, listed, missing_classes
 from .datasets import ImageData, ImageDataset, Skipped, Split, decode
 from .folder import EVAL_NAMES, TRAIN_NAMES
+from .labels import DataError, check_several, encode_labels, listed, missing_classes
 
 __all__ = ["StreamOrder", "StreamedDataset", "StreamedSplit", "load_stream"]
 
@@ -108,7 +108,7 @@ def load_stream(
     notes = [*loaded.notes, classes.note, missing_classes(test_labels, classes, test_name)]
     notes = [note for note in (*notes, sources.unused_splits(files, (train_name, test_name))) if note]
     names = classes.padded(num_classes)
-    return ImageData(train, test, image_column, label_column, names, tuple(notes), classes.named)
+    return ImageData(train, test, image_column, label_column, names, tuple(notes), classes.kind)
 
 
 class StreamedDataset(ImageDataset):
