@@ -15,6 +15,7 @@ from .figures import (
     save_figure,
     save_image,
 )
+from .fonts import drawable, font_families
 from .result import Explanation
 from .sheet import GAP, GREY, INK, PANEL, PITCH, Page, letters
 
@@ -31,9 +32,11 @@ __all__ = [
     "as_pictures",
     "color_limit",
     "draw_scale",
+    "drawable",
     "explain",
     "explanation_mode",
     "figure",
+    "font_families",
     "heatmap",
     "letters",
     "output_of",
