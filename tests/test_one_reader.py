@@ -9,7 +9,6 @@ from timm.data import resolve_model_data_config
 from helpers.photos import save_turned_digits, turned
 from timm_coda import cli, data
 from timm_coda.data.datasets import decode
-from timm_coda.gallery import Gallery, Source
 from timm_coda.gallery.placement import eval_transform
 from timm_coda.images import read_image
 
@@ -80,13 +79,3 @@ def test_every_kind_of_file(tmp_path):
         read = [read_image(tmp_path / name) for name in kinds]
         others = [ImageOps.exif_transpose(Image.open(tmp_path / name)) for name in kinds]
         assert torch.equal(model.explain(read).images, model.explain(others).images)
-
-
-def test_gallery_reads_what_it_is_given(tmp_path):
-    model = timm.create_model("coda_net_xs.digits", pretrained=True).eval()
-    file = save_turned_digits(tmp_path)[5]
-    gallery = Gallery(model, tmp_path / "out", names=list("0123456789"))
-    gallery.add(Source(str(file), file.name, "photo"), Image.open(file))
-    gallery.finish()
-    with np.load(tmp_path / "out" / "photo.npz") as arrays:
-        assert np.array_equal(arrays["images"], model.explain(read_image(file)).images)
