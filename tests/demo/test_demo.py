@@ -25,6 +25,7 @@ import timm
 import yaml
 from PIL import Image
 
+from helpers.photos import save_turned_digits
 from timm_coda import cli
 from timm_coda.data.datasets import load_data
 from timm_coda.explanation import figures
@@ -343,7 +344,7 @@ def test_bad_files_are_refused_in_words(visit, tmp_path):
     bomb.write_bytes(png_that_claims(50_000, 50_000))
     large.write_bytes(png_that_claims(8, 8) + bytes(11_000_000))
     upload_field = page.locator("input[type=file]")
-    for path, said in ((text, "The image: not an image in a supported format"), (bomb, "more than 25,000,000 pixels")):
+    for path, said in ((text, "The image: not an image in a supported format"), (bomb, "more than 50,000,000 pixels")):
         upload_field.set_input_files(path)
         playwright.expect(page.get_by_role("alert").first).to_contain_text(said)
         page.get_by_role("button", name="Remove Image").click()
@@ -395,6 +396,22 @@ def by_hand(site, event, *fields):
 def fetch(request):
     with urllib.request.urlopen(request, timeout=20) as answer:
         return answer.read().decode()
+
+
+def test_turned_photos(site, model, tmp_path):
+    for path in save_turned_digits(tmp_path)[::5]:  # each orientation once
+        boundary = uuid.uuid4().hex
+        head = f'--{boundary}\r\nContent-Disposition: form-data; name="files"; filename="photo.jpg"\r\n\r\n'
+        body = head.encode() + path.read_bytes() + f"\r\n--{boundary}--\r\n".encode()
+        kind = {"Content-Type": f"multipart/form-data; boundary={boundary}"}
+        (place,) = json.loads(fetch(urllib.request.Request(f"{site}/gradio_api/upload", body, kind)))
+        file = {"path": place, "meta": {"_type": "gradio.FileData"}, "orig_name": "photo.jpg"}
+        answer = by_hand(site, "change", file, "coda_net_xs.digits", None, -1, "", 1, 99.5, None)
+        seen, _, _ = answer.partition("data:image/png;base64,")[2].partition("\\")
+        expected = model.explain(Image.open(path))
+        assert int(expected.prediction) == int(path.parent.name)
+        pixels = np.rint(255 * np.moveaxis(expected.images[0].numpy(), 0, -1))
+        assert np.array_equal(np.asarray(Image.open(io.BytesIO(base64.b64decode(seen)))), pixels), path
 
 
 def test_only_uploads_can_be_read(site, tmp_path, digits):

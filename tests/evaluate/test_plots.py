@@ -171,16 +171,21 @@ def test_maps_are_in_their_places(folder):
     assert shown[weak].min() > 225, "weak contributions are almost white in every map"
 
 
-@pytest.mark.parametrize("theme", [plots.LIGHT, plots.DARK], ids=["light", "dark"])
-def test_labels_are_never_cut(folder, theme):
+@pytest.mark.filterwarnings("ignore:no installed font has")  # then squares are drawn, which fit as well
+@pytest.mark.parametrize(
+    ("theme", "text"),
+    [(plots.LIGHT, LONG), (plots.DARK, LONG), (plots.LIGHT, "大熊猫" * 20)],
+    ids=["light", "dark", "wide"],
+)
+def test_labels_are_never_cut(folder, theme, text):
     findings = read_findings(folder)
     for explainer in findings.results["explainers"].values():
-        explainer["label"] = LONG
-    findings.results["label_names"] = [LONG] * 10
+        explainer["label"] = text
+    findings.results["label_names"] = [text] * 10
     for ranking in findings.rankings:
-        object.__setattr__(ranking, "unit", LONG)
+        object.__setattr__(ranking, "unit", text)
         for entry in ranking.entries:
-            entry.curve and entry.curve.update(x_label=LONG, y_label=LONG)
+            entry.curve and entry.curve.update(x_label=text, y_label=text)
     for name, figure in plots.draw_plots(findings, theme).items():
         file = io.BytesIO()
         figure.savefig(file, format="png")
@@ -190,6 +195,6 @@ def test_labels_are_never_cut(folder, theme):
         inches = np.array(pixels.shape[1::-1]) / figure.dpi
         assert (inches <= (plots.PAGE + 0.2, plots.PAGE_HEIGHT + 2)).all(), name
         labels = [label for axes in figure.axes for label in (axes.title, *axes.get_yticklabels(), *axes.texts)]
-        for text in (*figure.texts, *labels):
-            box = text.get_window_extent()
-            assert box.x0 >= 0 and box.x1 <= pixels.shape[1], (name, text.get_text())
+        for label in (*figure.texts, *labels):
+            box = label.get_window_extent()
+            assert box.x0 >= 0 and box.x1 <= pixels.shape[1], (name, label.get_text())

@@ -17,7 +17,7 @@ and see the model's decision and the contribution of each pixel to it.
 
 The page can be opened only on this machine, unless --host allows others. Then
 visitors can choose only the models given by --model, unless --any-model is set.
-Uploads are limited to 10 MB and 25 million pixels.
+Uploads are limited to 10 MB and 50 million pixels.
 
 --export writes a folder for Hugging Face Spaces: app.py, requirements.txt,
 README.md, this package, and the models and examples that are local folders.

@@ -19,14 +19,13 @@ from typing import Any, NamedTuple
 import datasets
 import numpy as np
 import PIL.Image
-import PIL.ImageOps
 import torch
 from timm.data.transforms_factory import create_transform
 from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
 
 from ..explanation import Classes, ClassesError
-from ..images import to_rgb
+from ..images import read_image
 from .folder import EVAL_NAMES, TRAIN_NAMES
 from .labels import DataError, check_several, encode_labels, listed, missing_classes
 from .sources import choose_split, columns_of, encoded_images, find_columns, find_splits, unused_splits
@@ -53,7 +52,7 @@ class Split:
         return f"{self.name} row {row}" + (f" ({path})" if path else "")
 
     def image(self, index: int) -> PIL.Image.Image:
-        """Decode an image to RGB. Raises the decoder's own error if the image cannot be read."""
+        """Decode an image to RGB. Raises `DataError` or `ImageError` if that is impossible."""
         return decode(self.rows[int(self.indices[index])][self.column])
 
 
@@ -211,12 +210,11 @@ def load_data(
 
 
 def decode(encoded: dict[str, Any] | None) -> PIL.Image.Image:
-    """Decode the `bytes`, or the file at `path`, to RGB. Raises the decoder's own error if the image cannot be read."""
+    """Decode the `bytes`, or the file at `path`, to RGB. Raises `DataError` or `ImageError` if that is impossible."""
     if encoded is None or (encoded["bytes"] is None and encoded["path"] is None):
         raise DataError("this row has no image")
-    with PIL.Image.open(encoded["path"] if encoded["bytes"] is None else io.BytesIO(encoded["bytes"])) as image:
-        image.load()
-        return to_rgb(PIL.ImageOps.exif_transpose(image))
+    source = encoded["path"] if encoded["bytes"] is None else io.BytesIO(encoded["bytes"])
+    return read_image(source, name="", max_pixels=None)
 
 
 class Skipped(NamedTuple):

@@ -20,7 +20,6 @@ from ..images import read_image
 from .shelf import Shelf, layer_names
 from .views import Shown, arrays_file, examples_html, figure_file, result_html
 
-MAX_PIXELS = 25_000_000  # per uploaded image: several visitors may decode one at the same time
 _HOUR = 3600  # seconds
 _HERE = Path(__file__).parent
 _IMAGE = ""  # value of the layer field for the pixels
@@ -155,7 +154,7 @@ class _Page:
             return self._nothing(_EMPTY)
         model = self.shelf[wish.model]
         names, (widest, window) = Classes.of(model).names, _windows(model)
-        picture = read_image(wish.image, name="The image", max_pixels=MAX_PIXELS)
+        picture = read_image(wish.image, name="The image")
         if wish.shown is not None and wish.shown.model == wish.model:
             return self._explain(wish, picture, None, _NOBODY)
         changes = self._explain(wish._replace(layer=_IMAGE, smooth=window), picture, None, _NOBODY)

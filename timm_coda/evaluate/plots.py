@@ -6,13 +6,14 @@ and line style in every plot. matplotlib's global state is not changed.
 
 import re
 import textwrap
+import unicodedata
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ..explanation import color_limit, heatmap, save_figure
+from ..explanation import color_limit, drawable, font_families, heatmap, save_figure
 from .findings import Findings, Ranking, number, read_findings
 
 if TYPE_CHECKING:
@@ -21,7 +22,6 @@ if TYPE_CHECKING:
 
 COLUMN, PAGE, PAGE_HEIGHT = 3.4, 7.0, 8.6  # inches: a column, a page, its height less a caption
 TEXT, LINE = 7.0, 0.12  # font size in points, as in `explanation.figure`, and line height in inches
-FONT = "DejaVu Sans"  # ships with matplotlib, so it is always available
 MAX_EXAMPLES = 8  # more would be too small on a page
 _DASHES = ("-", (0, (4, 1.5)), (0, (1, 1.2)))
 
@@ -137,7 +137,8 @@ def draw_curves(ranking: Ranking, findings: Findings, theme: Theme) -> "Figure":
     axes.set_ylabel("\n".join(_wrap(curve["y_label"], 1.8, TEXT)), fontsize=TEXT, color=theme.ink)
     axes.grid(color=theme.grey, alpha=0.25, linewidth=0.5)
     layout = {"loc": "outside lower center", "ncols": 2, "handlelength": 2.4, "columnspacing": 1.2}
-    legend = figure.legend(prop={"family": FONT, "size": TEXT}, labelcolor=theme.ink, frameon=False, **layout)
+    look = {"prop": {"family": font_families("".join(names)), "size": TEXT}, "labelcolor": theme.ink, "frameon": False}
+    legend = figure.legend(**look, **layout)
     legend.set_zorder(5)
     return _finish(figure)
 
@@ -222,7 +223,7 @@ def _column(height: float, theme: Theme) -> tuple["Figure", "Axes"]:
     axes = figure.add_subplot(facecolor="none")
     axes.spines[["top", "right"]].set_visible(False)
     axes.spines[["left", "bottom"]].set(color=theme.grey, linewidth=0.6)
-    ticks = {"labelsize": TEXT, "labelfontfamily": FONT, "labelcolor": theme.ink, "color": theme.grey}
+    ticks = {"labelsize": TEXT, "labelfontfamily": font_families(""), "labelcolor": theme.ink, "color": theme.grey}
     axes.tick_params(width=0.6, length=2.5, **ticks)
     return figure, axes
 
@@ -237,15 +238,20 @@ def _look(explainer: str, findings: Findings, theme: Theme) -> tuple[str, object
 
 
 def _wrap(text: str, inches: float, points: float) -> list[str]:
-    """Wrap a text to a width; long words are broken. A character of DejaVu Sans is about 0.6 of the font size wide."""
-    return textwrap.wrap(" ".join(text.split()), max(4, int(inches * 72 / (0.6 * points)))) or [""]
+    """Wrap a text to a width; long words are broken, and characters that no font has replaced.
+
+    A character is about 0.6 of the font size wide, a Chinese one 1.1.
+    """
+    wide = any(unicodedata.east_asian_width(letter) in "WF" for letter in text)
+    size = (1.1 if wide else 0.6) * points
+    return textwrap.wrap(drawable(" ".join(text.split())), max(4, int(inches * 72 / size))) or [""]
 
 
 def _finish(figure: "Figure") -> "Figure":
-    """Set one font for all texts, and print $ literally."""
+    """Set the fonts of all texts, and print $ literally."""
     from matplotlib.text import Text
 
     for text in figure.findobj(Text):
         assert isinstance(text, Text)
-        text.set(fontfamily=FONT, parse_math=False, usetex=False)
+        text.set(fontfamily=font_families(text.get_text()), parse_math=False, usetex=False)
     return figure

@@ -11,10 +11,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from timm.data import create_transform, resolve_model_data_config
+from timm.data import resolve_model_data_config
 from tqdm import tqdm
 
-from ..data import ImageDataset, load_data
+from ..data import ImageDataset, create_transforms, load_data
 from ..hub import __version__, environment, load_model, weights_fingerprint, write_text
 from .base import Curve, EvaluationError, Explainer, ExplainerError, Metric, Scores, Subject
 from .localisation import GridLocalisation
@@ -88,7 +88,7 @@ def run(
     open_folder(folder, settings, overwrite=overwrite)
     for note in data.notes:
         say(note)
-    transform: Any = create_transform(**resolve_model_data_config(model), is_training=False)
+    _, transform = create_transforms(resolve_model_data_config(model))
     images = ImageDataset(data.test, transform)
     model = model.to(setup.device)
     found = kept(folder / PARTS / "predictions.npz")

@@ -16,6 +16,7 @@ from .figures import (
     save_figure,
     save_image,
 )
+from .fonts import drawable, font_families
 from .result import Explanation
 from .sheet import GAP, GREY, INK, PANEL, PITCH, Page, letters
 
@@ -34,9 +35,11 @@ __all__ = [
     "as_pictures",
     "color_limit",
     "draw_scale",
+    "drawable",
     "explain",
     "explanation_mode",
     "figure",
+    "font_families",
     "forget_names",
     "heatmap",
     "letters",

@@ -97,7 +97,8 @@ class ExplainMixin:
 
         Args:
             images: colours in [0, 1], (B, C, H, W) or (C, H, W); or encoded images with 2C channels; or PIL images,
-                which go through the model's own eval transform, with transparent parts over white
+                which are made RGB, upright and opaque like a file (`images.to_rgb`) and go through the model's own eval
+                transform
             target: class to explain: None for the predicted class, an int for all images, B ints for one class per
                 image, or (B, T) for T classes per image
             top: instead of `target`, explain the `top` classes with the largest logits, in that order

@@ -14,6 +14,7 @@ from PIL import Image
 from timm.data import resolve_model_data_config
 
 from ..explanation import GAP, GREY, Explanation, Page, color_limit, replacing, save_figure, save_image
+from ..images import to_rgb
 from .inputs import Source
 from .placement import eval_transform, overlay_whole, seen_box
 
@@ -99,8 +100,9 @@ class Gallery:
         self._sheets = 0
 
     def add(self, source: Source, image: Image.Image) -> list[Row]:
-        """Queue an RGB image. Explain the queued images once they fill a batch, and return their rows."""
+        """Queue an image of any mode. Explain the queued images once they fill a batch, and return their rows."""
         self._count += 1
+        image = to_rgb(image)
         note = image.info.get("note", "")
         self._waiting.append(_Waiting(source, self._count, self._transform(image), _resized(image), note))
         return self._explain() if len(self._waiting) == self.batch_size else []

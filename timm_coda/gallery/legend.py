@@ -33,27 +33,23 @@ def draw_legend(picture: np.ndarray, caption: str, probability: float, limit: fl
         return picture
     font = letters(size)
     shown = f"p = {probability:.2f}"
-    room = width - 4 * pad - round(font.getlength(shown)) - size  # all digits have the same width
-    if font.getlength(caption) > room:
-        while caption and font.getlength(caption + "…") > room:
+    room = width - 4 * pad - round(font.length(shown)) - size  # all digits have the same width
+    if font.length(caption) > room:
+        while caption and font.length(caption + "…") > room:
             caption = caption[:-1].rstrip()
         caption += "…"
-    inner = max(scale, round(font.getlength(caption) + size + font.getlength(shown)))
+    inner = max(scale, round(font.length(caption) + size + font.length(shown)))
     panel_width, panel_height = inner + 2 * pad, int(3.6 * size) + 2 * pad
     left, top = pad, height - pad - panel_height
     page = Image.fromarray(picture)
     draw: Any = ImageDraw.Draw(page)
     draw.rectangle((left, top, left + panel_width, top + panel_height), fill="#ffffff")
-    draw.text((left + pad, top + pad), caption, fill=INK, font=font)
-    draw.text((left + pad + inner, top + pad), shown, fill=INK, font=font, anchor="ra")
+    font.draw(draw, left + pad, top + pad, caption, fill=INK)
+    font.draw(draw, left + pad + inner, top + pad, shown, fill=INK, align=1)
     # The scale shows evidence as it looks over middle grey.
     colors = overlay(np.full((3, size // 2, inner), 0.5), np.linspace(-1, 1, inner)[None], limit=1)
     page.paste(Image.fromarray(colors), (left + pad, top + pad + round(1.6 * size)))
     line = top + pad + round(2.5 * size)
-    for x, anchor, text in (
-        (0, "la", f"\N{MINUS SIGN}{limit:.2g}"),
-        (inner / 2, "ma", "0"),
-        (inner, "ra", f"+{limit:.2g} logit"),
-    ):
-        draw.text((left + pad + x, line), text, fill=INK, font=font, anchor=anchor)
+    for align, text in ((0, f"\N{MINUS SIGN}{limit:.2g}"), (0.5, "0"), (1, f"+{limit:.2g} logit")):
+        font.draw(draw, left + pad + align * inner, line, text, fill=INK, align=align)
     return np.asarray(page)
