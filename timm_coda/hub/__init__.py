@@ -15,7 +15,15 @@ from .folder import (
     write_text,
 )
 from .labels import class_names, find_class
-from .remote import card_of_folder, check_access, check_repo_id, fetch, files_to_push, push_folder
+from .remote import (
+    card_of_folder,
+    check_access,
+    check_repo_id,
+    download_errors,
+    fetch,
+    files_to_push,
+    push_folder,
+)
 
 __all__ = [
     "ConvertError",
@@ -31,6 +39,7 @@ __all__ = [
     "class_names",
     "convert_checkpoint",
     "create_model",
+    "download_errors",
     "environment",
     "fetch",
     "files_to_push",

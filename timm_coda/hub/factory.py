@@ -20,7 +20,7 @@ from huggingface_hub import CommitInfo, ModelCard, ModelHubMixin
 from ..errors import wrap_errors
 from .card import make_card
 from .folder import HubError, check_folder, model_config, save_model
-from .remote import fetch, push_folder
+from .remote import download_errors, fetch, push_folder
 
 __all__ = ["HubMixin", "create_model", "load_model"]
 
@@ -60,7 +60,8 @@ def create_model(
     if "num_classes" in arguments:
         raise HubError(f"model argument num_classes={arguments['num_classes']}: leave it out, it is {num_classes} here")
     said = "".join(f", {key}={value!r}" for key, value in arguments.items())
-    with wrap_errors(f"cannot create the model {name} with num_classes={num_classes}{said}", HubError):
+    what = f"cannot create the model {name} with num_classes={num_classes}{said}"
+    with wrap_errors(what, HubError), download_errors(name):
         model: Any = timm.create_model(name, pretrained=pretrained, num_classes=num_classes, **arguments)
     if head_only:
         model.requires_grad_(False)
@@ -81,7 +82,7 @@ def load_model(name: str, *, pretrained: bool = True) -> Any:
     if os.path.isdir(name):
         name = f"local-dir:{name}"
     _check_name(name)
-    with wrap_errors(f"cannot load {name}", HubError):
+    with wrap_errors(f"cannot load {name}", HubError), download_errors(name):
         return timm.create_model(name, pretrained=pretrained).eval()
 
 

@@ -13,7 +13,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from timm.models import generate_default_cfgs, register_model
 from timm.models.convnext import ConvNeXt
 from torch import Tensor, nn
 
@@ -21,6 +21,7 @@ from ..hub import unwrap
 from ..layers import BatchNormUncentered2d, GlobalPool, PositionNorm2d
 from ._bcos_v2 import LONG, BcosHead, v2_cfg, v2_weights
 from ._bcosify import bcos_classifier, bcos_logits, replace_modules
+from ._builder import build_model
 
 __all__ = ["BcosConvNeXt"]
 
@@ -142,11 +143,11 @@ default_cfgs = generate_default_cfgs(
 
 
 def _create_bcos_convnext(variant: str, pretrained: bool = False, **kwargs: Any) -> BcosConvNeXt:
-    return build_model_with_cfg(
+    return build_model(
         BcosConvNeXt,
         variant,
         pretrained,
-        pretrained_filter_fn=checkpoint_filter_fn,
+        checkpoint_filter_fn,
         feature_cfg={"out_indices": (0, 1, 2, 3), "flatten_sequential": True},
         **kwargs,
     )

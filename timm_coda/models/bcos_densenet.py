@@ -11,13 +11,14 @@ The classifier is a 1x1 B-cos convolution before the pooling. logits = W(x) x + 
 from collections.abc import Mapping
 from typing import Any
 
-from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from timm.models import generate_default_cfgs, register_model
 from timm.models.densenet import DenseNet
 from torch import Tensor
 
 from ..layers import GlobalPool
 from ._bcos_v2 import LONG, BcosHead, v2_cfg, v2_weights
 from ._bcosify import bcos_classifier, bcos_logits, replace_modules
+from ._builder import build_model
 
 __all__ = ["BcosDenseNet"]
 
@@ -107,11 +108,11 @@ default_cfgs = generate_default_cfgs(
 
 
 def _create_bcos_densenet(variant: str, pretrained: bool = False, **kwargs: Any) -> BcosDenseNet:
-    return build_model_with_cfg(
+    return build_model(
         BcosDenseNet,
         variant,
         pretrained,
-        pretrained_filter_fn=checkpoint_filter_fn,
+        checkpoint_filter_fn,
         feature_cfg={"flatten_sequential": True},
         **kwargs,
     )

@@ -13,7 +13,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from timm.models import generate_default_cfgs, register_model
 from timm.models._features import feature_take_indices
 from timm.models.vgg import VGG, cfgs
 from torch import Tensor, nn
@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from ..layers import GlobalPool
 from ._bcos_v2 import BcosHead, v2_cfg, v2_weights
 from ._bcosify import bcos_classifier, bcos_logits, replace_modules
+from ._builder import build_model
 
 __all__ = ["BcosVGG"]
 
@@ -121,12 +122,12 @@ default_cfgs = generate_default_cfgs(
 
 @register_model
 def bcos_vgg11(pretrained: bool = False, **kwargs: Any) -> BcosVGG:
-    return build_model_with_cfg(
+    return build_model(
         BcosVGG,
         "bcos_vgg11",
         pretrained,
+        checkpoint_filter_fn,
         model_cfg=cfgs["vgg11"],
-        pretrained_filter_fn=checkpoint_filter_fn,
         feature_cfg={"flatten_sequential": True, "out_indices": (0, 1, 2, 3, 4, 5)},
         **kwargs,
     )

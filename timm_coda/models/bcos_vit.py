@@ -23,7 +23,7 @@ from functools import partial
 from typing import Any
 
 from timm.layers import Format, HybridEmbed, PatchEmbed, _assert, get_device_dtype, to_2tuple
-from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from timm.models import generate_default_cfgs, register_model
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
@@ -39,6 +39,7 @@ from ..layers import (
     freezable,
 )
 from ._bcosify import bcos_logits
+from ._builder import build_model
 
 __all__ = ["BcosVisionTransformer"]
 
@@ -299,11 +300,11 @@ default_cfgs = generate_default_cfgs(
 
 
 def _create_bcos_vit(variant: str, pretrained: bool = False, **kwargs: Any) -> BcosVisionTransformer:
-    return build_model_with_cfg(
+    return build_model(
         BcosVisionTransformer,
         variant,
         pretrained,
-        pretrained_filter_fn=checkpoint_filter_fn,
+        checkpoint_filter_fn,
         feature_cfg={"out_indices": 3, "feature_cls": "getter"},
         **kwargs,
     )
