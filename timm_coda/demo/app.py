@@ -15,9 +15,10 @@ try:
 except ImportError as error:
     raise ImportError("the page needs gradio: pip install 'timm_coda[demo]'") from error
 
-from ..hub import class_names
+from ..hub import class_names, training_data
 from ..images import read_image
-from .shelf import Shelf, layer_names
+from .examples import Examples
+from .shelf import Shelf, described, layer_names
 from .views import Shown, arrays_file, examples_html, figure_file, result_html
 
 MAX_PIXELS = 25_000_000  # per uploaded image: several visitors may decode one at the same time
@@ -25,7 +26,7 @@ _HOUR = 3600  # seconds
 _HERE = Path(__file__).parent
 _IMAGE = ""  # value of the layer field for the pixels
 _NOBODY = -1  # value of the contrast field for no class
-_EMPTY = '<div class="coda-empty">Drop an image, or choose an example: its explanation appears here.</div>'
+_EMPTY = '<div class="coda-empty">Drop an image: its explanation appears here.</div>'
 _HEAD = (
     "<h1>Why did the model decide that?</h1><p>These image classifiers explain themselves exactly: the score of a "
     "class is a sum over the pixels, and the map shows each pixel's share in it.</p>"
@@ -43,19 +44,28 @@ _SAVE = """(file) => {
 _log = logging.getLogger(__name__)
 
 
-def make_app(shelf: Shelf, examples: Sequence[Path], *, first: Path | None = None) -> gr.Blocks:
+def make_app(shelf: Shelf, examples: Examples) -> gr.Blocks:
     """Create the page as a Gradio app; `serve` launches it, with its style and limits.
 
     Args:
         shelf: the models
-        examples: image files to choose from
-        first: image to explain when the page opens
+        examples: image files to choose from, offered with the models that they fit; the first one of those of the
+            first model is explained when the page opens
     """
     with gr.Blocks(title="timm_coda: exact explanations", analytics_enabled=False, delete_cache=(_HOUR, _HOUR)) as app:
-        page = _Page(shelf, examples, first)
-        if first is not None:
+        page = _Page(shelf, examples)
+        if page.first is not None:
             page.on(app.load, page.new_image)
     return app
+
+
+class _UploadedFile(gr.Image):
+    """An image whose value is the path of the file: `read_image` opens it, with our limits and error messages."""
+
+    is_template = True  # shown by the component of gr.Image
+
+    def preprocess(self, payload: Any) -> Any:
+        return payload and payload.path
 
 
 class _Page:
@@ -64,27 +74,27 @@ class _Page:
     Handlers return new values of components; components that are not in the result do not change.
     """
 
-    def __init__(self, shelf: Shelf, examples: Sequence[Path], first: Path | None) -> None:
-        self.shelf = shelf
+    def __init__(self, shelf: Shelf, examples: Examples) -> None:
+        self.shelf, self.offer = shelf, examples
         model = shelf[shelf.names[0]]
         names = class_names(model)
+        self.first = next(iter(examples.fitting(names)), None)
         self.shown = gr.State(None, time_to_live=_HOUR)
         gr.HTML(_HEAD, elem_id="coda-head", js_on_load=None)
         with gr.Row(elem_id="coda-page"):
             with gr.Column(elem_id="coda-input"):
-                self.image = gr.Image(
-                    None if first is None else str(first),
+                self.image = _UploadedFile(
+                    None if self.first is None else str(self.first),
                     label="Image",
                     sources=["upload", "clipboard"],
                     buttons=[],
                     height=220,
                 )
-                # Pass the uploaded file itself: `read_image` opens it, with our limits and error messages.
-                setattr(self.image, "preprocess", lambda file: file and file.path)  # noqa: B010
                 script = "element.onclick = (e) => e.target.dataset.example && trigger('choose', e.target.dataset)"
-                self.examples = gr.HTML(examples_html(examples), elem_id="coda-examples", js_on_load=script)
+                shown = self._examples(model)
+                self.examples = gr.HTML(shown, elem_id="coda-examples", js_on_load=script)
                 self.model = gr.Dropdown(
-                    list(shelf.names),
+                    [(described(name), name) for name in shelf.names],
                     value=shelf.names[0],
                     label="Model",
                     info="Choose one, or type a name, a folder or hf-hub:USER/NAME" if shelf.any_model else None,
@@ -108,7 +118,7 @@ class _Page:
                 self.file = gr.Textbox(visible=False)
 
         def take(event: gr.EventData) -> str:  # changes the image, which triggers its explanation
-            return str(examples[int(event.example)])
+            return str(examples.paths[int(event.example)])
 
         self.examples.choose(take, None, self.image, api_visibility="private")
         self.on(self.image.change, self.new_image)
@@ -140,7 +150,8 @@ class _Page:
         return event(
             answer,
             [self.image, self.model, self.target, self.versus, self.layer, self.smooth, self.percentile, self.shown],
-            [self.message, self.shown, self.result, self.target, self.versus, self.layer, self.smooth, self.file],
+            [self.message, self.shown, self.result, self.target, self.versus, self.layer, self.smooth, self.file]
+            + [self.image, self.examples],
             trigger_mode="always_last",
             concurrency_id="explain",
             concurrency_limit=2,
@@ -151,14 +162,17 @@ class _Page:
 
     def new_image(self, wish: "_Wish") -> dict:
         """Explain the prediction for a new image, or that of a new model."""
-        if wish.image is None:
-            return self._nothing(_EMPTY)
         model = self.shelf[wish.model]
         names, (widest, window) = class_names(model), _windows(model)
+        offered = {self.examples: self._examples(model)}
+        if wish.image is None:
+            return self._nothing(_EMPTY) | offered
+        if not self.offer.fitting(names) and self._is_example(wish.image):  # of the model that was chosen before
+            return self._nothing(_EMPTY) | offered | {self.image: None}
         picture = read_image(wish.image, name="The image", max_pixels=MAX_PIXELS)
         if wish.shown is not None and wish.shown.model == wish.model:
             return self._explain(wish, picture, None, _NOBODY)
-        changes = self._explain(wish._replace(layer=_IMAGE, smooth=window), picture, None, _NOBODY)
+        changes = offered | self._explain(wish._replace(layer=_IMAGE, smooth=window), picture, None, _NOBODY)
         return changes | {
             self.target: gr.Dropdown(_numbered(names), value=changes[self.target]),
             self.versus: gr.Dropdown(_others(names), value=_NOBODY),
@@ -194,7 +208,7 @@ class _Page:
         versus = _NOBODY if versus == target else versus
         other = None if versus == _NOBODY else versus
         explanation = model.explain(picture, target, versus=other, layer=wish.layer or None)
-        shown = Shown(wish.model, explanation, class_names(model))
+        shown = Shown(wish.model, explanation, class_names(model), training_data(model))
         return {
             self.shown: shown,
             self.result: result_html(shown, smooth=wish.smooth, percentile=wish.percentile),
@@ -202,6 +216,13 @@ class _Page:
             self.versus: versus,
             self.smooth: gr.Slider(interactive=wish.layer == _IMAGE),
         }
+
+    def _examples(self, model: Any) -> str:
+        return examples_html(self.offer.fitting(class_names(model)), trained_on=training_data(model))
+
+    def _is_example(self, file: str) -> bool:
+        content = Path(file).read_bytes()
+        return any(path.read_bytes() == content for path in self.offer.paths)
 
     def _nothing(self, result: str) -> dict:
         return {self.shown: None, self.result: result, self.target: None, self.versus: _NOBODY}

@@ -1,7 +1,15 @@
 """Create, load and save models: registry names, local folders, the Hugging Face Hub, published checkpoints."""
 
 from .card import make_card
-from .checkpoints import ConvertError, check_fit, convert_checkpoint, from_bcos_v2, resolve_weights, unwrap
+from .checkpoints import (
+    ConvertError,
+    check_fit,
+    convert_checkpoint,
+    from_bcos_v2,
+    is_cached,
+    resolve_weights,
+    unwrap,
+)
 from .environment import __version__, environment
 from .factory import HubMixin, create_model, load_model
 from .folder import (
@@ -14,7 +22,7 @@ from .folder import (
     temporary_folder,
     write_text,
 )
-from .labels import class_names, find_class
+from .labels import class_names, find_class, training_data
 from .remote import (
     card_of_folder,
     check_access,
@@ -45,6 +53,7 @@ __all__ = [
     "files_to_push",
     "find_class",
     "from_bcos_v2",
+    "is_cached",
     "load_model",
     "make_card",
     "model_config",
@@ -53,6 +62,7 @@ __all__ = [
     "resolve_weights",
     "save_model",
     "temporary_folder",
+    "training_data",
     "unwrap",
     "write_text",
 ]

@@ -79,8 +79,7 @@ def resolve_weights(
             f"{name} has no weights yet (available: {known}): train them with python train.py --config "
             f"hub_configs/{name}/recipe.yaml, or create the model with pretrained=False"
         )
-    end = urllib.parse.urlparse(config.url).path.rsplit("/", 1)[-1] if isinstance(config.url, str) else ""
-    url, filename = (config.url, end) if isinstance(config.url, str) else config.url  # timm's name of the copy
+    url, filename = _link(config)
     try:
         file = fetch(url, filename, cache_dir)
     except ConvertError as error:
@@ -90,6 +89,22 @@ def resolve_weights(
     if config.license and config.license != "apache-2.0":
         _note_licence(name, config.license, config.description or "")
     return replace(config, file=str(file))
+
+
+def is_cached(name: str) -> bool:
+    """Return whether the weights that `timm.create_model(name, pretrained=True)` downloads from a link are here."""
+    config = timm.models.get_pretrained_cfg(name) if timm.is_model(name.split(".")[0]) else None
+    return bool(config and config.url) and (_cache(None) / _link(config)[1]).is_file()
+
+
+def _link(config: PretrainedCfg) -> tuple[str, str]:
+    """Return the link to a model's weights and the name of the copy in the cache, which is timm's for a plain link."""
+    url: Any = config.url
+    return (url, urllib.parse.urlparse(url).path.rsplit("/", 1)[-1]) if isinstance(url, str) else url
+
+
+def _cache(cache_dir: str | os.PathLike | None) -> Path:
+    return Path(cache_dir or Path(torch.hub.get_dir()) / "checkpoints")
 
 
 @functools.cache
@@ -103,7 +118,7 @@ def fetch(url: str, filename: str, cache_dir: str | os.PathLike | None = None) -
     Raises:
         ConvertError: The download failed, or the response is not a checkpoint.
     """
-    folder = Path(cache_dir or Path(torch.hub.get_dir()) / "checkpoints")
+    folder = _cache(cache_dir)
     file = folder / filename
     if file.exists():
         try:
@@ -135,7 +150,7 @@ def download(url: str, file: Path) -> None:
             total = int(length) if length is not None else None
             shown = {"desc": file.name, "total": total, "unit": "B", "unit_scale": True, "leave": False}
             with tqdm.wrapattr(target, "write", disable=None, **shown) as watched:
-                shutil.copyfileobj(answer, watched)
+                shutil.copyfileobj(answer, watched)  # pyright: ignore[reportArgumentType]  # a file that counts
     except (OSError, http.client.HTTPException) as error:
         if isinstance(error, urllib.error.HTTPError):
             error.close()  # the connection

@@ -6,7 +6,7 @@ from typing import Any
 
 from timm.data import ImageNetInfo
 
-__all__ = ["class_names", "find_class"]
+__all__ = ["class_names", "find_class", "training_data"]
 
 
 def class_names(model: Any) -> tuple[str, ...]:
@@ -18,6 +18,26 @@ def class_names(model: Any) -> tuple[str, ...]:
     if names is None or len(names) != model.num_classes:
         return tuple(f"class {index}" for index in range(model.num_classes))
     return tuple(str(plain.get(name, name)) for name in names)
+
+
+def training_data(model: Any) -> str:
+    """Return in words what a model of the registry was trained on, with its published weights; else "".
+
+    Models from folders and the Hub may have been trained on anything, whatever tag they started from.
+    """
+    config = getattr(model, "pretrained_cfg", None) or {}
+    if config.get("source") in ("local-dir", "hf-hub"):
+        return ""
+    return _DATASETS.get((config.get("tag") or "").split("_")[-1], "")
+
+
+_DATASETS = {  # by the end of a tag
+    "digits": "handwritten digits, white on black",
+    "cifar10": "CIFAR-10: photographs of vehicles and animals",
+    "imagenet": "TinyImageNet: photographs of 200 kinds of things",
+    "imagenet100": "ImageNet-100: photographs of 100 kinds of things, mostly animals",
+    "in1k": "ImageNet: photographs of 1,000 kinds of things",
+}
 
 
 def find_class(names: Sequence[str], word: str) -> int:
