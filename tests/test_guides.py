@@ -3,15 +3,18 @@
 import json
 import os
 import re
+import runpy
 import shlex
 import shutil
 import signal
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
+import setuptools
 import timm
 import torch
 from PIL import Image
@@ -185,3 +188,22 @@ def test_a_front_page_that_is_read():
             assert (guide.parent / target).exists(), f"{guide.relative_to(ROOT)} links {target}, which is not there"
         if guide != README:
             assert text.split("\n\n")[1].startswith("```bash\n"), f"{guide.relative_to(ROOT)} opens with a command"
+
+
+def test_the_long_description_links_nothing_that_packages_lack(monkeypatch):
+    """In a wheel and on a package index, pictures and guides of the repository would be dead links."""
+    given = {}
+    monkeypatch.setattr(setuptools, "setup", given.update)
+    runpy.run_path(str(ROOT / "setup.py"))
+    text = given["long_description"]
+    assert not re.findall(r"\]\((?!https?:|#)", text), "relative links"
+    assert "hub_configs" not in text.split("```")[0] and len(text) > 0.8 * len(README.read_text(encoding="utf-8"))
+    assert "[timm](https://github.com/huggingface/pytorch-image-models)" in text and "| [" not in text
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    assert "readme" in settings["dynamic"], "otherwise setup.py is ignored"
+
+
+def test_the_first_image_to_explain_is_in_a_clone():
+    for guide in (README, ROOT / "timm_coda/explanation/README.md"):
+        found = re.findall(r"timm-coda explain (\S+) --model", guide.read_text(encoding="utf-8"))
+        assert found and (ROOT / found[0]).is_file(), f"{guide}: {found}"

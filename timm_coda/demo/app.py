@@ -27,6 +27,7 @@ _HERE = Path(__file__).parent
 _IMAGE = ""  # value of the layer field for the pixels
 _NOBODY = -1  # value of the contrast field for no class
 _EMPTY = '<div class="coda-empty">Drop an image: its explanation appears here.</div>'
+_FOREIGN = _EMPTY.replace("Drop an image", "This image is an example for another model. Drop one of your own")
 _HEAD = (
     "<h1>Why did the model decide that?</h1><p>These image classifiers explain themselves exactly: the score of a "
     "class is a sum over the pixels, and the map shows each pixel's share in it.</p>"
@@ -59,15 +60,6 @@ def make_app(shelf: Shelf, examples: Examples) -> gr.Blocks:
     return app
 
 
-class _UploadedFile(gr.Image):
-    """An image whose value is the path of the file: `read_image` opens it, with our limits and error messages."""
-
-    is_template = True  # shown by the component of gr.Image
-
-    def preprocess(self, payload: Any) -> Any:
-        return payload and payload.path
-
-
 class _Page:
     """The components of the page, and a handler for each action of a visitor.
 
@@ -83,7 +75,7 @@ class _Page:
         gr.HTML(_HEAD, elem_id="coda-head", js_on_load=None)
         with gr.Row(elem_id="coda-page"):
             with gr.Column(elem_id="coda-input"):
-                self.image = _UploadedFile(
+                self.image = gr.Image(
                     None if self.first is None else str(self.first),
                     label="Image",
                     sources=["upload", "clipboard"],
@@ -91,6 +83,9 @@ class _Page:
                     height=220,
                 )
                 script = "element.onclick = (e) => e.target.dataset.example && trigger('choose', e.target.dataset)"
+                # Pass the uploaded file itself: `read_image` opens it, with our limits and error messages. Not for an
+                # output of an event with other outputs, for which gradio makes a new component.
+                setattr(self.image, "preprocess", lambda file: file and file.path)  # noqa: B010
                 shown = self._examples(model)
                 self.examples = gr.HTML(shown, elem_id="coda-examples", js_on_load=script)
                 self.model = gr.Dropdown(
@@ -150,8 +145,10 @@ class _Page:
         return event(
             answer,
             [self.image, self.model, self.target, self.versus, self.layer, self.smooth, self.percentile, self.shown],
-            [self.message, self.shown, self.result, self.target, self.versus, self.layer, self.smooth, self.file]
-            + [self.image, self.examples],
+            [
+                *(self.message, self.shown, self.result, self.target, self.versus, self.layer, self.smooth, self.file),
+                self.examples,
+            ],
             trigger_mode="always_last",
             concurrency_id="explain",
             concurrency_limit=2,
@@ -168,7 +165,7 @@ class _Page:
         if wish.image is None:
             return self._nothing(_EMPTY) | offered
         if not self.offer.fitting(names) and self._is_example(wish.image):  # of the model that was chosen before
-            return self._nothing(_EMPTY) | offered | {self.image: None}
+            return self._nothing(_FOREIGN) | offered
         picture = read_image(wish.image, name="The image", max_pixels=MAX_PIXELS)
         if wish.shown is not None and wish.shown.model == wish.model:
             return self._explain(wish, picture, None, _NOBODY)

@@ -86,7 +86,7 @@ class Geometry(NamedTuple):
         """Undo `flat`; the result is contiguous, with the strides of a new parameter."""
         if self.channels_last:
             weight = weight.reshape(-1, *self.kernel, channels).permute(0, 3, 1, 2)
-        # Flat first: the strides of axes with one element, which do not matter, are kept by `contiguous`, and DDP warns.
+        # Flat first: `contiguous` keeps the strides of axes with one element, and DDP warns about them.
         return weight.contiguous().flatten().view(-1, channels, *self.kernel)
 
 
