@@ -157,7 +157,8 @@ def _add_video(source: "Source", path: Path, gallery: "Gallery") -> str:
 
 def _line(name: str, top: list[tuple[str, float]], note: str) -> str:
     """Format a name and its three most probable classes in 80 columns, and whether none of them is probable."""
-    note = "; ".join(filter(None, [top[0][1] < 0.5 and "nothing recognised: no class reaches 0.50", note]))
+    unknown = "nothing recognised: no class reaches 0.50" if top[0][1] < 0.5 else ""
+    note = "; ".join(filter(None, [unknown, note]))
     classes = [f"{_short(label, 12):12} {probability:4.2f}" for label, probability in top[:3]]
     return f"{_short(name, 26):26} {' '.join(classes)}".rstrip() + (f"\n  ({note})" if note else "")
 

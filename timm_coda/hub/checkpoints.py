@@ -94,7 +94,7 @@ def resolve_weights(
 def is_cached(name: str) -> bool:
     """Return whether the weights that `timm.create_model(name, pretrained=True)` downloads from a link are here."""
     config = timm.models.get_pretrained_cfg(name) if timm.is_model(name.split(".")[0]) else None
-    return bool(config and config.url) and (_cache(None) / _link(config)[1]).is_file()
+    return config is not None and bool(config.url) and (_cache(None) / _link(config)[1]).is_file()
 
 
 def _link(config: PretrainedCfg) -> tuple[str, str]:
