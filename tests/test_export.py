@@ -48,6 +48,9 @@ def test_explanation_equals_eager(name, suffix, tmp_path):
         assert relative_error(outputs["contributions"].sum((1, 2)), value) < 1e-5
     outputs = run({"image": images, "target": torch.tensor([model.num_classes])})
     assert outputs["contributions"].isnan().all() and outputs["logits"].isfinite().all()
+    for count, targets in ((3, 1), (1, 3), (4, 3)):  # one target would be repeated for all images by `where`
+        with pytest.raises(Exception, match=r"(?i)concat|mismatch|guard|expected"):
+            run({"image": torch.rand(count, *about["input_size"]), "target": torch.zeros(targets, dtype=torch.int64)})
     differences = export.largest_differences(path, model)
     assert set(differences) == set(export.OUTPUTS) and 0 < max(differences.values()) < 1e-5
 

@@ -1,5 +1,6 @@
 """Every code block of the README and of the packages' guides runs as printed, in a copy of the repository."""
 
+import importlib.metadata
 import json
 import os
 import re
@@ -185,3 +186,16 @@ def test_a_front_page_that_is_read():
             assert (guide.parent / target).exists(), f"{guide.relative_to(ROOT)} links {target}, which is not there"
         if guide != README:
             assert text.split("\n\n")[1].startswith("```bash\n"), f"{guide.relative_to(ROOT)} opens with a command"
+
+
+def test_the_long_description_links_nothing_that_packages_lack():
+    """In a wheel and on a package index, pictures and guides of the repository would be dead links."""
+    text = str(importlib.metadata.metadata("timm_coda").get_payload())  # as installed
+    assert "[timm](https://github.com/huggingface/pytorch-image-models)" in text and "## Contributing" in text
+    assert not re.findall(r"\]\((?!https?:|#)", text), "relative links"
+
+
+def test_the_first_image_to_explain_is_in_a_clone():
+    for guide in (README, ROOT / "timm_coda/explanation/README.md"):
+        found = re.findall(r"timm-coda explain (\S+) --model", guide.read_text(encoding="utf-8"))
+        assert found and (ROOT / found[0]).is_file(), f"{guide}: {found}"

@@ -3,6 +3,8 @@
 import copy
 import json
 import os
+import re
+import shlex
 from pathlib import Path
 
 import pytest
@@ -137,6 +139,61 @@ def test_timms_train_script(folders, pretrained, head_only, digits, tmp_path):
     print(f"head only {head_only:.3f}, timm's script {reached:.3f}")
     assert reached > head_only + MARGIN
     assert_explains(tuned, digits[2][:8], again)
+
+
+# As timm's validate.py: arguments from the command line, no import of other packages, and nothing unless it is main.
+VALIDATE = """
+import argparse
+import torch
+from timm.data import create_dataset, create_loader, resolve_data_config
+from timm.models import create_model
+from timm.utils import accuracy
+
+parser = argparse.ArgumentParser()
+parser.add_argument("data")
+parser.add_argument("--model")
+parser.add_argument("--pretrained", action="store_true")
+parser.add_argument("--device", default="cuda")
+
+
+def main():
+    args = parser.parse_args()
+    model = create_model(args.model, pretrained=args.pretrained, num_classes=None, in_chans=3, global_pool=None)
+    config, device = resolve_data_config(vars(args), model=model), torch.device(args.device)
+    images = create_dataset("", root=args.data, split="validation")
+    names = ("input_size", "interpolation", "mean", "std", "crop_pct", "crop_mode")
+    chosen = {name: config[name] for name in names}
+    loader = create_loader(images, batch_size=512, num_workers=0, pin_memory=False, device=device, **chosen)
+    with torch.no_grad():
+        (batch, labels), = loader
+        top1 = accuracy(model.eval()(batch), labels)[0]
+    print(f" * Acc@1 {top1.item():.3f}")
+
+
+if __name__ == "__main__":
+    main()
+"""
+
+
+def test_timms_scripts_without_device_modules(folders, tmp_path):
+    """The guide's command, with a stand-in for timm's validate.py, or the real one beside TIMM_TRAIN_SCRIPT."""
+    guide = (ROOT / "timm_coda/training/README.md").read_text(encoding="utf-8")
+    command = next(block for block in re.findall(r"\$ (python -c .*?)```", guide, re.DOTALL) if "validate.py" in block)
+    script = tmp_path / "path/to/timm/validate.py"
+    script.parent.mkdir(parents=True)
+    given = Path(os.environ.get("TIMM_TRAIN_SCRIPT") or script).with_name("validate.py")
+    script.write_text(given.read_text() if given.exists() else VALIDATE)
+    shown = {"path/to/images/test": str(folders["few"]), "local-dir:runs/tuned": "coda_net_xs.digits"}
+    for place, ours in shown.items():
+        assert place in command
+        command = command.replace(place, ours)
+    words = shlex.split(command.replace("\\\n", " "))
+    assert words[:2] == ["python", "-c"] and words[2].startswith("import timm_coda")
+    program = Program(words[1:], cwd=tmp_path, environment={**os.environ})
+    out, err = program.communicate(timeout=300)
+    assert program.returncode == 0, out + err
+    top1 = re.search(r"\* Acc@1 ([\d.]+)", out + err)
+    assert top1 and float(top1[1]) > 99, out + err  # digits 0 to 3 are classes 0 to 3 in both
 
 
 def test_what_timms_train_script_is_made_of(folders, pretrained, head_only, digits, tmp_path):

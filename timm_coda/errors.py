@@ -15,8 +15,11 @@ _WRONG_INPUT = (
 
 @contextmanager
 def wrap_errors(what: str, error_class: type[ValueError]) -> Iterator[None]:
-    """Re-raise errors that invalid input causes as `error_class`, with the message "{what}: {original message}"."""
+    """Re-raise errors that invalid input causes as `error_class`, with the message "{what}: {original message}".
+
+    An error without a message, such as that of a bare `assert`, is named by its class.
+    """
     try:
         yield
     except _WRONG_INPUT as error:
-        raise error_class(f"{what}: {error}") from error
+        raise error_class(f"{what}: {str(error).strip() or type(error).__name__}") from error

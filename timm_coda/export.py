@@ -60,7 +60,7 @@ def export_program(
     """Export a model as a graph of PyTorch's own operators, in float32 on the CPU, for any batch size.
 
     Inputs are `image` (B, C, H, W), colours in [0, 1] (the model's own input), and with `explain` also `target` (B,),
-    int64, the class to explain, or -1 for the prediction.
+    int64, the class to explain, or -1 for the prediction, one for each image: any other number of targets is an error.
 
     Args:
         model: not modified. Other dtypes are exported in float32, because few runtimes support bfloat16 convolutions.
@@ -251,7 +251,9 @@ def _explanation_graph(model: Any, image: Tensor, target: Tensor) -> torch.fx.Gr
         with torch.enable_grad(), explanation_mode(model):
             encoded = model.encoding(image).detach().requires_grad_()
             logits = torch.func.functional_call(model, state, (encoded,))
-        chosen = torch.where(target == PREDICTION, logits.argmax(1), target)
+        # Joined, because runtimes refuse to join another number of targets than of images; `where` would repeat one.
+        predicted, given = torch.cat([logits.argmax(1, keepdim=True), target[:, None]], 1).unbind(1)
+        chosen = torch.where(given == PREDICTION, predicted, given)
         seed = (chosen[:, None] == torch.arange(logits.shape[1])).to(logits.dtype)
         seed = seed / seed.sum(1, keepdim=True)  # one-hot; 0/0 = NaN where the target is not a class
         (weights,) = torch.autograd.grad(logits, encoded, seed)

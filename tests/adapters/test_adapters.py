@@ -10,8 +10,10 @@ import timm
 import torch
 from captum.attr import IntegratedGradients, NoiseTunnel
 from captum.metrics import infidelity, infidelity_perturb_func_decorator, sensitivity_max
-from pytorch_grad_cam import GradCAM
-from pytorch_grad_cam.metrics.road import ROADMostRelevantFirst
+from pytorch_grad_cam import SESS, GradCAM, RefineCAM
+from pytorch_grad_cam.metrics.arcc import ARCC
+from pytorch_grad_cam.metrics.cam_mult_image import CamMultImageConfidenceChange
+from pytorch_grad_cam.metrics.road import ROADCombined, ROADMostRelevantFirst
 from pytorch_grad_cam.utils.image import show_cam_on_image
 from pytorch_grad_cam.utils.model_targets import ClassifierOutputSoftmaxTarget, ClassifierOutputTarget
 
@@ -274,6 +276,30 @@ def test_quantus_sparseness(batch):
     np.testing.assert_allclose(scores, expected, atol=2e-3)
 
 
+@pytest.mark.filterwarnings("ignore::UserWarning:quantus")  # advice about parameters
+def test_quantus_evaluate(batch):
+    """Quantus' own loop, in which our method stands beside one of Quantus' and maps that were computed before."""
+    import quantus
+
+    images, labels, wrapped = batch["x_batch"], batch["y_batch"], batch["model"]
+    metrics = {
+        "MaxSensitivity": quantus.MaxSensitivity(nr_samples=2, lower_bound=0.01, disable_warnings=True),
+        "RandomLogit": quantus.RandomLogit(num_classes=10, seed=42, disable_warnings=True),
+        "Sparseness": quantus.Sparseness(disable_warnings=True),
+    }
+    for options in ({}, {"device": "cpu"}, {"device": "cpu", "xai_lib": "captum"}):
+        methods = {"ours": explain_func, "InputXGradient": quantus.explain}
+        results = quantus.evaluate(metrics, methods, wrapped, images, labels, explain_func_kwargs=options)
+        for name in methods:  # Quantus prints a metric's error, and leaves the metric out
+            assert {metric: len(scores) for metric, scores in results[name].items()} == dict.fromkeys(metrics, 4)
+        direct = quantus.Sparseness(disable_warnings=True)(**batch)
+        np.testing.assert_array_equal(results["ours"]["Sparseness"], direct)
+        assert not np.array_equal(results["InputXGradient"]["Sparseness"], direct)
+        assert (np.array(results["ours"]["RandomLogit"]) < 0.95).all()
+    with pytest.raises(TypeError, match="reduce_axes"):  # it would change the maps
+        quantus.evaluate(metrics, methods, wrapped, images, labels, explain_func_kwargs={"reduce_axes": ()})
+
+
 # pytorch-grad-cam ----------------------------------------------------------------------------------------------------
 
 
@@ -305,6 +331,93 @@ def test_cam_in_place_of_the_librarys(model, digits):
     assert picture.shape == (16, 16, 3) and picture.dtype == np.uint8
     scores = [ROADMostRelevantFirst(percentile=75)(images, maps, targets, model) for maps in (ours, 1 - ours)]
     assert scores[0].shape == (2,) and (scores[0] < scores[1]).all()  # removing important pixels lowers the logit more
+
+
+def test_cam_runs_the_librarys_usage_example(model, digits):
+    """The example of pytorch-grad-cam's README with the name of the class replaced."""
+    input_tensor, labels = digits[0][:1], digits[1][:1].tolist()
+    rgb_img = input_tensor[0].permute(1, 2, 0).numpy()
+    target_layers = [model.stages[-1]]
+    targets = [ClassifierOutputTarget(labels[0])]
+    with InherentCAM(model=model, target_layers=target_layers) as cam:
+        grayscale_cam = cam(input_tensor=input_tensor, targets=targets, aug_smooth=False, eigen_smooth=False)
+        grayscale_cam = grayscale_cam[0, :]
+        visualization = show_cam_on_image(rgb_img, grayscale_cam, use_rgb=True)
+        model_outputs = cam.outputs
+    assert visualization.shape == (16, 16, 3)
+    assert relative_error(model_outputs, model(input_tensor)) < 1e-6
+    with GradCAM(model=copy.deepcopy(model), target_layers=[]) as theirs:
+        assert not theirs.model.training
+    assert not InherentCAM(copy.deepcopy(model).train()).model.training
+
+
+def test_cam_of_layers(model, digits):
+    """A target layer gives the map of the layer's output, enlarged to the image; several give the mean."""
+    images, labels = digits
+    targets = [ClassifierOutputTarget(c) for c in labels.tolist()]
+    alone, expected = [], []
+    for name in ("stages.0", "stages.2"):
+        maps = model.explain(images, labels, layer=name).contributions.clamp_min(0)
+        maps = torch.nn.functional.interpolate(maps[:, None], (16, 16), mode="bilinear")[:, 0]
+        expected.append(maps / maps.amax((1, 2), keepdim=True))
+        alone.append(InherentCAM(ValidColors(model), [model.get_submodule(name)])(images, targets))
+        np.testing.assert_allclose(alone[-1], expected[-1], atol=1e-5)
+    assert alone[0].shape == alone[1].shape == (4, 16, 16)
+    both = InherentCAM(model, [model.stages[0], model.stages[2]])(images, targets)
+    mean = (alone[0] + alone[1]) / 2
+    np.testing.assert_allclose(both, mean / mean.max((1, 2), keepdims=True), atol=1e-5)
+    with pytest.raises(ValueError, match="the target layer Linear is not part of this CodaNet"):
+        InherentCAM(model, [torch.nn.Linear(1, 1)])
+    with pytest.raises(ValueError, match="target_layers is empty"):
+        InherentCAM(model, [])
+
+
+def test_cam_of_a_vision_transformers_tokens():
+    torch.manual_seed(0)
+    net = timm.create_model("vit_tiny_patch16_bcos_224", num_classes=3, img_size=64, depth=1).eval()
+    images = torch.rand(2, 3, 64, 64)
+    cam = InherentCAM(net, [net.blocks[-1].norm1], reshape_transform=lambda tokens: tokens)
+    maps = net.explain(images, 1, layer="blocks.0.norm1").contributions.clamp_min(0)
+    found = cam(images, [ClassifierOutputTarget(1)] * 2)
+    assert maps.shape == (2, 4, 4) and found.shape == (2, 64, 64)
+    strongest = [divmod(int(one.argmax()), 4) for one in maps]
+    seen = [divmod(int(one.argmax()), 64) for one in found]
+    assert strongest == [(row // 16, column // 16) for row, column in seen]
+
+
+def test_cam_smoothed_over_versions_of_the_image(model, digits):
+    images, labels = digits
+    targets = [ClassifierOutputTarget(c) for c in labels.tolist()]
+    cam = InherentCAM(model)
+    smooth = cam(images, targets, aug_smooth=True)
+    assert torch.equal(cam.outputs, model.explain(images).logits), "of the images themselves"
+    versions = []
+    for factor in (0.9, 1, 1.1):
+        bright = (factor * images).clamp(0, 1)
+        versions += [cam(bright, targets), cam(bright.flip(-1), targets)[:, :, ::-1]]
+    np.testing.assert_allclose(smooth, np.mean(versions, 0), atol=1e-6)
+    assert np.abs(smooth - versions[2]).max() > 0.05 and 0 <= smooth.min() <= smooth.max() <= 1
+    np.testing.assert_allclose(cam(images.flip(-1), targets, aug_smooth=True)[:, :, ::-1], smooth, atol=1e-6)
+    np.testing.assert_allclose(cam(model.encoding(images), targets, aug_smooth=True), smooth, atol=1e-6)
+    with pytest.raises(ValueError, match="eigen_smooth=True: a principal component"):
+        cam(images, targets, eigen_smooth=True)
+
+
+@pytest.mark.filterwarnings("ignore:__array_wrap__ must accept:DeprecationWarning")  # SciPy's sparse matrices in ROAD
+def test_cam_in_the_librarys_metrics_and_methods(model, digits):
+    images, labels = digits[0][:2], digits[1][:2].tolist()
+    targets = [ClassifierOutputTarget(c) for c in labels]
+    cam = InherentCAM(model)
+    maps = cam(images, targets)
+    softmax = [ClassifierOutputSoftmaxTarget(c) for c in labels]
+    change = CamMultImageConfidenceChange()(images, maps, softmax, model)
+    assert change.shape == (2,) and (np.abs(change) <= 1).all()
+    assert (ROADCombined(percentiles=[40, 80])(images, maps, targets, model) > 0).all()
+    assert (((score := ARCC(cam, road_percentiles=[40])(images, maps, targets, model)) > 0) & (score <= 1)).all()
+    with SESS(model, [model.stages[2]], base_method=InherentCAM, num_scales=2) as sess:
+        assert sess(images, targets).shape == (2, 16, 16)
+    refined = RefineCAM(model, [model.stages[1], model.stages[2]], base_method=InherentCAM)(images, targets)
+    assert refined.shape == (2, 16, 16) and np.isfinite(refined).all()
 
 
 def test_cam_where_nothing_speaks_for_the_class():

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import timm
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 
 from timm_coda import cli, data
 from timm_coda.gallery import gallery
@@ -215,3 +215,15 @@ def test_it_is_a_command(tmp_path, digits):
     )
     assert (done.returncode, done.stderr) == (0, "")
     assert "one.png                    1            1.00" in done.stdout
+
+
+def test_where_nothing_is_recognised_the_table_says_so(tmp_path, digits, capsys):
+    """The model was trained on white digits on black: a black one on white is none of its classes."""
+    digits[0].save(tmp_path / "white.png")
+    ImageOps.invert(digits[0]).save(tmp_path / "black.png")
+    files = [str(tmp_path / "white.png"), str(tmp_path / "black.png")]
+    assert cli.main(["explain", *files, *MODEL, "--output", str(tmp_path / "out")]) == 0
+    printed = capsys.readouterr().out
+    assert "The model was trained on handwritten digits, white on black." in printed
+    assert printed.count("nothing recognised: no class reaches 0.50") == 1
+    assert re.search(r"black\.png .*\n  \(nothing recognised", printed)

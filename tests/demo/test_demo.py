@@ -315,11 +315,16 @@ def test_two_visitors_see_their_own(visit, model, digits):
         assert (picture(page, "For and against") == expected).all()
 
 
-def test_another_model_and_names_that_are_code(visit, site):
+def test_another_model_and_names_that_are_code(visit, digits, model):
     page = visit()
+    assert "trained on handwritten digits, white on black" in page.locator("#coda-examples").inner_text()
     page.get_by_label("Model", exact=True).click()
+    assert page.get_by_role("option", name="coda_net_xs.digits (included)").is_visible()
     page.get_by_role("option", name=re.compile("strange$")).click()
-    words(page, f"Why {STRANGE[0]}?")
+    playwright.expect(page.locator(".coda-empty")).to_contain_text("This image is an example for another model")
+    assert not page.locator(".coda-examples").count() and "trained" not in page.locator("#coda-examples").inner_text()
+    first = int(model.explain(read_image(digits[1])).prediction)
+    upload(page, digits[1], STRANGE[first])
     for name in STRANGE[1:4]:
         choose(page, "Why this class", name)
         words(page, f"Why {name}?")
@@ -333,8 +338,10 @@ def test_another_model_and_names_that_are_code(visit, site):
     playwright.expect(alert).to_have_text(re.compile("timm has no model 'coda_net_xxs'.*did you mean coda_net_xs"))
     field.fill("coda_net_xs.digits")
     field.press("Enter")
-    words(page, "Why 0?")
+    words(page, f"Why {first}?")
     assert page.get_by_role("alert").count() == 0
+    page.get_by_role("button", name="Example: digit 4").click()
+    words(page, "Why 4?")
 
 
 def test_bad_files_are_refused_in_words(visit, tmp_path):
@@ -511,6 +518,55 @@ def test_port_in_use():
     assert done.stderr == (
         f"timm-coda: error: cannot listen on 127.0.0.1 port {port}: is it in use? Choose another with --port\n"
     )
+
+
+def test_examples_and_notes_belong_to_the_model(tmp_path, model):
+    from timm_coda.demo.examples import Examples, digit_examples
+    from timm_coda.explanation import Classes, training_data
+
+    offered = digit_examples(tmp_path)
+    photos = timm.create_model("coda_net_xs.cifar10", pretrained=True)
+    assert len(offered.fitting(Classes.of(model).names)) == 10 and not offered.fitting(Classes.of(photos).names)
+    assert Examples([tmp_path]).fitting(Classes.of(photos).names) == [tmp_path], "one's own fit every model"
+    assert training_data(model) == "handwritten digits, white on black"
+    assert training_data(photos).startswith("CIFAR-10: photographs")
+    assert training_data(timm.create_model("bcos_resnet18", device="meta")) == "", "it has not been trained"
+    model.save_pretrained(tmp_path / "saved")  # it may have been trained further, on anything
+    assert training_data(timm.create_model(f"local-dir:{tmp_path / 'saved'}", pretrained=True)) == ""
+
+
+def test_the_list_says_where_weights_are(tmp_path, monkeypatch):
+    import torch
+
+    from timm_coda.demo.shelf import described, our_pretrained
+
+    monkeypatch.setattr(torch.hub, "_hub_dir", str(tmp_path))
+    names = our_pretrained()
+    assert names[:2] == ["coda_net_xs.digits", "coda_net_xs.cifar10"] and len(names) > 40
+    assert [described(name) for name in names[:2]] == [f"{name} (included)" for name in names[:2]]
+    assert all(described(name).endswith(" (to download)") for name in names[2:])
+    assert described("runs/mine") == "runs/mine" and described("hf-hub:me/mine") == "hf-hub:me/mine"
+    (tmp_path / "checkpoints").mkdir()
+    for name in ("vit_tiny_patch16_bcos_224.v2_in1k", "coda_net_s.mpi_t10_cifar10"):  # a plain link, and a pair
+        url = timm.get_pretrained_cfg_value(name, "url")
+        file = url.rsplit("/", 1)[1] if isinstance(url, str) else url[1]
+        (tmp_path / "checkpoints" / file).write_bytes(b"weights")
+        assert described(name) == f"{name} (downloaded)"
+    assert our_pretrained()[2:4] == ["coda_net_s.mpi_t10_cifar10", "vit_tiny_patch16_bcos_224.v2_in1k"]
+
+
+def test_where_nothing_is_recognised_the_page_says_so(model):
+    from PIL import ImageOps
+
+    from timm_coda.demo.views import Shown, result_html
+
+    split = load_data("digits").test
+    seven = split.image(split.labels.tolist().index(7))
+    for image, unknown in ((seven, False), (ImageOps.invert(seven), True)):  # white on black, and black on white
+        shown = Shown("m", model.explain(image), tuple("0123456789"), "handwritten digits, white on black")
+        page = " ".join(result_html(shown, smooth=1, percentile=99.5).split())
+        said = "recognises nothing here: no class reaches 50 %. It was trained on handwritten digits, white on black."
+        assert (said in page) == unknown == bool(shown.explanation.logits.max() < 0)
 
 
 def test_models_on_the_shelf(tmp_path, model):

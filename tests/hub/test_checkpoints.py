@@ -241,6 +241,52 @@ def test_downloads_that_fail(kind, message, server, cache, tmp_path):
         assert os.listdir(cache) == [], "nothing is left behind"
 
 
+@pytest.mark.parametrize("name", ["bcos_resnet18", "vit_tiny_patch16_bcos_224.v2_in1k", "bcos_vgg11"])
+def test_a_plain_link_without_a_network(name, cache):
+    """Links that timm would download itself name the file and what to do, like the authors' share."""
+    model = timm.get_pretrained_cfg(name)
+    end = model.url.rsplit("/", 1)[1]
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        url = f"http://127.0.0.1:{free.getsockname()[1]}/{end}"
+    with pytest.raises(hub.HubError) as error:
+        timm.create_model(name, pretrained=True, pretrained_cfg_overlay={"url": url})
+    full = f"{name.split('.')[0]}.v2_in1k"
+    assert str(error.value) == (
+        f"{full}: cannot download {url}: [Errno 111] Connection refused; if you have the file, convert it: timm-coda "
+        f"convert FILE --model {full} --output FOLDER, or load it with pretrained_cfg_overlay={{'file': FILE}}"
+    )
+    assert os.listdir(cache) == []
+
+
+def test_every_download_is_our_own(cache, monkeypatch):
+    """Each network with a link is asked for through `fetch`, whose errors say what to do; none through timm."""
+    asked = []
+
+    def no_network(url, filename, cache_dir):
+        asked.append(url)
+        raise checkpoints.ConvertError("no network")
+
+    monkeypatch.setattr(checkpoints, "fetch", no_network)
+    names = [name for name in timm.list_models(["coda*", "*bcos*"]) if timm.get_pretrained_cfg_value(name, "url")]
+    for name in names:
+        with pytest.raises(hub.HubError, match="no network; if you have the file, convert it"):
+            timm.create_model(name, pretrained=True)
+    assert len(asked) == len(names) > 20
+
+
+def test_a_plain_link_is_cached_where_timm_caches_it(server, cache, tmp_path, caplog):
+    weights = authors_weights(timm.create_model("coda_net_s", **SMALL))
+    url = server.put("token", weights, folder=tmp_path) + "?file=mine.pt"
+    for _ in range(2):
+        overlay = {"url": url, "license": "apache-2.0"}
+        assert_converted(
+            timm.create_model("coda_net_s", pretrained=True, pretrained_cfg_overlay=overlay, **SMALL), weights
+        )
+    assert len(server.requests) == 1 and os.listdir(cache) == ["download"]
+    assert not [record for record in caplog.records if "icence" in record.message]
+
+
 def test_an_interrupted_download_leaves_nothing_behind(server, cache, tmp_path, monkeypatch):
     url = server.put("token", authors_weights(timm.create_model("coda_net_s", **SMALL)), folder=tmp_path)
 

@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 import timm_coda
 from helpers import relative_error
 from timm_coda import BcosResNet, CodaNet, hub
+from timm_coda.errors import wrap_errors
 from timm_coda.explanation import Classes
 from timm_coda.hub import folder
 
@@ -284,3 +285,42 @@ def test_a_folder_does_not_shadow_a_registered_name(tmp_path, monkeypatch, caplo
     assert hub.load_model("coda_net_xs.cifar10").num_classes == 10 and not caplog.text
     tiny().save_pretrained("mine", label_names=["cat", "dog", "eel"])
     assert hub.load_model("mine").num_classes == 3
+
+
+@pytest.mark.parametrize(
+    ("entry", "value", "expected"),
+    [
+        ("input_size", [3, 16], "three positive integers: channels, height and width"),
+        ("input_size", [3, 0, 16], "three positive integers: channels, height and width"),
+        ("input_size", [3, 16.5, 16], "three positive integers: channels, height and width"),
+        ("mean", "black", "numbers, one per colour channel"),
+        ("std", [0, 0, 0], "positive numbers, one per colour channel"),
+        ("crop_pct", 0, "a number above 0 and at most 1"),
+        ("crop_pct", "all", "a number above 0 and at most 1"),
+        ("interpolation", "cubic", "one of nearest, nearest-exact, bilinear, bicubic, box, hamming, lanczos"),
+        ("num_classes", True, "an integer, at least 0"),
+    ],
+)
+def test_wrong_entries_of_a_config_are_named(entry, value, expected, tmp_path):
+    timm.create_model("coda_net_xs", num_classes=3, rank=2).save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (config if entry == "num_classes" else config["pretrained_cfg"])[entry] = value
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    for load in (
+        hub.check_folder,
+        lambda folder: hub.load_model(str(folder)),
+        lambda folder: timm.create_model(f"local-dir:{folder}"),
+        timm_coda.CodaNet.from_pretrained,
+    ):
+        with pytest.raises(hub.HubError) as error:
+            load(tmp_path)
+        assert f"has {entry} " in str(error.value) and str(error.value).endswith(f": expected {expected}")
+
+
+@pytest.mark.parametrize("error", [AssertionError(), RuntimeError("\n"), KeyError()], ids=repr)
+def test_a_reason_is_never_empty(error):
+    with (
+        pytest.raises(hub.HubError, match=f"^cannot load it: {type(error).__name__}$"),
+        wrap_errors("cannot load it", hub.HubError),
+    ):
+        raise error

@@ -348,6 +348,29 @@ def test_models_that_are_not_there(server, run_folder, monkeypatch, tmp_path):
         CodaNet.from_pretrained("ada/none")
 
 
+def test_without_a_network_the_error_says_what_to_do(server, run_folder, monkeypatch):
+    hub.push_folder(run_folder, "ada/pets")
+    server.fail("HEAD", "model.safetensors", 503, times=NEVER)  # timm has read config.json by then
+    server.fail("HEAD", "pytorch_model.bin", 503, times=NEVER)
+    remedy = r"put config\.json and model\.safetensors from another machine into a folder, and load local-dir:FOLDER"
+    message = rf"cannot be reached for ada/pets, or responds with errors \(503 .*; or {remedy}$"
+    overlay = {"pretrained_cfg_overlay": {"hf_hub_id": "ada/pets"}}
+    for load in (
+        lambda: timm.create_model("hf-hub:ada/pets", pretrained=True),
+        lambda: timm.create_model("coda_net_xs", pretrained=True, **overlay),
+        lambda: hub.load_model("hf-hub:ada/pets"),
+        lambda: hub.create_model("hf-hub:ada/pets", num_classes=3, pretrained=True),
+        lambda: CodaNet.from_pretrained("ada/pets"),
+    ):
+        with pytest.raises(hub.HubError, match=message):
+            load()
+    server.fail("HEAD", "config.json", 503, times=NEVER)
+    with pytest.raises(hub.HubError, match=rf"^cannot load hf-hub:ada/pets: .*{message}"):
+        hub.load_model("hf-hub:ada/pets")
+    with pytest.raises(hub.HubError, match=r"timm has no model 'nothing'"):
+        hub.load_model("nothing")
+
+
 def test_a_full_disk_is_not_the_hubs_fault(server, run_folder, monkeypatch):
     hub.push_folder(run_folder, "ada/pets")
 

@@ -51,12 +51,15 @@ def test_weights_there_are_not_yet():
 
 
 def test_weights_named_by_the_caller_replace_the_shipped_ones():
-    for overlay in ({"hf_hub_id": "me/mine"}, {"url": "https://example.org/mine.pt"}):
-        config = checkpoints.resolve_weights(
+    def resolve(**overlay):
+        return checkpoints.resolve_weights(
             "coda_net_xs", True, pretrained_cfg="digits", pretrained_cfg_overlay=overlay
-        )
-        assert config.file is None
-    assert checkpoints.resolve_weights("coda_net_xs", True, pretrained_cfg="digits").file.endswith("digits.safetensors")
+        ).file
+
+    assert resolve(hf_hub_id="me/mine") is None
+    with pytest.raises(hub.HubError, match=r"cannot download http://127\.0\.0\.1:1/mine.pt"):
+        resolve(url="http://127.0.0.1:1/mine.pt")
+    assert resolve().endswith("digits.safetensors")
 
 
 @pytest.fixture(scope="module")

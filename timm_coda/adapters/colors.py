@@ -28,9 +28,11 @@ class ValidColors(nn.Module):
         return self.module(_clamped(images))
 
 
-def explain_colors(model: nn.Module, images: Tensor, target: int | Sequence[int] | Tensor | None) -> Explanation:
-    """Return `explain(model, images, target)`, at the clamped images if the model is `ValidColors`."""
-    return explain(model, _clamped(images) if isinstance(model, ValidColors) else images, target)
+def explain_colors(
+    model: nn.Module, images: Tensor, target: int | Sequence[int] | Tensor | None, *, layer: str | None = None
+) -> Explanation:
+    """Return `explain(model, images, target, layer=layer)`, at the clamped images if the model is `ValidColors`."""
+    return explain(model, _clamped(images) if isinstance(model, ValidColors) else images, target, layer=layer)
 
 
 def _clamped(images: Tensor) -> Tensor:

@@ -8,9 +8,15 @@ from .colors import explain_colors
 
 
 def explain_func(
-    model: nn.Module, inputs: np.ndarray, targets: np.ndarray | int, *, device: str | torch.device | None = None
+    model: nn.Module,
+    inputs: np.ndarray,
+    targets: np.ndarray | int,
+    *,
+    device: str | torch.device | None = None,
+    method: str | None = None,
+    xai_lib: str | None = None,
 ) -> np.ndarray:
-    """Return signed contributions in logits, (N, 1, H, W), for `metric(..., explain_func=explain_func)`.
+    """Return signed contributions in logits, (N, 1, H, W), for Quantus' metrics and `quantus.evaluate`.
 
     Pass `ValidColors(model).eval()` to the metric as its model, so that perturbed images stay valid colours.
 
@@ -19,6 +25,8 @@ def explain_func(
         inputs: colours in [0, 1], (N, C, H, W)
         targets: N classes, or one class for all images
         device: passed by Quantus; the model's own device is used either way
+        method: the key in `xai_methods`, passed by `quantus.evaluate`; not used
+        xai_lib: passed to all of `xai_methods`, for `quantus.explain` among them; not used
 
     Raises:
         ValueError: `device` is not of the type of the model's device, or an argument that `explain` rejects.

@@ -10,7 +10,8 @@ _DESCRIPTION = """\
 Serve a web page that answers "why this class and not that one?": drop an image,
 and see the model's decision and the contribution of each pixel to it.
 
-  timm-coda demo                      # digits: the model ships with the package
+  timm-coda demo                      # opens with the model of digits, in the
+                                      # package, and ten digits to choose from
   timm-coda demo --model bcos_resnet50.v2_in1k vit_tiny_patch16_bcos_224.v2_in1k
   timm-coda demo --model runs/my_model --examples photos
   timm-coda demo --model hf-hub:me/my-model --export space   # for the Hub
@@ -29,7 +30,7 @@ def add(subcommands: Any) -> None:
     add = parser.add_argument
     hint = "models to choose from: names in timm's registry, folders, or hf-hub:ID (default: ours with weights)"
     add("--model", nargs="+", default=[], metavar="NAME", help=hint)
-    add("--examples", type=Path, metavar="DIR", help="folder of example images (default: handwritten digits)")
+    add("--examples", type=Path, metavar="DIR", help="folder of example images (default: digits, for models of digits)")
     add("--host", help="address to listen on (default: 127.0.0.1, this machine only; 0.0.0.0: any machine)")
     add("--port", type=int, metavar="N", help="port to listen on (default: the first free one from 7860)")
     hint = "let visitors load any folder of this machine and any Hub model (default: only if --host is this machine)"

@@ -65,7 +65,7 @@ def add(subcommands: Any) -> None:
 
 
 def _run(args: argparse.Namespace) -> int:
-    from ..explanation import Classes, letters
+    from ..explanation import Classes, letters, training_data
     from ..gallery import VIDEO_SUFFIXES, Gallery, find_sources
     from ..hub import load_model
 
@@ -98,6 +98,8 @@ def _run(args: argparse.Namespace) -> int:
         suffix=f".{args.figure}",
     )
     print(f"{args.model}: {len(names)} classes; {len(sources)} file{'s' * (len(sources) > 1)} to explain\n")
+    if about := training_data(model):
+        print(f"The model was trained on {about}.\n")
     if any(Path(source.name).suffix.lower() not in VIDEO_SUFFIXES for source in sources):
         print(f"{'':26} most probable classes (sigmoid)")
     done, skipped = _explain(sources, gallery)
@@ -156,7 +158,9 @@ def _add_video(source: "Source", path: Path, gallery: "Gallery") -> str:
 
 
 def _line(name: str, top: list[tuple[str, float]], note: str) -> str:
-    """Format a name and its three most probable classes in 80 columns."""
+    """Format a name and its three most probable classes in 80 columns, and whether none of them is probable."""
+    unknown = "nothing recognised: no class reaches 0.50" if top[0][1] < 0.5 else ""
+    note = "; ".join(filter(None, [unknown, note]))
     classes = [f"{_short(label, 12):12} {probability:4.2f}" for label, probability in top[:3]]
     return f"{_short(name, 26):26} {' '.join(classes)}".rstrip() + (f"\n  ({note})" if note else "")
 

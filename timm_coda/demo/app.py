@@ -15,16 +15,18 @@ try:
 except ImportError as error:
     raise ImportError("the page needs gradio: pip install 'timm_coda[demo]'") from error
 
-from ..explanation import Classes
+from ..explanation import Classes, training_data
 from ..images import read_image
-from .shelf import Shelf, layer_names
+from .examples import Examples
+from .shelf import Shelf, described, layer_names
 from .views import Shown, arrays_file, examples_html, figure_file, result_html
 
 _HOUR = 3600  # seconds
 _HERE = Path(__file__).parent
 _IMAGE = ""  # value of the layer field for the pixels
 _NOBODY = -1  # value of the contrast field for no class
-_EMPTY = '<div class="coda-empty">Drop an image, or choose an example: its explanation appears here.</div>'
+_EMPTY = '<div class="coda-empty">Drop an image: its explanation appears here.</div>'
+_FOREIGN = _EMPTY.replace("Drop an image", "This image is an example for another model. Drop one of your own")
 _HEAD = (
     "<h1>Why did the model decide that?</h1><p>These image classifiers explain themselves exactly: the score of a "
     "class is a sum over the pixels, and the map shows each pixel's share in it.</p>"
@@ -42,17 +44,17 @@ _SAVE = """(file) => {
 _log = logging.getLogger(__name__)
 
 
-def make_app(shelf: Shelf, examples: Sequence[Path], *, first: Path | None = None) -> gr.Blocks:
+def make_app(shelf: Shelf, examples: Examples) -> gr.Blocks:
     """Create the page as a Gradio app; `serve` launches it, with its style and limits.
 
     Args:
         shelf: the models
-        examples: image files to choose from
-        first: image to explain when the page opens
+        examples: image files to choose from, offered with the models that they fit; the first one of those of the
+            first model is explained when the page opens
     """
     with gr.Blocks(title="timm_coda: exact explanations", analytics_enabled=False, delete_cache=(_HOUR, _HOUR)) as app:
-        page = _Page(shelf, examples, first)
-        if first is not None:
+        page = _Page(shelf, examples)
+        if page.first is not None:
             page.on(app.load, page.new_image)
     return app
 
@@ -63,27 +65,30 @@ class _Page:
     Handlers return new values of components; components that are not in the result do not change.
     """
 
-    def __init__(self, shelf: Shelf, examples: Sequence[Path], first: Path | None) -> None:
-        self.shelf = shelf
+    def __init__(self, shelf: Shelf, examples: Examples) -> None:
+        self.shelf, self.offer = shelf, examples
         model = shelf[shelf.names[0]]
         names = Classes.of(model).names
+        self.first = next(iter(examples.fitting(names)), None)
         self.shown = gr.State(None, time_to_live=_HOUR)
         gr.HTML(_HEAD, elem_id="coda-head", js_on_load=None)
         with gr.Row(elem_id="coda-page"):
             with gr.Column(elem_id="coda-input"):
                 self.image = gr.Image(
-                    None if first is None else str(first),
+                    None if self.first is None else str(self.first),
                     label="Image",
                     sources=["upload", "clipboard"],
                     buttons=[],
                     height=220,
                 )
-                # Pass the uploaded file itself: `read_image` opens it, with our limits and error messages.
-                setattr(self.image, "preprocess", lambda file: file and file.path)  # noqa: B010
                 script = "element.onclick = (e) => e.target.dataset.example && trigger('choose', e.target.dataset)"
-                self.examples = gr.HTML(examples_html(examples), elem_id="coda-examples", js_on_load=script)
+                # Pass the uploaded file itself: `read_image` opens it, with our limits and error messages. Not for an
+                # output of an event with other outputs, for which gradio makes a new component.
+                setattr(self.image, "preprocess", lambda file: file and file.path)  # noqa: B010
+                shown = self._examples(model)
+                self.examples = gr.HTML(shown, elem_id="coda-examples", js_on_load=script)
                 self.model = gr.Dropdown(
-                    list(shelf.names),
+                    [(described(name), name) for name in shelf.names],
                     value=shelf.names[0],
                     label="Model",
                     info="Choose one, or type a name, a folder or hf-hub:USER/NAME" if shelf.any_model else None,
@@ -107,7 +112,7 @@ class _Page:
                 self.file = gr.Textbox(visible=False)
 
         def take(event: gr.EventData) -> str:  # changes the image, which triggers its explanation
-            return str(examples[int(event.example)])
+            return str(examples.paths[int(event.example)])
 
         self.examples.choose(take, None, self.image, api_visibility="private")
         self.on(self.image.change, self.new_image)
@@ -139,7 +144,10 @@ class _Page:
         return event(
             answer,
             [self.image, self.model, self.target, self.versus, self.layer, self.smooth, self.percentile, self.shown],
-            [self.message, self.shown, self.result, self.target, self.versus, self.layer, self.smooth, self.file],
+            [
+                *(self.message, self.shown, self.result, self.target, self.versus, self.layer, self.smooth, self.file),
+                self.examples,
+            ],
             trigger_mode="always_last",
             concurrency_id="explain",
             concurrency_limit=2,
@@ -150,14 +158,17 @@ class _Page:
 
     def new_image(self, wish: "_Wish") -> dict:
         """Explain the prediction for a new image, or that of a new model."""
-        if wish.image is None:
-            return self._nothing(_EMPTY)
         model = self.shelf[wish.model]
         names, (widest, window) = Classes.of(model).names, _windows(model)
+        offered = {self.examples: self._examples(model)}
+        if wish.image is None:
+            return self._nothing(_EMPTY) | offered
+        if not self.offer.fitting(names) and self._is_example(wish.image):  # of the model that was chosen before
+            return self._nothing(_FOREIGN) | offered
         picture = read_image(wish.image, name="The image")
         if wish.shown is not None and wish.shown.model == wish.model:
             return self._explain(wish, picture, None, _NOBODY)
-        changes = self._explain(wish._replace(layer=_IMAGE, smooth=window), picture, None, _NOBODY)
+        changes = offered | self._explain(wish._replace(layer=_IMAGE, smooth=window), picture, None, _NOBODY)
         return changes | {
             self.target: gr.Dropdown(_numbered(names), value=changes[self.target]),
             self.versus: gr.Dropdown(_others(names), value=_NOBODY),
@@ -193,7 +204,7 @@ class _Page:
         versus = _NOBODY if versus == target else versus
         other = None if versus == _NOBODY else versus
         explanation = model.explain(picture, target, versus=other, layer=wish.layer or None)
-        shown = Shown(wish.model, explanation, Classes.of(model).names)
+        shown = Shown(wish.model, explanation, Classes.of(model).names, training_data(model))
         return {
             self.shown: shown,
             self.result: result_html(shown, smooth=wish.smooth, percentile=wish.percentile),
@@ -201,6 +212,13 @@ class _Page:
             self.versus: versus,
             self.smooth: gr.Slider(interactive=wish.layer == _IMAGE),
         }
+
+    def _examples(self, model: Any) -> str:
+        return examples_html(self.offer.fitting(Classes.of(model).names), trained_on=training_data(model))
+
+    def _is_example(self, file: str) -> bool:
+        content = Path(file).read_bytes()
+        return any(path.read_bytes() == content for path in self.offer.paths)
 
     def _nothing(self, result: str) -> dict:
         return {self.shown: None, self.result: result, self.target: None, self.versus: _NOBODY}

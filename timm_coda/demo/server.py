@@ -33,7 +33,7 @@ def serve(
     Args:
         models: models to choose from, as in `hub.load_model`, the first one selected; by default those whose weights
             ship with the package and, with `any_model`, those that can be downloaded
-        examples: folder of example images; by default handwritten digits
+        examples: folder of example images; by default handwritten digits, for models that know these classes
         host: address to listen on; 0.0.0.0 allows other machines
         port: by default the environment variable GRADIO_SERVER_PORT, or the first free port from 7860
         any_model: let visitors load any folder of this machine and any model of the Hub; by default only if `host` is
@@ -44,15 +44,12 @@ def serve(
         OSError: the port is in use.
     """
     any_model = host in LOOPBACK if any_model is None else any_model
-    shipped = [name for name in our_pretrained() if is_shipped(name)]
-    offered = [*models] or [*shipped, *(our_pretrained() if any_model else ())]
+    offered = [*models] or [name for name in our_pretrained() if any_model or is_shipped(name)]
     shelf = Shelf(offered, any_model=any_model)
     shelf[shelf.names[0]]  # fail now, with a message, and not at the first visit
     with tempfile.TemporaryDirectory(prefix="timm-coda-") as folder:
-        paths = digit_examples(Path(folder)) if examples is None else folder_examples(examples, Path(folder))
-        # Example digits do not fit a model of photographs: the page then starts without an image.
-        fitting = examples is not None or shelf.names[0] in shipped
-        app = make_app(shelf, paths, first=paths[0] if fitting else None)
+        images = digit_examples(Path(folder)) if examples is None else folder_examples(examples, Path(folder))
+        app = make_app(shelf, images)
         url = _launch(app, host, port)
         print(f"The page is at {url} (Ctrl-C ends it)", flush=True)
         try:

@@ -8,7 +8,7 @@ from typing import Any
 
 import timm
 
-from ..hub import HubError, load_model
+from ..hub import HubError, is_cached, load_model
 
 _KEPT = 3  # models in memory, so that a visitor who tries all of them does not fill it
 
@@ -64,10 +64,19 @@ class Shelf:
 
 
 def our_pretrained() -> list[str]:
-    """Return the names of this package's models with weights, shipped or to be downloaded."""
+    """Return the names of this package's models with weights: shipped ones (first digits), downloaded ones, others."""
     home = __name__.split(".")[0] + "."
     names = timm.list_models(pretrained=True)
-    return [name for name in names if timm.models.model_entrypoint(name).__module__.startswith(home)]
+    ours = [name for name in names if timm.models.model_entrypoint(name).__module__.startswith(home)]
+    return sorted(ours, key=lambda name: (not is_shipped(name), not name.endswith(".digits"), not is_cached(name)))
+
+
+def described(name: str) -> str:
+    """Return the name of a model, and where its weights are if they are not in a folder or on the Hub."""
+    config = timm.models.get_pretrained_cfg(name) if timm.is_model(name.split(".")[0]) else None
+    if config is None or not (config.file or config.url):
+        return name
+    return f"{name} ({'included' if is_shipped(name) else 'downloaded' if is_cached(name) else 'to download'})"
 
 
 def is_shipped(name: str) -> bool:

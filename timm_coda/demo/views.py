@@ -30,6 +30,7 @@ class Shown:
     model: str
     explanation: Explanation
     names: tuple[str, ...]
+    trained_on: str = ""
 
     @property
     def target(self) -> int:
@@ -40,14 +41,14 @@ class Shown:
         return None if self.explanation.versus is None else int(self.explanation.versus)
 
 
-def examples_html(paths: Sequence[Path]) -> str:
-    """Render a strip of thumbnails to choose from."""
+def examples_html(paths: Sequence[Path], *, trained_on: str = "") -> str:
+    """Render a strip of thumbnails to choose from, and what the model was trained on, where it is known."""
     examples = []
     for path in paths:
         with Image.open(path) as image:
             image.thumbnail((96, 96))
             examples.append({"name": path.stem, "source": _data_url(image)})
-    return _TEMPLATES.get_template("examples.html").render(examples=examples)
+    return _TEMPLATES.get_template("examples.html").render(examples=examples, trained_on=trained_on)
 
 
 def result_html(shown: Shown, *, smooth: int, percentile: float) -> str:
@@ -67,6 +68,8 @@ def result_html(shown: Shown, *, smooth: int, percentile: float) -> str:
     names = {"target_name": shown.names[target], "versus_name": "" if versus is None else shown.names[versus]}
     return _TEMPLATES.get_template("result.html").render(
         rows=_rows(shown),
+        recognized=bool(explanation.logits.max() >= 0),  # a probability of at least 50 %
+        trained_on=shown.trained_on,
         target=target,
         versus=versus,
         title=names["target_name"] if versus is None else f"{names['target_name']}, not {names['versus_name']}",

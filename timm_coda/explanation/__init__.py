@@ -1,6 +1,6 @@
 """Exact explanations: computing them, the `Explanation` result, and figures drawn from it."""
 
-from .classes import Classes, ClassesError, forget_names, read_names
+from .classes import Classes, ClassesError, forget_names, read_names, training_data
 from .compute import ExplainMixin, explain, explanation_mode, output_of
 from .figures import (
     EVIDENCE_COLORS,
@@ -51,4 +51,5 @@ __all__ = [
     "save_arrays",
     "save_figure",
     "save_image",
+    "training_data",
 ]

@@ -12,9 +12,16 @@ from typing import Any
 
 from timm.data import ImageNetInfo
 
-__all__ = ["Classes", "ClassesError", "forget_names", "read_names"]
+__all__ = ["Classes", "ClassesError", "forget_names", "read_names", "training_data"]
 
 _SHOWN = 10  # names in an error message
+_DATASETS = {  # by the end of a tag
+    "digits": "handwritten digits, white on black",
+    "cifar10": "CIFAR-10: photographs of vehicles and animals",
+    "imagenet": "TinyImageNet: photographs of 200 kinds of things",
+    "imagenet100": "ImageNet-100: photographs of 100 kinds of things, mostly animals",
+    "in1k": "ImageNet: photographs of 1,000 kinds of things",
+}
 
 
 class ClassesError(ValueError):
@@ -165,6 +172,14 @@ def forget_names(model: Any) -> None:
     if getattr(model, "pretrained_cfg", None):
         model.pretrained_cfg = {**model.pretrained_cfg, "label_names": None, "label_descriptions": None}
         model.default_cfg = model.pretrained_cfg  # timm's older name
+
+
+def training_data(model: Any) -> str:
+    """Return what a published model was trained on, in a few words; "" if nobody knows."""
+    config = getattr(model, "pretrained_cfg", None) or {}
+    if config.get("source") in ("local-dir", "hf-hub") or not Classes.of(model).labels:
+        return ""
+    return _DATASETS.get((config.get("tag") or "").split("_")[-1], "")
 
 
 def shown(names: Any) -> str:

@@ -211,6 +211,10 @@ def figure(
                 page.text(left, foot, "✓ correct" if right else "✗ wrong", color="#1a7a3a" if right else "#b3480a")
             left += PITCH
             _draw_probabilities(page, left, top, row_height / 5, outputs[row], explained[row], names)
+            if outputs[row].max() < 0:
+                page.text(
+                    left, top + row_height + 0.15, "nothing recognised: all below 50 %", color="#b3480a", shrink=True
+                )
         limit = color_limit(maps[row])
         for title, score, contribution in zip(headings[row], scores[row].tolist(), maps[row], strict=True):
             left += PITCH

@@ -1,7 +1,15 @@
 """Create, load and save models: registry names, local folders, the Hugging Face Hub, published checkpoints."""
 
 from .card import make_card
-from .checkpoints import ConvertError, check_fit, convert_checkpoint, from_bcos_v2, resolve_weights, unwrap
+from .checkpoints import (
+    ConvertError,
+    check_fit,
+    convert_checkpoint,
+    from_bcos_v2,
+    is_cached,
+    resolve_weights,
+    unwrap,
+)
 from .environment import __version__, environment
 from .factory import HubMixin, create_model, load_model
 from .fingerprint import PICTURE_KEY, weights_fingerprint
@@ -15,7 +23,15 @@ from .folder import (
     temporary_folder,
     write_text,
 )
-from .remote import card_of_folder, check_access, check_repo_id, fetch, files_to_push, push_folder
+from .remote import (
+    card_of_folder,
+    check_access,
+    check_repo_id,
+    download_errors,
+    fetch,
+    files_to_push,
+    push_folder,
+)
 
 __all__ = [
     "PICTURE_KEY",
@@ -31,10 +47,12 @@ __all__ = [
     "check_repo_id",
     "convert_checkpoint",
     "create_model",
+    "download_errors",
     "environment",
     "fetch",
     "files_to_push",
     "from_bcos_v2",
+    "is_cached",
     "load_model",
     "make_card",
     "model_config",

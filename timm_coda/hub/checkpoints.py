@@ -13,6 +13,7 @@ import shutil
 import sys
 import tempfile
 import urllib.error
+import urllib.parse
 import urllib.request
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -24,12 +25,13 @@ import timm
 import torch
 from timm.models import PretrainedCfg, clean_state_dict, load_state_dict, resolve_pretrained_cfg
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from ..errors import wrap_errors
 from ..explanation import Classes, read_names
 from ..layers import adapt_colours
 from .factory import create_model
-from .folder import HubError, SaveError, save_model
+from .folder import HubError, SaveError, check_entries, save_model
 
 _logger = logging.getLogger(__name__)
 TIMEOUT = 30.0  # seconds without a response after which a download fails
@@ -49,8 +51,9 @@ def resolve_weights(
 ) -> PretrainedCfg:
     """Return the configuration of a model to create; with `pretrained`, one whose weights timm can load.
 
-    A `url` that is a pair (link, file name) is downloaded here: timm names its copy after the end of a link, and the
-    authors' links all have the same end. The licence of each such download is logged once.
+    Downloads from a `url` happen here and not in timm, so that a failure names the file and what to do without a
+    network. A `url` may be a pair (link, file name): timm names its copy after the end of a link, and the authors'
+    links all have the same end. Each licence other than this package's is logged once.
 
     Args:
         variant: The model's name without tag.
@@ -60,14 +63,15 @@ def resolve_weights(
         cache_dir: Download cache; by default that of torch and timm.
 
     Raises:
-        HubError: The weights do not exist yet.
+        HubError: The weights do not exist yet, or the configuration has a wrong entry.
         ConvertError: The weights cannot be downloaded.
     """
     overlay = pretrained_cfg_overlay or {}
     if overlay.keys() & {"url", "hf_hub_id"}:
-        overlay = {"file": None, **overlay}  # otherwise timm would load the file
+        overlay = {"file": None, "hf_hub_id": None, **overlay}  # otherwise timm would prefer the tag's own
     config = resolve_pretrained_cfg(variant, pretrained_cfg, overlay)  # type: ignore[arg-type]  # timm: str or dict
     name = f"{config.architecture}.{config.tag}" if config.tag else str(config.architecture)
+    check_entries(config.to_dict(), f"the configuration of {name}")
     if not pretrained or config.source or config.state_dict or config.file or config.hf_hub_id:
         return config
     if not config.url:
@@ -76,17 +80,32 @@ def resolve_weights(
             f"{name} has no weights yet (available: {known}): train them with python train.py --config "
             f"hub_configs/{name}/recipe.yaml, or create the model with pretrained=False"
         )
-    if isinstance(config.url, str):
-        return config
-    url, filename = config.url
+    url, filename = _link(config)
     try:
         file = fetch(url, filename, cache_dir)
     except ConvertError as error:
         hint = f"if you have the file, convert it: timm-coda convert FILE --model {name} --output FOLDER"
-        raise ConvertError(f"{name}: {error}; {hint}") from error
-    if config.license:
+        overlay_hint = "load it with pretrained_cfg_overlay={'file': FILE}"
+        raise ConvertError(f"{name}: {error}; {hint}, or {overlay_hint}") from error
+    if config.license and config.license != "apache-2.0":
         _note_licence(name, config.license, config.description or "")
     return replace(config, file=str(file))
+
+
+def is_cached(name: str) -> bool:
+    """Return whether the weights that `timm.create_model(name, pretrained=True)` downloads from a link are here."""
+    config = timm.models.get_pretrained_cfg(name) if timm.is_model(name.split(".")[0]) else None
+    return config is not None and bool(config.url) and (_cache(None) / _link(config)[1]).is_file()
+
+
+def _link(config: PretrainedCfg) -> tuple[str, str]:
+    """Return the link to a model's weights and the name of the copy in the cache, which is timm's for a plain link."""
+    url: Any = config.url
+    return (url, urllib.parse.urlparse(url).path.rsplit("/", 1)[-1]) if isinstance(url, str) else url
+
+
+def _cache(cache_dir: str | os.PathLike | None) -> Path:
+    return Path(cache_dir or Path(torch.hub.get_dir()) / "checkpoints")
 
 
 @functools.cache
@@ -100,7 +119,7 @@ def fetch(url: str, filename: str, cache_dir: str | os.PathLike | None = None) -
     Raises:
         ConvertError: The download failed, or the response is not a checkpoint.
     """
-    folder = Path(cache_dir or Path(torch.hub.get_dir()) / "checkpoints")
+    folder = _cache(cache_dir)
     file = folder / filename
     if file.exists():
         try:
@@ -128,12 +147,16 @@ def download(url: str, file: Path) -> None:
     request = urllib.request.Request(url, headers={"User-Agent": "timm_coda"})
     try:
         with urllib.request.urlopen(request, timeout=TIMEOUT) as answer, file.open("wb") as target:
-            shutil.copyfileobj(answer, target)
             length = answer.headers.get("Content-Length")
+            total = int(length) if length is not None else None
+            shown = {"desc": file.name, "total": total, "unit": "B", "unit_scale": True, "leave": False}
+            with tqdm.wrapattr(target, "write", disable=None, **shown) as watched:
+                shutil.copyfileobj(answer, watched)  # pyright: ignore[reportArgumentType]  # a file that counts
     except (OSError, http.client.HTTPException) as error:
         if isinstance(error, urllib.error.HTTPError):
             error.close()  # the connection
-        raise ConvertError(f"cannot download {url}: {error}") from error
+        reason = error.reason if type(error) is urllib.error.URLError else error
+        raise ConvertError(f"cannot download {url}: {reason or type(error).__name__}") from error
     size = file.stat().st_size
     if length is not None and size != int(length):
         raise ConvertError(f"cannot download {url}: the connection broke after {size:,} of {int(length):,} bytes")

@@ -23,7 +23,7 @@ from ..errors import wrap_errors
 from ..explanation import Classes, ClassesError, forget_names
 from .card import make_card
 from .folder import CONFIG, HubError, check_folder, model_config, save_model
-from .remote import fetch, push_folder
+from .remote import download_errors, fetch, push_folder
 
 __all__ = ["HubMixin", "create_model", "load_model"]
 
@@ -67,7 +67,8 @@ def create_model(
     if "num_classes" in arguments:
         raise HubError(f"model argument num_classes={arguments['num_classes']}: leave it out, it is {num_classes} here")
     said = "".join(f", {key}={value!r}" for key, value in arguments.items())
-    with wrap_errors(f"cannot create the model {name} with num_classes={num_classes}{said}", HubError):
+    what = f"cannot create the model {name} with num_classes={num_classes}{said}"
+    with wrap_errors(what, HubError), download_errors(name):
         if pretrained:
             model: Any = timm.create_model(name, pretrained=True, **arguments)
             _fit_classifier(model, num_classes, label_names)
@@ -95,7 +96,7 @@ def load_model(name: str, *, pretrained: bool = True) -> Any:
         elif os.path.isfile(os.path.join(name, CONFIG)):
             _logger.warning(f"{name} is timm's registered model here; for the folder of this name, write ./{name}")
     _check_name(name)
-    with wrap_errors(f"cannot load {name}", HubError):
+    with wrap_errors(f"cannot load {name}", HubError), download_errors(name):
         return timm.create_model(name, pretrained=pretrained).eval()
 
 

@@ -6,10 +6,11 @@ Files are written atomically: each is complete before it gets its final name.
 import contextlib
 import difflib
 import json
+import math
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -134,13 +135,46 @@ def read_config(folder: str | os.PathLike) -> dict[str, Any]:
         if not isinstance(part, dict):
             raise HubError(f"{path} has {key} {part!r:.60}: expected a JSON object")
     classes = config.get("num_classes", inner.get("num_classes"))
-    if not isinstance(classes, int):
-        raise HubError(f"{path} has num_classes {classes!r}: expected an integer")
+    if classes is None:
+        raise HubError(f"{path} has no num_classes: expected an integer")
+    check_entries({**inner, "num_classes": classes}, str(path))
     names = config.get("label_names", inner.get("label_names"))
     if names is not None:
         with wrap_errors(f"{path}", HubError):
             read_names(names, classes)
     return config
+
+
+def check_entries(config: Mapping[str, Any], source: str) -> None:
+    """Check a pretrained configuration, whose wrong entries timm would find late or not at all.
+
+    Entries that are missing or None have timm's defaults.
+
+    Raises:
+        HubError: An entry is wrong; the message names `source`, the entry, its value and what is expected.
+    """
+    for name, (is_right, expected) in _ENTRIES.items():
+        value = config.get(name)
+        if value is not None and not is_right(value):
+            shown = list(value) if isinstance(value, tuple) else value
+            raise HubError(f"{source} has {name} {shown!r:.60}: expected {expected}")
+
+
+def _numbers(value: Any, low: float, *counts: int, kind: Any = (int, float)) -> bool:
+    """Whether the value is a list of as many numbers above `low` as one of the counts."""
+    right = isinstance(value, (list, tuple)) and len(value) in counts
+    return right and all(isinstance(v, kind) and not isinstance(v, bool) and v > low for v in value)
+
+
+_INTERPOLATIONS = ("nearest", "nearest-exact", "bilinear", "bicubic", "box", "hamming", "lanczos")
+_ENTRIES: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "input_size": (lambda v: _numbers(v, 0, 3, kind=int), "three positive integers: channels, height and width"),
+    "mean": (lambda v: _numbers(v, -math.inf, 1, 3), "numbers, one per colour channel"),
+    "std": (lambda v: _numbers(v, 0, 1, 3), "positive numbers, one per colour channel"),
+    "crop_pct": (lambda v: _numbers([v], 0, 1) and v <= 1, "a number above 0 and at most 1"),
+    "interpolation": (lambda v: v in _INTERPOLATIONS, f"one of {', '.join(_INTERPOLATIONS)}"),
+    "num_classes": (lambda v: _numbers([v], -1, 1, kind=int), "an integer, at least 0"),
+}
 
 
 def check_folder(folder: str | os.PathLike) -> dict[str, Any]:

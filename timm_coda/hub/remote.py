@@ -36,6 +36,7 @@ from .fingerprint import fingerprint_in_picture, weights_fingerprint
 from .folder import CONFIG, WEIGHTS, HubError, check_folder, read_config
 
 _FILES = (CONFIG, WEIGHTS, CARD, PICTURE, SUMMARY, RECIPE)  # never checkpoints: they are for resuming, and pickles
+_BY_HAND = f"; or put {CONFIG} and {WEIGHTS} from another machine into a folder, and load local-dir:FOLDER"
 _WAITS = (1.0, 4.0)  # seconds before each retry of a request that huggingface_hub does not retry
 # Base error of huggingface_hub's HTTP client (httpx or httpx2), raised when there is no response.
 _ClientError: Any = HfHubHTTPError.__bases__[0]
@@ -227,7 +228,7 @@ def fetch(
         )
         return Path(path)
 
-    with _one_line(repo_id, HfApi(token=token), revision):
+    with _one_line(repo_id, HfApi(token=token), revision, otherwise=_BY_HAND):
         config = download(CONFIG)
         commit = config.parent.name  # so that both files are of one commit, even if a push comes in between
         weights = download(WEIGHTS, revision=commit)
@@ -297,17 +298,34 @@ def _reason(error: BaseException) -> str:
 
 
 @contextlib.contextmanager
-def _one_line(repo_id: str, api: HfApi, revision: str | None = None) -> Iterator[None]:
-    """Turn any error inside into a one-line `HubError` that says how to fix the problem."""
+def download_errors(repo_id: str) -> Iterator[None]:
+    """Turn errors of huggingface_hub, when timm downloads from a repository, into `HubError`, as `fetch` does."""
+    repo_id, _, revision = repo_id.removeprefix("hf-hub:").partition("@")
+    try:
+        yield
+    except Exception as error:
+        if not any(
+            isinstance(cause, (HfHubHTTPError, LocalEntryNotFoundError, _ClientError)) for cause in _causes(error)
+        ):
+            raise
+        raise HubError(_explain(error, repo_id, HfApi(), revision or None, _BY_HAND)) from error
+
+
+@contextlib.contextmanager
+def _one_line(repo_id: str, api: HfApi, revision: str | None = None, *, otherwise: str = "") -> Iterator[None]:
+    """Turn any error inside into a one-line `HubError` that says how to fix the problem.
+
+    `otherwise` is added where the Hub is not reached: what to do without it.
+    """
     try:
         yield
     except HubError:
         raise
     except (OSError, ValueError, RuntimeError, KeyError, _ClientError) as error:
-        raise HubError(_explain(error, repo_id, api, revision)) from error
+        raise HubError(_explain(error, repo_id, api, revision, otherwise)) from error
 
 
-def _explain(error: BaseException, repo_id: str, api: HfApi, revision: str | None) -> str:
+def _explain(error: BaseException, repo_id: str, api: HfApi, revision: str | None, otherwise: str = "") -> str:
     causes, hub = list(_causes(error)), f"the Hub ({api.endpoint})"
     status = next((cause.response.status_code for cause in causes if isinstance(cause, HfHubHTTPError)), 0)
     token: Any = get_token() if api.token is None else api.token
@@ -320,7 +338,8 @@ def _explain(error: BaseException, repo_id: str, api: HfApi, revision: str | Non
         return f"{repo_id}: the token for {hub} is missing: {login}"
     if is_any(OfflineModeIsEnabled) or (is_any(LocalEntryNotFoundError) and len(causes) == 1):
         missing = " is not in the cache, and" if is_any(LocalEntryNotFoundError) else ":"
-        return f"{repo_id}{missing} HF_HUB_OFFLINE (or local_files_only) is set, so {hub} is not contacted: unset it"
+        why = f"HF_HUB_OFFLINE (or local_files_only) is set, so {hub} is not contacted"
+        return f"{repo_id}{missing} {why}: unset it{otherwise}"
     if is_any(RevisionNotFoundError):
         return f"{repo_id} has no revision {revision!r}: create it with `hf repos branch create {repo_id} {revision}`"
     if is_any(RemoteEntryNotFoundError):
@@ -346,6 +365,6 @@ def _explain(error: BaseException, repo_id: str, api: HfApi, revision: str | Non
     if status >= 500 or (not status and is_any(_ClientError, LocalEntryNotFoundError)):
         return (
             f"{hub} cannot be reached for {repo_id}, or responds with errors ({_reason(error)}): try again later; "
-            "finished transfers are not repeated"
+            f"finished transfers are not repeated{otherwise}"
         )
     return f"{hub} rejected the request for {repo_id}: {_reason(error)}" if status else f"{repo_id}: {_reason(error)}"

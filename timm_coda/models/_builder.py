@@ -7,7 +7,7 @@ from timm.models import build_model_with_cfg
 from torch import nn
 
 from ..explanation import forget_names
-from ..hub import resolve_weights
+from ..hub import download_errors, resolve_weights
 
 __all__ = ["build_model"]
 
@@ -25,7 +25,7 @@ def build_model(
     cache_dir: str | None = None,
     **kwargs: Any,
 ) -> Any:
-    """Build a model as timm's `build_model_with_cfg` does, also with the URLs that `resolve_weights` understands.
+    """Build a model as timm's `build_model_with_cfg` does, with the downloads of `resolve_weights`.
 
     Only a model whose classifier has the config's weights has the config's class names.
 
@@ -47,16 +47,17 @@ def build_model(
     )
     brought = (tag_args or {}).get(config.tag or "", {})
     kwargs = {**brought, **kwargs}
-    model: Any = build_model_with_cfg(
-        model_cls,
-        variant,
-        pretrained,
-        pretrained_cfg=config,  # type: ignore[arg-type]  # timm passes a PretrainedCfg, too
-        pretrained_filter_fn=checkpoint_filter_fn,
-        cache_dir=cache_dir,
-        feature_cfg=dict(feature_cfg or {}),  # a copy, because timm removes keys from it
-        **kwargs,
-    )
+    with download_errors(config.hf_hub_id or ""):
+        model: Any = build_model_with_cfg(
+            model_cls,
+            variant,
+            pretrained,
+            pretrained_cfg=config,  # type: ignore[arg-type]  # timm passes a PretrainedCfg, too
+            pretrained_filter_fn=checkpoint_filter_fn,
+            cache_dir=cache_dir,
+            feature_cfg=dict(feature_cfg or {}),  # a copy, because timm removes keys from it
+            **kwargs,
+        )
     if brought:
         model._model_args = {name: kwargs[name] for name in brought}  # timm adds the caller's arguments and saves all
     if not (pretrained and getattr(model, "num_classes", None) == config.num_classes):

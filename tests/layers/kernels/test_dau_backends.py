@@ -64,6 +64,16 @@ def test_memory_format_is_kept(layout):
     assert gradients(y, x)[0].is_contiguous(memory_format=FORMATS[layout])
 
 
+@pytest.mark.parametrize("kernel", [1, 3])
+def test_gradients_have_the_strides_of_their_weights(kernel):
+    """Also along axes with one element, as in a 1x1 kernel: DDP compares the numbers, and warns."""
+    torch.manual_seed(0)
+    layer = timm_coda.DAUConv2d(8, 4, kernel, rank=2)
+    layer(torch.rand(2, 8, 5, 5)).sum().backward()
+    for name, weight in layer.named_parameters():
+        assert weight.grad is not None and weight.grad.stride() == weight.stride(), name
+
+
 @pytest.mark.parametrize("name", ["cpu", "triton"])
 def test_images_need_no_gradient_for_the_weights_to_have_theirs(name, request):
     """As in training of the first layer, where the gradient of the images is not computed."""

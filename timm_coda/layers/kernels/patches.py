@@ -83,10 +83,11 @@ class Geometry(NamedTuple):
         return (weight.permute(0, 2, 3, 1) if self.channels_last else weight).reshape(weight.shape[0], -1)
 
     def unflat(self, weight: Tensor, channels: int) -> Tensor:
-        """Undo `flat`; the result is contiguous."""
+        """Undo `flat`; the result is contiguous, with the strides of a new parameter."""
         if self.channels_last:
             weight = weight.reshape(-1, *self.kernel, channels).permute(0, 3, 1, 2)
-        return weight.reshape(-1, channels, *self.kernel).contiguous()
+        # Flat first: `contiguous` keeps the strides of axes with one element, and DDP warns about them.
+        return weight.contiguous().flatten().view(-1, channels, *self.kernel)
 
 
 def output_size(
