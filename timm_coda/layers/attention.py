@@ -7,6 +7,7 @@ from timm.models import register_notrace_module
 from torch import Tensor, nn
 
 from .base import DynamicLinear
+from .kernels.transforms import is_transformed
 
 __all__ = ["DynamicGroupNorm2d", "DynamicLayerNorm", "FrozenFactor", "SinCosPositions", "freezable"]
 
@@ -78,12 +79,15 @@ class DynamicGroupNorm2d(DynamicLinear):
 
 
 class FrozenFactor(DynamicLinear):
-    """Identity, any shape, whose output is a constant in backward while `frozen_dynamics` is active."""
+    """Identity for queries and keys (..., N, C), whose output is a constant in backward while `frozen_dynamics` is active."""
 
     def forward(self, x: Tensor) -> Tensor:
         frozen = False
         if not torch.jit.is_scripting():
             frozen = self.frozen_dynamics.held()
+            if is_transformed():
+                # Fused attention needs adjacent numbers, and has first derivatives in reverse mode only.
+                x = x.mT.contiguous().mT
         return x.detach() if frozen else x
 
 

@@ -20,6 +20,7 @@ from . import reference
 from .kernels import bcos_alignment as alignment
 from .kernels import dau_cpu as cpu
 from .kernels import dau_torch as convolution
+from .kernels.transforms import needs_plain_torch
 
 __all__ = [
     "ACTIVATIONS",
@@ -64,7 +65,8 @@ _backend: str | None = _checked(os.environ.get("TIMM_CODA_BACKEND") or None)
 def set_backend(name: str | None) -> None:
     """Set the backend of DAUs for the whole process.
 
-    The environment variable TIMM_CODA_BACKEND sets the backend at import.
+    The environment variable TIMM_CODA_BACKEND sets the backend at import. Under transforms of `torch.func`, forward-mode
+    differentiation, tracing and export, 'torch' is used, the one that they support.
 
     Args:
         name: 'reference', 'torch', 'cpu' or 'triton', or None for the best backend for each device
@@ -121,7 +123,7 @@ def dau_conv2d(
     else:
         _check_dau(x, down, up, up_bias, padding, dilation, activation)
         name = _backend
-        if torch.jit.is_tracing() or x.is_meta:
+        if x.is_meta or needs_plain_torch():
             name = "torch"
         elif name is None:
             name = BEST_BACKEND.get(x.device.type, "torch")

@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from . import dau_torch as convolution
 from .patches import memory_format, output_size
@@ -122,11 +123,14 @@ def make_operator(
         if grad is None:
             return *(None,) * 4, *no_options
         x, down, up, up_bias, z, num, s, u = ctx.saved_tensors
-        if torch.is_grad_enabled():  # create_graph=True: the gradient must itself be differentiable
+        # The gradient must itself be differentiable: with create_graph=True, or where forward mode runs over it.
+        if torch.is_grad_enabled() or forward_ad._current_level >= 0:
             inputs = (x, down, up, up_bias)
             wanted = [i for i in range(4) if ctx.needs_input_grad[i]]
-            y = convolution.dau_conv2d(*inputs, *ctx.options, ctx.frozen)  # pyright: ignore[reportCallIssue]
-            found = torch.autograd.grad(y, [inputs[i] for i in wanted], grad, create_graph=True)
+            with torch.enable_grad():
+                y = convolution.dau_conv2d(*inputs, *ctx.options, ctx.frozen)  # pyright: ignore[reportCallIssue]
+            leaves, again = [inputs[i] for i in wanted], torch.is_grad_enabled()
+            found = torch.autograd.grad(y, leaves, grad, create_graph=again, allow_unused=True)
             gradients = dict(zip(wanted, found, strict=True))
             return *(gradients.get(i) for i in range(4)), *no_options
         if ctx.frozen:
