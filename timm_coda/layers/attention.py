@@ -79,7 +79,7 @@ class DynamicGroupNorm2d(DynamicLinear):
 
 
 class FrozenFactor(DynamicLinear):
-    """Identity for queries and keys (..., N, C), whose output is a constant in backward while `frozen_dynamics` is active."""
+    """Identity for queries or keys (..., N, C), a constant in backward while `frozen_dynamics` is active."""
 
     def forward(self, x: Tensor) -> Tensor:
         frozen = False

@@ -2,6 +2,7 @@
 
 import torch
 from torch import Tensor
+from torch._C._functorch import is_batchedtensor, is_legacy_batchedtensor, peek_interpreter_stack
 from torch.autograd import forward_ad
 
 __all__ = ["is_batched", "is_transformed", "needs_plain_torch"]
@@ -12,9 +13,10 @@ _NONE = type(None)
 def is_transformed() -> bool:
     """Return whether a transform of `torch.func` or forward-mode differentiation is active."""
     # Dynamo takes `peek_interpreter_stack() is not None` for true.
-    return not isinstance(torch._C._functorch.peek_interpreter_stack(), _NONE) or forward_ad._current_level >= 0
+    return not isinstance(peek_interpreter_stack(), _NONE) or forward_ad._current_level >= 0
 
 
+@torch.jit.unused
 def needs_plain_torch() -> bool:
     """Return whether a transform, tracing or an export is active.
 
@@ -28,4 +30,4 @@ def is_batched(x: Tensor) -> bool:
     """Return whether `x` is many tensors to vmap, also to that of `torch.autograd.grad(..., is_grads_batched=True)`."""
     if torch.compiler.is_compiling():
         return True  # dynamo cannot tell
-    return torch._C._functorch.is_batchedtensor(x) or torch._C._functorch.is_legacy_batchedtensor(x)
+    return is_batchedtensor(x) or is_legacy_batchedtensor(x)
