@@ -76,6 +76,18 @@ class DynamicLinear(nn.Module):
         super().__init__()
         self.frozen_dynamics = FrozenDynamics()
 
+    def reset_parameters(self) -> None:
+        """Initialise the layer's own weights."""
+
+    def init_non_persistent_buffers(self) -> None:
+        """Initialise the weights that transformers did not find in a checkpoint, such as those of a new classifier.
+
+        This hook of timm's layers is the only one that transformers calls on a layer it does not know. Meanwhile the
+        functions of `nn.init` are its own, which leave loaded weights as they are. timm's calls change nothing.
+        """
+        if nn.init.uniform_.__module__ == "transformers.initialization":
+            self.reset_parameters()
+
 
 @register_notrace_module
 class InverseEncoding(nn.Module):
