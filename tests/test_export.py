@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 import timm
 import torch
+from timm.utils.onnx import onnx_export
 
 import timm_coda  # noqa: F401
 from helpers import relative_error
-from timm_coda import cli, export, hub
+from timm_coda import cli, export, hub, layers
 
 onnxruntime = pytest.importorskip("onnxruntime", reason="needs the export extra")
 
@@ -53,6 +54,59 @@ def test_explanation_equals_eager(name, suffix, tmp_path):
             run({"image": torch.rand(count, *about["input_size"]), "target": torch.zeros(targets, dtype=torch.int64)})
     differences = export.largest_differences(path, model)
     assert set(differences) == set(export.OUTPUTS) and 0 < max(differences.values()) < 1e-5
+
+
+def bcos_net():
+    first, last = layers.EncodedBcosConv2d(3, 4, 3, stride=2), layers.BcosConv2d(4, 3, 1, b=1.5, max_out=2)
+    return torch.nn.Sequential(first, layers.DynamicGroupNorm2d(4), last, layers.GlobalPool("avg"))
+
+
+def linear_units():
+    return torch.nn.Sequential(layers.DAULinear(8, 6, rank=2), layers.BcosLinear(6, 3))
+
+
+NETWORKS = {
+    "coda": (lambda: timm.create_model("coda_net_xs", **TINY | {"logit_temperature": 1}), (3, 8, 8)),
+    "bcos": (bcos_net, (3, 8, 8)),
+    "linear": (linear_units, (8,)),
+}
+
+
+@pytest.mark.filterwarnings("ignore")  # both exporters warn of themselves
+@pytest.mark.parametrize(
+    ("kind", "dynamo"), [("coda", False), ("bcos", False), ("bcos", True), ("linear", False), ("linear", True)]
+)
+def test_pytorchs_own_onnx_exporters(kind, dynamo, tmp_path):
+    torch.manual_seed(0)
+    make, shape = NETWORKS[kind]
+    model, x = make().eval(), torch.rand(2, *shape)
+    path = tmp_path / "model.onnx"
+    torch.onnx.export(model, (x,), path, dynamo=dynamo, input_names=["x"], verbose=False)
+    (outputs,) = onnxruntime.InferenceSession(path).run(None, {"x": x.numpy()})
+    assert relative_error(torch.from_numpy(outputs), model(x)) < 1e-5
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("dynamo", [True, False])
+def test_timms_onnx_export_with_any_batch_size(dynamo, tmp_path):
+    torch.manual_seed(0)
+    model, path = NETWORKS["coda"][0](), tmp_path / "model.onnx"
+    onnx_export(model, str(path), torch.rand(2, 3, 8, 8), use_dynamo=dynamo)
+    x = torch.rand(5, 3, 8, 8)
+    (outputs,) = onnxruntime.InferenceSession(path).run(None, {"input0": x.numpy()})
+    assert relative_error(torch.from_numpy(outputs), model(x)) < 1e-5
+
+
+@pytest.mark.parametrize("strict", [True, False])
+@pytest.mark.parametrize("kind", NETWORKS)
+def test_pytorchs_own_export_has_only_its_own_operators(kind, strict):
+    torch.manual_seed(0)
+    make, shape = NETWORKS[kind]
+    model, x = make().eval(), torch.rand(2, *shape)
+    program = torch.export.export(model, (x,), strict=strict)
+    code = [part.code for part in program.graph_module.modules() if isinstance(part, torch.fx.GraphModule)]
+    assert "torch.ops.aten" in code[0] and not any("timm_coda" in part for part in code)
+    assert relative_error(program.module()(x), model(x)) < 1e-6
 
 
 @pytest.mark.parametrize("suffix", [".onnx", ".pt2"])

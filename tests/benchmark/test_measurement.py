@@ -7,6 +7,7 @@ import pytest
 import timm
 import torch
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
 import timm_coda
 from timm_coda.benchmark import macs, measurement, memory
@@ -61,6 +62,50 @@ def test_counts_of_a_small_net():
 def test_counts_of_the_published_networks(name, size, down, up, quadratic, published):
     total = sum(count_macs(timm.create_model(name, device="meta"), size).values(), Macs())
     assert (total.down, total.up, total.quadratic, total.published) == (down, up, quadratic, published)
+
+
+def flops(run):
+    with FlopCounterMode(display=False) as counter:
+        run()
+    return counter.get_total_flops()
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "size"),
+    [
+        ("coda_net_xs", {}, (12, 9)),
+        ("coda_net_xs", {"in_chans": 1, "rank": 3, "num_classes": 4}, (8, 8)),
+        ("coda_net_s", {"activation": "l2", "rank": 2}, (8, 10)),
+    ],
+)
+def test_torchs_counter_agrees(name, arguments, size):
+    """Two operations for each multiply-accumulate of each image, forward and backward."""
+    model = timm.create_model(name, **arguments)
+    counts = count_macs(model, size)
+    total = sum(counts.values(), Macs())
+    images = torch.rand(2, 2 * model.in_chans, *size, requires_grad=True)
+    with torch.no_grad():
+        assert flops(lambda: model(images)) == 2 * 2 * total.forward
+    assert flops(lambda: model(images).sum().backward()) == 2 * 2 * total.train
+    with timm_coda.explanation_mode(model):
+        assert flops(lambda: model(images)[:, 0].sum().backward()) == 2 * 2 * total.explain()
+    # In training the images need no gradient.
+    first = counts["stages.0.0"]
+    saved = first.down + first.up + first.bias
+    assert flops(lambda: model(images.detach()).sum().backward()) == 2 * 2 * (total.train - saved)
+
+
+def test_torchs_counter_on_linear_layers():
+    layer = timm_coda.DAULinear(5, 3, rank=2)
+    # 4 rows: z = B p, A p, b^T p, z^T G z
+    macs = 4 * (2 * 5 + 3 * 2 * 5 + 3 * 5 + 3 * 2 * 2)
+    assert flops(lambda: layer(torch.rand(2, 2, 5))) == 2 * macs
+
+
+def test_torchs_counter_knows_the_cuda_operators_before_they_are_first_used():
+    pytest.importorskip("triton", reason="needs Triton, which comes with CUDA builds of PyTorch")
+    operators = {f"dau_conv2d_cuda{part}" for part in ("", "_data", "_backward")}
+    assert operators <= {packet.__name__ for packet in flop_registry}
 
 
 def test_counting_leaves_the_model_as_it_was():

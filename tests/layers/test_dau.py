@@ -1,6 +1,5 @@
 """DAU layers, the switch for frozen dynamic weights, image encoding, pooling and logits."""
 
-import _thread
 import copy
 import pickle
 import threading
@@ -11,7 +10,7 @@ import torch
 
 import timm_coda
 from helpers import relative_error
-from timm_coda import DAUConv2d, DAULinear, InverseEncoding, explanation_mode
+from timm_coda import DAUConv2d, DAULinear, InverseEncoding, explanation_mode, layers
 from timm_coda.layers import reference
 from timm_coda.layers.base import GlobalPool, Logits
 
@@ -66,18 +65,61 @@ def test_bad_arguments(arguments, message):
         DAULinear(**{"in_features": 3, "out_features": 2} | arguments)
 
 
+def in_another_thread(function):
+    found = []
+    thread = threading.Thread(target=lambda: found.append(function()))
+    thread.start()
+    thread.join()
+    return found[0]
+
+
 def test_frozen_state_is_each_threads_own_and_not_copied():
     layer = DAULinear(3, 2, rank=2)
-    seen = {}
     with explanation_mode(layer), explanation_mode(layer):
         assert layer.frozen_dynamics
-        thread = threading.Thread(target=lambda: seen.update(other=bool(layer.frozen_dynamics)))
-        thread.start()
-        thread.join()
+        assert not in_another_thread(layer.frozen_dynamics.held)
         assert not copy.deepcopy(layer).frozen_dynamics
         assert not pickle.loads(pickle.dumps(layer)).frozen_dynamics
-    assert seen == {"other": False}
     assert not layer.frozen_dynamics
+
+
+@pytest.mark.parametrize("first", ["free", "frozen"])
+@pytest.mark.parametrize("kind", ["coda", "bcos"])
+def test_compiled_code_follows_the_state_of_the_thread_that_runs_it(kind, first):
+    """Whatever was compiled first, and whatever another thread does at the same time."""
+    torch.manual_seed(0)
+    if kind == "coda":
+        model = timm_coda.CodaNet(depths=(1, 1, 1), channels=(4, 6, 6), strides=(1, 2, 2), rank=3)
+    else:
+        gate = torch.nn.Sequential(torch.nn.AdaptiveAvgPool2d(1), torch.nn.Conv2d(5, 5, 1), torch.nn.Sigmoid())
+        norms = [layers.PositionNorm2d(5), layers.BatchNormUncentered2d(5), layers.DynamicGroupNorm2d(5)]
+        model = torch.nn.Sequential(layers.BcosConv2d(3, 5, 3), layers.FrozenGate(gate), *norms)
+    model = model.double().eval()
+    x = torch.rand(1, 3, 8, 8, dtype=torch.float64, requires_grad=True)
+
+    def gradient(run):
+        return torch.autograd.grad(run(x)[0, 0].square().sum(), x)[0]
+
+    def explained(run):
+        with explanation_mode(run):
+            return gradient(run)
+
+    free, frozen = gradient(model), explained(model)
+    assert relative_error(frozen, free) > 0.1
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    if first == "free":
+        assert relative_error(gradient(compiled), free) < 1e-12
+        assert relative_error(in_another_thread(lambda: explained(compiled)), frozen) < 1e-12
+    with explanation_mode(compiled):
+        assert relative_error(in_another_thread(lambda: gradient(compiled)), free) < 1e-12
+        assert relative_error(gradient(compiled), frozen) < 1e-12
+        with explanation_mode(compiled):
+            assert relative_error(gradient(compiled), frozen) < 1e-12
+        assert relative_error(in_another_thread(lambda: explained(compiled)), frozen) < 1e-12
+        assert relative_error(in_another_thread(lambda: gradient(compiled)), free) < 1e-12
+    assert relative_error(gradient(compiled), free) < 1e-12
+    assert relative_error(in_another_thread(lambda: explained(compiled)), frozen) < 1e-12
 
 
 def test_encoding():
@@ -107,30 +149,46 @@ def test_pooling_and_logits():
         assert Logits(1000, -2.0)(votes).item() == pytest.approx(-1.99975, abs=1e-6), "evidence rounded away"
 
 
-def test_what_checkpointing_computes_again_in_a_thread_of_autograds_is_frozen_too():
+class Nested(torch.autograd.Function):
+    """Call `inner` in a backward pass inside `depth` others. Autograd runs those above 60 in a thread of its own."""
+
+    @staticmethod
+    def forward(ctx, x, depth, inner):
+        ctx.depth, ctx.inner = depth, inner
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, *grads):
+        if ctx.depth == 0:
+            ctx.inner()
+        else:
+            with torch.enable_grad():
+                Nested.apply(torch.zeros((), requires_grad=True), ctx.depth - 1, ctx.inner).backward()
+        return grads[0], None, None
+
+
+@pytest.mark.parametrize("depth", [0, 80])
+def test_what_checkpointing_computes_again_in_a_thread_of_autograds_is_as_in_the_thread_that_asked(depth):
     torch.manual_seed(0)
     model = timm.create_model("bcos_resnet18", num_classes=3).double().eval()
+    model.set_grad_checkpointing()
     x = torch.rand(1, 3, 32, 32, dtype=torch.float64, requires_grad=True)
 
-    def weights(in_thread: bool) -> torch.Tensor:
-        found, done = [], threading.Event()
-        with timm_coda.explanation_mode(model):
-            y = model(x)[:, 0].sum()
+    def gradient() -> torch.Tensor:
+        y, found = model(x)[:, 0].sum(), []
 
-            def backward() -> None:
-                try:
-                    found.append(torch.autograd.grad(y, x)[0])
-                finally:
-                    done.set()
+        def recompute() -> None:
+            found.append(torch.autograd.grad(y, x)[0])
+            assert (threading.get_ident() == caller) == (depth == 0)
 
-            if in_thread:
-                _thread.start_new_thread(backward, ())  # not registered with `threading`, like autograd's threads
-                assert done.wait(60)
-            else:
-                backward()
+        caller = threading.get_ident()
+        Nested.apply(torch.zeros((), requires_grad=True), depth, recompute).backward()
         return found[0]
 
-    expected = weights(in_thread=False)
-    model.set_grad_checkpointing()
-    assert torch.equal(weights(in_thread=False), expected)
-    assert torch.equal(weights(in_thread=True), expected)
+    free = torch.autograd.grad(model(x)[:, 0].sum(), x)[0]
+    with timm_coda.explanation_mode(model):
+        frozen = torch.autograd.grad(model(x)[:, 0].sum(), x)[0]
+        assert torch.equal(gradient(), frozen)
+        assert torch.equal(in_another_thread(gradient), free), "another thread's state"
+    assert torch.equal(in_another_thread(gradient), free)
+    assert relative_error(frozen, free) > 0.1

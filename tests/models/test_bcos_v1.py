@@ -266,6 +266,15 @@ def test_a_folder_keeps_b_and_temperature(tmp_path):
     assert relative_error(grey.stages[0][0].weight, model.stages[0][0].weight.unflatten(1, (2, 3)).sum(2)) < 1e-6
 
 
+@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:FutureWarning")
+def test_inception_is_scripted_without_the_auxiliary_classifier():
+    torch.manual_seed(0)
+    model = timm.create_model("bcos_v1_inception_v3", num_classes=3).eval()
+    x = torch.rand(1, 3, 107, 107)
+    with torch.no_grad():
+        assert relative_error(torch.jit.script(model)(x) - model.logits.bias, model(x) - model.logits.bias) < 1e-5
+
+
 SUITE = {
     "bcos_v1_conv9": "bcosv1_cifar_b2_32px",
     "bcos_v1_densenet121": "bcosv1_densenet121_64px",

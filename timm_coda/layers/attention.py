@@ -7,6 +7,7 @@ from timm.models import register_notrace_module
 from torch import Tensor, nn
 
 from .base import DynamicLinear
+from .kernels.transforms import is_transformed
 
 __all__ = ["DynamicGroupNorm2d", "DynamicLayerNorm", "FrozenFactor", "SinCosPositions", "freezable"]
 
@@ -28,7 +29,11 @@ class DynamicLayerNorm(DynamicLinear):
         super().__init__()
         self.num_features = num_features
         self.eps = eps
-        self.weight = nn.Parameter(torch.ones(num_features, device=device, dtype=dtype))
+        self.weight = nn.Parameter(torch.empty(num_features, device=device, dtype=dtype))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        nn.init.ones_(self.weight)
 
     def forward(self, x: Tensor) -> Tensor:
         frozen = False
@@ -61,7 +66,11 @@ class DynamicGroupNorm2d(DynamicLinear):
         self.num_features = num_features
         self.num_groups = num_groups
         self.eps = eps
-        self.weight = nn.Parameter(torch.ones(num_features, device=device, dtype=dtype))
+        self.weight = nn.Parameter(torch.empty(num_features, device=device, dtype=dtype))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        nn.init.ones_(self.weight)
 
     def forward(self, x: Tensor) -> Tensor:
         frozen = False
@@ -78,12 +87,15 @@ class DynamicGroupNorm2d(DynamicLinear):
 
 
 class FrozenFactor(DynamicLinear):
-    """Identity, any shape, whose output is a constant in backward while `frozen_dynamics` is active."""
+    """Identity for queries or keys (..., N, C), a constant in backward while `frozen_dynamics` is active."""
 
     def forward(self, x: Tensor) -> Tensor:
         frozen = False
         if not torch.jit.is_scripting():
             frozen = self.frozen_dynamics.held()
+            if is_transformed():
+                # Fused attention needs adjacent numbers, and has first derivatives in reverse mode only.
+                x = x.mT.contiguous().mT
         return x.detach() if frozen else x
 
 

@@ -8,39 +8,56 @@ from torch import Tensor, nn
 
 __all__ = ["DynamicLinear", "FrozenDynamics", "GlobalPool", "InverseEncoding", "Logits", "adapt_colours"]
 
-_ForeignThread = threading._DummyThread  # type: ignore[attr-defined]  # a thread not started by Python
+_ACTIVE = "timm_coda.active_switches"
+
+
+class _Thread(threading.local):
+    """Switches that the current thread has entered. Autograd hands the set on to the threads that it computes in."""
+
+    def __init__(self) -> None:
+        self.switches: set[FrozenDynamics] = set()
+        torch._C._stash_obj_in_tls(_ACTIVE, self.switches)
+
+
+_thread = _Thread()
+
+
+class _Depth(threading.local):
+    """How often the current thread has entered one switch. Dynamo guards the flag, for each thread its own."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self.active = False
 
 
 class FrozenDynamics:
     """Switch that freezes one layer inside `with layer.frozen_dynamics:`. Re-entrant; each thread has its own state.
 
-    A copied or unpickled layer gets a new, inactive switch.
+    This also holds for compiled code. A copied or unpickled layer gets a new, inactive switch.
     """
 
     def __init__(self) -> None:
-        self._thread = threading.local()
-        self._lock = threading.Lock()
-        self._holders = 0
+        self._depth = _Depth()
 
     def __enter__(self) -> None:
-        self._thread.depth = getattr(self._thread, "depth", 0) + 1
-        with self._lock:
-            self._holders += 1
+        self._depth.count += 1
+        self._depth.active = True
+        _thread.switches.add(self)
 
     def __exit__(self, *exc_info: object) -> None:
-        self._thread.depth -= 1
-        with self._lock:
-            self._holders -= 1
+        self._depth.count -= 1
+        if self._depth.count == 0:
+            self._depth.active = False
+            _thread.switches.discard(self)
 
     def held(self) -> bool:
-        """Return whether the switch is active in this thread (under torch.compile: in any thread)."""
-        if torch.compiler.is_compiling():  # dynamo can guard a plain number, but no thread-local one
-            return self._holders > 0
-        if getattr(self._thread, "depth", 0) > 0:
+        """Return whether the switch is active in this thread, or in the one whose backward pass runs in this thread."""
+        if self._depth.active:
             return True
+        if torch.compiler.is_compiling() or torch._C._current_graph_task_id() == -1:
+            return False
         # On a GPU, gradient checkpointing recomputes in a thread of autograd, which has not entered the switch.
-        autograds = torch._C._current_graph_task_id() != -1 and isinstance(threading.current_thread(), _ForeignThread)
-        return autograds and self._holders > 0
+        return torch._C._is_key_in_tls(_ACTIVE) and self in torch._C._get_obj_in_tls(_ACTIVE)
 
     __bool__ = held  # dynamo before torch 2.15 cannot trace bool() of this object
 
@@ -58,6 +75,18 @@ class DynamicLinear(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.frozen_dynamics = FrozenDynamics()
+
+    def reset_parameters(self) -> None:
+        """Initialise the layer's own weights."""
+
+    def init_non_persistent_buffers(self) -> None:
+        """Initialise the weights that transformers did not find in a checkpoint, such as those of a new classifier.
+
+        This hook of timm's layers is the only one that transformers calls on a layer it does not know. Meanwhile the
+        functions of `nn.init` are its own, which leave loaded weights as they are. timm's calls change nothing.
+        """
+        if nn.init.uniform_.__module__ == "transformers.initialization":
+            self.reset_parameters()
 
 
 @register_notrace_module

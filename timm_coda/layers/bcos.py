@@ -208,9 +208,14 @@ class BatchNormUncentered2d(DynamicLinear):
         self.num_features = num_features
         self.eps = eps
         self.momentum = momentum
-        self.weight = nn.Parameter(torch.ones(num_features, device=device, dtype=dtype))
+        self.weight = nn.Parameter(torch.empty(num_features, device=device, dtype=dtype))
         self.running_var: Tensor
-        self.register_buffer("running_var", torch.ones(num_features, device=device, dtype=dtype))
+        self.register_buffer("running_var", torch.empty(num_features, device=device, dtype=dtype))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        nn.init.ones_(self.weight)
+        nn.init.ones_(self.running_var)
 
     def forward(self, x: Tensor) -> Tensor:
         frozen = False
@@ -238,7 +243,11 @@ class PositionNorm2d(DynamicLinear):
         super().__init__()
         self.num_features = num_features
         self.eps = eps
-        self.weight = nn.Parameter(torch.ones(num_features, device=device, dtype=dtype))
+        self.weight = nn.Parameter(torch.empty(num_features, device=device, dtype=dtype))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        nn.init.ones_(self.weight)
 
     def forward(self, x: Tensor) -> Tensor:
         frozen = False

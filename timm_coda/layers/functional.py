@@ -20,6 +20,7 @@ from . import reference
 from .kernels import bcos_alignment as alignment
 from .kernels import dau_cpu as cpu
 from .kernels import dau_torch as convolution
+from .kernels.transforms import needs_plain_torch
 
 __all__ = [
     "ACTIVATIONS",
@@ -37,7 +38,7 @@ ACTIVATIONS = ("squash", "l2")
 
 
 def _triton(x: Tensor, down: Tensor, *others) -> Tensor:
-    from .kernels import dau_triton as cuda  # Triton is installed only with CUDA builds of PyTorch
+    from .kernels import dau_triton as cuda
 
     supported = cuda.supports(x.dtype, down.shape[0])
     return (cuda.dau_conv2d if supported else convolution.dau_conv2d)(x, down, *others)
@@ -49,7 +50,11 @@ BACKENDS = {
     "cpu": cpu.dau_conv2d,  # matrix products over blocks of positions
     "triton": _triton,  # CUDA kernels; fall back to 'torch' for other ranks and dtypes
 }
-BEST_BACKEND = {"cpu": "cpu", "cuda": "triton" if find_spec("triton") else "torch"}
+BEST_BACKEND = {"cpu": "cpu", "cuda": "torch"}
+if find_spec("triton"):  # only with CUDA builds of PyTorch
+    from .kernels import dau_triton  # noqa: F401  # now, as a FlopCounterMode knows only the operators before it
+
+    BEST_BACKEND["cuda"] = "triton"
 
 
 def _checked(name: str | None) -> str | None:
@@ -64,7 +69,8 @@ _backend: str | None = _checked(os.environ.get("TIMM_CODA_BACKEND") or None)
 def set_backend(name: str | None) -> None:
     """Set the backend of DAUs for the whole process.
 
-    The environment variable TIMM_CODA_BACKEND sets the backend at import.
+    The environment variable TIMM_CODA_BACKEND sets the backend at import. Transforms of `torch.func`, forward-mode
+    differentiation, tracing and export support only 'torch', and always get it.
 
     Args:
         name: 'reference', 'torch', 'cpu' or 'triton', or None for the best backend for each device
@@ -121,7 +127,7 @@ def dau_conv2d(
     else:
         _check_dau(x, down, up, up_bias, padding, dilation, activation)
         name = _backend
-        if torch.jit.is_tracing() or x.is_meta:
+        if x.is_meta or needs_plain_torch():
             name = "torch"
         elif name is None:
             name = BEST_BACKEND.get(x.device.type, "torch")

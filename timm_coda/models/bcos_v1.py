@@ -240,6 +240,9 @@ class _InceptionD(InceptionD):
 class BcosV1InceptionV3(_BcosV1, InceptionV3):
     """B-cos v1 Inception-v3, without the auxiliary classifier used in training. Arguments as in `BcosV1ResNet`."""
 
+    # So that TorchScript skips it. timm's annotation is not seen, because other bases have annotations too.
+    aux_logits: torch.jit.Final[bool]
+
     def __init__(self, in_chans: int = 3, **options: Any) -> None:
         super().__init__(num_classes=0, in_chans=2 * in_chans, global_pool="", device="meta")
         unpadded = partial(ConvNormAct, padding=0)

@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from .transforms import needs_plain_torch
+
 __all__ = ["channel_variance", "rescale_channels", "uncentered_batch_norm"]
 
 
@@ -58,7 +60,7 @@ class _UncenteredBatchNorm(torch.autograd.Function):
 
 def uncentered_batch_norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """Return x w / sqrt(var + eps) with the batch's variance, and that variance, (C,), without gradient."""
-    if torch.jit.is_scripting() or torch.jit.is_tracing():
+    if torch.jit.is_scripting() or needs_plain_torch():
         var = channel_variance(x)
         return rescale_channels(x, weight, var, eps), var
     return _UncenteredBatchNorm.apply(x, weight, eps)

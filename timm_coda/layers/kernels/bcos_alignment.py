@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .transforms import is_batched, needs_plain_torch
+
 __all__ = ["NORM_EPS", "align", "channel_squares", "max_out_units", "patch_squares", "unit_norm_conv2d", "weight_norm"]
 
 NORM_EPS = 1e-6
@@ -76,7 +78,7 @@ class _ChannelSquares(torch.autograd.Function):
 
 def channel_squares(x: Tensor, dim: int) -> Tensor:
     """Return |x|^2 along `dim`, which stays as an axis of size 1, in float32 or better."""
-    if torch.jit.is_scripting() or torch.jit.is_tracing():
+    if torch.jit.is_scripting() or needs_plain_torch():
         return x.to(torch.promote_types(x.dtype, torch.float32)).square().sum(dim, keepdim=True)
     return _ChannelSquares.apply(x, dim)
 
@@ -109,8 +111,8 @@ def patch_squares(
 
 
 def _times(own: Tensor, factor: Tensor) -> Tensor:
-    """Multiply the temporary `own` by `factor`, in place unless autograd records: new memory is slower than a pass."""
-    return own * factor if torch.is_grad_enabled() else own.mul_(factor)
+    """Multiply the temporary `own` by `factor`, in place where that is allowed: new memory is slower than a pass."""
+    return own * factor if torch.is_grad_enabled() or is_batched(factor) else own.mul_(factor)
 
 
 class _Align(torch.autograd.Function):
@@ -157,7 +159,7 @@ def align(
     reciprocal = (squares + norm_eps).rsqrt()
     if b == 2.0:
         reciprocal = reciprocal / scale
-        if torch.jit.is_scripting() or torch.jit.is_tracing():
+        if torch.jit.is_scripting() or needs_plain_torch():
             factor = linear.abs() * reciprocal
         elif frozen:
             factor = linear.detach().abs().mul_(reciprocal)

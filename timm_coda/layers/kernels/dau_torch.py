@@ -56,9 +56,9 @@ def dau_conv2d(
 def squared_norm(z: Tensor, up: Tensor, up_bias: Tensor) -> Tensor:
     """Return |v|^2, (B, D, H', W'), in float32 or better."""
     exact = torch.promote_types(z.dtype, torch.float32)
-    units, rank = up_bias.shape[0], z.shape[1]
+    units, rank = up_bias.shape[0], up.shape[0] // up_bias.shape[0]  # not from z, for the ONNX exporter
     z, a, b = z.to(exact), up.reshape(units, rank, -1).to(exact), up_bias.reshape(units, -1, 1).to(exact)
-    gram = (a @ a.transpose(1, 2)).reshape(units * rank, rank, 1, 1)
+    gram = (a @ a.transpose(1, 2)).flatten(0, 1)[:, :, None, None]
     cross = 2 * (a @ b).reshape(-1)
     quadratic = F.conv2d(z, gram, cross).unflatten(1, (units, rank))
     return (quadratic * z.unsqueeze(1)).sum(2) + b.square().sum(1).unsqueeze(-1)

@@ -1,14 +1,28 @@
 """Register a backend's three functions as operators that support autograd, torch.compile, torch.export and vmap."""
 
 from collections.abc import Callable
+from math import prod
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
+from torch.utils.flop_counter import register_flop_formula
 
 from . import dau_torch as convolution
 from .patches import memory_format, output_size
 
 __all__ = ["make_operator"]
+
+
+def _flops(z: tuple, up: tuple, up_bias: tuple) -> tuple[int, int, int, int]:
+    """Return the floating-point operations of z = B p, A p, b^T p and z^T G z, from the shapes of z, A and b.
+
+    Two for each multiply-accumulate, and without the terms that `benchmark.Macs` does not count either.
+    """
+    (positions, rank), inputs = z, prod(up_bias[1:])
+    rows = rank, up[0], up_bias[0]
+    down, large, bias = (2 * positions * inputs * row for row in rows)
+    return down, large, bias, 2 * positions * up[0] * rank
 
 
 def make_operator(
@@ -122,11 +136,14 @@ def make_operator(
         if grad is None:
             return *(None,) * 4, *no_options
         x, down, up, up_bias, z, num, s, u = ctx.saved_tensors
-        if torch.is_grad_enabled():  # create_graph=True: the gradient must itself be differentiable
+        # The gradient must itself be differentiable: with create_graph=True, or where forward mode runs over it.
+        if torch.is_grad_enabled() or forward_ad._current_level >= 0:
             inputs = (x, down, up, up_bias)
             wanted = [i for i in range(4) if ctx.needs_input_grad[i]]
-            y = convolution.dau_conv2d(*inputs, *ctx.options, ctx.frozen)  # pyright: ignore[reportCallIssue]
-            found = torch.autograd.grad(y, [inputs[i] for i in wanted], grad, create_graph=True)
+            with torch.enable_grad():
+                y = convolution.dau_conv2d(*inputs, *ctx.options, ctx.frozen)  # pyright: ignore[reportCallIssue]
+            leaves, again = [inputs[i] for i in wanted], torch.is_grad_enabled()
+            found = torch.autograd.grad(y, leaves, grad, create_graph=again, allow_unused=True)
             gradients = dict(zip(wanted, found, strict=True))
             return *(gradients.get(i) for i in range(4)), *no_options
         if ctx.frozen:
@@ -136,6 +153,21 @@ def make_operator(
         return dx if wants_dx else None, *others, *no_options
 
     forward_op.register_autograd(differentiate, setup_context=setup_context)
+
+    @register_flop_formula(getattr(torch.ops.timm_coda, name))
+    def _(x, down, up, up_bias, *others, out_shape):
+        return sum(_flops(out_shape[1], up, up_bias))
+
+    @register_flop_formula(getattr(torch.ops.timm_coda, f"{name}_data"))
+    def _(grad, x, up, up_bias, z, *others, out_shape):
+        _, large, bias, _ = _flops(z, up, up_bias)
+        return large + bias
+
+    @register_flop_formula(getattr(torch.ops.timm_coda, f"{name}_backward"))
+    def _(grad, x, down, up, up_bias, z, *others, out_shape):
+        *products, quadratic = _flops(z, up, up_bias)
+        wants_dx = others[-1]
+        return (2 if wants_dx else 1) * sum(products) + 2 * quadratic
 
     def dau_conv2d(
         x: Tensor,
