@@ -1,4 +1,4 @@
-"""float16: numbers inside a layer leave its range, the layer's output does not. Bounds: float16 rounds by up to 5e-4."""
+"""float16: numbers inside a layer leave its range, the layer's output does not. Rounding to float16 is up to 5e-4."""
 
 import pytest
 import torch
