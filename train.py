@@ -277,6 +277,7 @@ def train(args: argparse.Namespace, stop: list[int]) -> None:
         explain(output / "explanation.png")
         facts = {"options": options, "parameters": parameters, "processes": processes, "label_names": classes}
         facts |= {"weights": hub.weights_fingerprint(published), "notes": source.notes, "files": source.account}
+        facts |= {"device": device.type, "mixed_precision": accelerator.mixed_precision}  # as used
         facts |= {"environment": environment, **localisation.at_end(published)}
         runs.save_summary(output, progress, facts | {"training_images": images_seen, "test_images": len(test_set)})
         print(runs.closing_words(output, progress, pictures=not silent))

@@ -66,6 +66,8 @@ def test_a_whole_run(train, colours, tmp_path, capsys):
     assert summary["command"].startswith("train.py --data") and summary["environment"]["torch"] == torch.__version__
     assert summary["options"]["lr"] == 0.003 and summary["parameters"] > 0 and summary["skipped"] == {}
     assert summary["files"] == {"used": {"train": 72, "test": 21}, "links": 0, "left_out": {}}
+    device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
+    assert (summary["device"], summary["mixed_precision"]) == (device.type, "no")
     files = {str(path.relative_to("out")) for path in Path("out").rglob("*") if path.is_file()}
     state = "checkpoints/epoch-00003-batch-0000000/"
     ranked = sorted(summary["history"], key=lambda epoch: (-epoch["accuracy"], epoch["loss"]))
@@ -319,6 +321,24 @@ def test_images_outside_the_models_range(train, colours, capsys):
     hub.save_model(model, "normalised", data_config={"input_size": (3, 8, 8), "mean": (0.5,) * 3, "std": (0.5,) * 3})
     assert train("--data", colours, "--model", "local-dir:normalised", "--output", "out", "--workers", 0) == 2
     assert "image values range from -1.00 to" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("launched", [False, True], ids=["option", "launcher"])
+def test_float16_on_a_cpu(train, colours, capsys, monkeypatch, launched):
+    """Accelerate would train in float32 without a word."""
+    if launched:
+        monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp16")
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    options = [] if launched else ["--mixed-precision", "fp16"]
+    assert train("--data", colours, *SMALL, *QUIET, "--output", "out", *options) == 2
+    assert "--mixed-precision fp16 is not supported on a cpu: use bf16 or no" in capsys.readouterr().err
+    assert not Path("out").exists()
+
+
+def test_the_summary_has_the_precision_that_the_launcher_chose(train, colours, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    assert train("--data", colours, *SMALL, *QUIET, "--epochs", 1, "--output", "out") == 0
+    assert json.loads(Path("out/summary.json").read_text())["mixed_precision"] == "bf16"
 
 
 @pytest.mark.parametrize(

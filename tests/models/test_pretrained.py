@@ -1,5 +1,6 @@
 """Pretrained weights by tag: arguments of a tag, shipped weights, loading with other classes, colours or outputs."""
 
+import copy
 import json
 import logging
 import os
@@ -70,6 +71,34 @@ def digits():
 @pytest.fixture(scope="module")
 def test_set():
     return data.load_data(["digits"]).test
+
+
+def test_float16(digits, test_set):
+    """Sums inside the layers leave the range of float16."""
+    _, transform = data.create_transforms(timm.data.resolve_model_data_config(digits))
+    images = torch.stack([transform(test_set.image(i)) for i in range(len(test_set))])
+    with torch.no_grad():
+        expected = digits(images)
+        found = copy.deepcopy(digits).half()(images.half())
+        with torch.autocast("cpu", torch.float16):  # as in timm's validate.py --amp
+            mixed = digits(images[:90])
+    for logits, right in ((found, expected), (mixed, expected[:90])):
+        assert torch.equal(logits.argmax(1), right.argmax(1))
+        assert relative_error(logits - digits.logits.bias, right - digits.logits.bias) < 5e-4
+
+
+def test_gradients_in_float16(digits, test_set):
+    """As Accelerate trains on a GPU: autocast, and a loss scaled as by GradScaler."""
+    _, transform = data.create_transforms(timm.data.resolve_model_data_config(digits))
+    images = torch.stack([transform(test_set.image(i)) for i in range(8)])
+    labels = (torch.as_tensor(test_set.labels[:8]) + 1) % 10  # wrong ones: the loss is large
+    models = [copy.deepcopy(digits) for _ in range(2)]
+    for model, low in zip(models, (False, True), strict=True):
+        with torch.autocast("cpu", torch.float16, low):
+            loss = torch.nn.functional.cross_entropy(model(images).float(), labels)
+        (2**12 * loss).backward()
+    for (name, right), found in zip(models[0].named_parameters(), models[1].parameters(), strict=True):
+        assert relative_error(found.grad, right.grad) < 5e-3, name
 
 
 def accuracy(model, test_set, colours: int = 3) -> float:

@@ -89,6 +89,21 @@ def test_only_that_of_coda_nets():
     assert MapPenalty(timm.create_model("test_resnet"), 0.0, mixed=True)(torch.zeros(1)) == 0
 
 
+def test_it_is_float32_under_float16_autocast():
+    """Its gradient, scaled as by GradScaler, has factors too small for float16; the forward pass is in float16."""
+    model = small().float()
+    penalty, gradients = MapPenalty(model, 2.0), []
+    for enabled in (False, True):
+        torch.manual_seed(0)
+        with torch.autocast("cpu", torch.float16, enabled):
+            model(images().float())
+        value = penalty(torch.tensor([3, 0, 2]))
+        assert value.dtype == torch.float32
+        gradients.append([value.detach(), *torch.autograd.grad(2**12 * value, list(model.parameters()))])
+    for found, right in zip(gradients[1], gradients[0], strict=True):
+        assert relative_error(found, right) < 5e-3
+
+
 def test_it_follows_autocast():
     model = small().float()
     penalty = MapPenalty(model, 2.0)

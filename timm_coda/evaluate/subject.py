@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..data import ImageDataset, Skipped, check_images, collate
+from ..explanation import check_finite
 from .base import EvaluationError, Subject, progress_bar
 
 __all__ = ["make_subject", "predict"]
@@ -47,13 +48,15 @@ def predict(model: Any, dataset: ImageDataset, batch_size: int) -> tuple[np.ndar
 
     Raises:
         DataError: no image is readable, or the model does not accept the images.
+        EvaluationError: a logit is NaN or infinite; the message gives the cause.
     """
     parameter = next(model.parameters())
     readable, logits, unread = [], [], []
     for start in progress_bar(range(0, len(dataset), batch_size), "predictions"):
         places = range(start, min(start + batch_size, len(dataset)))
         samples = [dataset[place] for place in places]
-        readable += [place for place, sample in zip(places, samples, strict=True) if not isinstance(sample, Skipped)]
+        numbers = [place for place, sample in zip(places, samples, strict=True) if not isinstance(sample, Skipped)]
+        readable += numbers
         batch = collate(samples)
         unread += batch.skipped
         if len(batch.labels) == 0:
@@ -62,7 +65,9 @@ def predict(model: Any, dataset: ImageDataset, batch_size: int) -> tuple[np.ndar
         if not logits:
             check_images(model, images)
         with torch.no_grad():
-            logits.append(model(images).float().cpu())
+            found = model(images).float()
+        check_finite(model, images, found, numbers=numbers, error=EvaluationError)
+        logits.append(found.cpu())
     if not logits:
         check_images(model, torch.empty(0))
     return np.array(readable), torch.cat(logits).numpy(), unread

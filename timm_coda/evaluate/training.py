@@ -8,6 +8,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ..data import ImageDataset, Skipped, collate
+from ..explanation import check_finite
 from .base import EvaluationError, Subject
 from .explainers import make_explainer
 from .localisation import GridLocalisation
@@ -93,7 +94,10 @@ class TrainingLocalisation:
 def _logits(model: Any, images: Tensor) -> np.ndarray:
     parameter, training = next(model.parameters()), [module for module in model.modules() if module.training]
     try:
-        return model.eval()(images.to(parameter.device, parameter.dtype)).float().cpu().numpy()
+        images = images.to(parameter.device, parameter.dtype)
+        logits = model.eval()(images).float()
+        check_finite(model, images, logits, error=EvaluationError)
+        return logits.cpu().numpy()
     finally:
         for module in training:
             module.training = True

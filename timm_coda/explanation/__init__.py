@@ -1,5 +1,6 @@
 """Exact explanations: computing them, the `Explanation` result, and figures drawn from it."""
 
+from .checks import check_finite
 from .classes import Classes, ClassesError, forget_names, read_names, training_data
 from .compute import ExplainMixin, explain, explanation_mode, output_of
 from .figures import (
@@ -33,6 +34,7 @@ __all__ = [
     "Explanation",
     "Page",
     "as_pictures",
+    "check_finite",
     "color_limit",
     "draw_scale",
     "drawable",

@@ -3,6 +3,7 @@
 A model needs layers with a `frozen_dynamics` switch, an `encoding` and `logits.bias`.
 """
 
+import copy
 import threading
 import warnings
 from collections.abc import Iterator, Sequence
@@ -13,6 +14,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from ..layers import uses_float16
+from .checks import check_finite, warn_if_random
 from .classes import Classes
 from .result import Explanation, concatenate
 
@@ -95,6 +98,9 @@ class ExplainMixin:
         The contributions of all pixels sum to the class's logit minus the bias, up to `Explanation.residual`. Takes one
         forward pass, and one backward pass per target. The model and the caller's tensors are not modified.
 
+        The range of float16 is too small for W(x): a float16 model is explained by a float32 copy of its weights, and
+        float16 autocast is suspended. Warns about layers in training mode that depend on the batch or on chance.
+
         Args:
             images: colours in [0, 1], (B, C, H, W) or (C, H, W); or encoded images with 2C channels; or PIL images,
                 which are made RGB, upright and opaque like a file (`images.to_rgb`) and go through the model's own eval
@@ -112,8 +118,8 @@ class ExplainMixin:
             The explanation of the whole batch.
 
         Raises:
-            ValueError: a shape is wrong, images have NaN or infinite values, a class is out of range, arguments exclude
-                each other, or the model has no pooled classifier.
+            ValueError: a shape is wrong, images or the result have NaN or infinite values, a class is out of range,
+                arguments exclude each other, or the model has no pooled classifier.
             TypeError: images are not floats or PIL images, or classes are not integers.
         """
         model: Any = self
@@ -129,10 +135,11 @@ class ExplainMixin:
         if batch_size is not None and batch_size < 1:
             raise ValueError(f"batch_size={batch_size}: must be at least 1")
         batch = _as_batch(images)
+        warn_if_random(model, stacklevel=2)
         count = len(batch)
         step = count if batch_size is None else batch_size
         place = (unit,) if isinstance(unit, int) else None if unit is None else tuple(unit)
-        with torch.inference_mode(False), torch.enable_grad(), explanation_mode(model):
+        with torch.inference_mode(False), torch.enable_grad(), _wide_range(model) as model, explanation_mode(model):
             targets = _as_classes("target", target, count, model.num_classes)
             others = _as_classes("versus", versus, count, model.num_classes)
             parts = []
@@ -141,8 +148,25 @@ class ExplainMixin:
                 encoded = _encode(model, batch[now])
                 goal = None if targets is None else targets[now]
                 other = None if others is None else others[now]
-                parts.append(_explain_batch(model, encoded, goal, top, other, layer, place))
+                part = _explain_batch(model, encoded, goal, top, other, layer, place)
+                numbers = range(start, start + len(part))
+                check_finite(model, encoded, part.logits, part.contributions, numbers=numbers)
+                parts.append(part)
         return concatenate(parts)
+
+
+@contextmanager
+def _wide_range(model: nn.Module) -> Iterator[Any]:
+    """Context manager that yields the model, or for float16 a float32 copy, and suspends float16 autocast."""
+    parameter = next(model.parameters())
+    tensors = [t for t in (*model.parameters(), *model.buffers()) if t.dtype == torch.float16]
+    # Entering a tensor here makes deepcopy take the new one.
+    wide: dict[int, Any] = {}
+    for t in tensors:
+        is_parameter = isinstance(t, nn.Parameter)
+        wide[id(t)] = nn.Parameter(t.detach().float(), t.requires_grad) if is_parameter else t.detach().float()
+    with torch.autocast(parameter.device.type, enabled=False) if uses_float16(parameter) else nullcontext():
+        yield copy.deepcopy(model, wide) if tensors else model
 
 
 def _explain_batch(

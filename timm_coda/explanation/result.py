@@ -24,7 +24,7 @@ class Explanation:
 
     `value = bias + contributions.sum((-2, -1)) + residual`, exactly. Indexing and iteration return explanations of
     parts of the batch; the batch axis is kept. Tensors are detached and on the model's device. They are float32 or
-    better, except `logits`, which keep the model's dtype.
+    better, except the `logits` of a bfloat16 model, which keep its dtype.
     """
 
     images: Tensor

@@ -16,6 +16,7 @@ from .functional import (
 )
 from .gates import FrozenActivation, FrozenGate
 from .kernels.dau_torch import rescaling, squared_norm
+from .kernels.half import uses_float16, widened
 
 __all__ = [
     "BACKENDS",
@@ -46,4 +47,6 @@ __all__ = [
     "set_backend",
     "squared_norm",
     "use_backend",
+    "uses_float16",
+    "widened",
 ]

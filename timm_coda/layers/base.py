@@ -6,6 +6,8 @@ import torch
 from timm.models import register_notrace_module
 from torch import Tensor, nn
 
+from .kernels.half import widened
+
 __all__ = ["DynamicLinear", "FrozenDynamics", "GlobalPool", "InverseEncoding", "Logits", "adapt_colours"]
 
 _ACTIVE = "timm_coda.active_switches"
@@ -146,6 +148,8 @@ def adapt_colours(weight: Tensor, in_chans: int) -> Tensor:
 class GlobalPool(nn.Module):
     """Pool over positions, (B, C, H, W) to (B, C), by 'sum' (CoDA-Nets) or 'avg' (B-cos networks); '' does not pool.
 
+    Sums are float32 for float16, whose range they leave before `Logits` divides them by the temperature.
+
     Raises:
         ValueError: another `pool_type`.
     """
@@ -158,7 +162,7 @@ class GlobalPool(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if self.pool_type == "sum":
-            return x.sum((2, 3))
+            return widened(x).sum((2, 3))
         if self.pool_type == "avg":
             return x.mean((2, 3))
         return x
@@ -169,7 +173,7 @@ class GlobalPool(nn.Module):
 
 @register_notrace_module
 class Logits(nn.Module):
-    """Compute votes / temperature + bias, with one bias for all classes; in float32 under autocast.
+    """Compute votes / temperature + bias, with one bias for all classes; in float32 for float16 and under autocast.
 
     Args:
         temperature: T; a larger T requires more alignment for the same confidence
@@ -190,7 +194,7 @@ class Logits(nn.Module):
         if not torch.jit.is_scripting():  # noqa: SIM102, TorchScript skips this only as a branch of its own
             if not x.is_meta and torch.is_autocast_enabled(x.device.type):
                 x = x.float()  # in half precision, adding the bias would round away evidence of 1e-4
-        return x / self.temperature + self.bias
+        return widened(x) / self.temperature + self.bias
 
     def extra_repr(self) -> str:
         return f"temperature={self.temperature:g}, bias={self.bias:.4f}"

@@ -11,6 +11,7 @@ from .base import DynamicLinear, InverseEncoding
 from .functional import bcos_conv2d, bcos_linear
 from .kernels.batch_norm import channel_variance, rescale_channels, uncentered_batch_norm
 from .kernels.bcos_alignment import NORM_EPS
+from .kernels.half import widened
 
 __all__ = ["BatchNormUncentered2d", "BcosConv2d", "BcosLinear", "EncodedBcosConv2d", "PositionNorm2d"]
 
@@ -256,7 +257,7 @@ class PositionNorm2d(DynamicLinear):
         if not frozen:
             channels_last = x.permute(0, 2, 3, 1)
             return F.layer_norm(channels_last, (self.num_features,), self.weight, None, self.eps).permute(0, 3, 1, 2)
-        var, mean = torch.var_mean(x, dim=1, unbiased=False, keepdim=True)
+        var, mean = torch.var_mean(widened(x), dim=1, unbiased=False, keepdim=True)
         factor = (var.detach() + self.eps).rsqrt() * self.weight.detach()[:, None, None]
         return ((x - mean) * factor).to(x.dtype)
 

@@ -9,8 +9,8 @@ p (K), with `down` B (r, K), unit d's rows A_d (r, K) of `up`, and its bias b_d 
 """
 
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from importlib.util import find_spec
 
 import torch
@@ -20,6 +20,7 @@ from . import reference
 from .kernels import bcos_alignment as alignment
 from .kernels import dau_cpu as cpu
 from .kernels import dau_torch as convolution
+from .kernels.half import uses_float16, widened
 from .kernels.transforms import needs_plain_torch
 
 __all__ = [
@@ -40,8 +41,17 @@ ACTIVATIONS = ("squash", "l2")
 def _triton(x: Tensor, down: Tensor, *others) -> Tensor:
     from .kernels import dau_triton as cuda
 
-    supported = cuda.supports(x.dtype, down.shape[0])
-    return (cuda.dau_conv2d if supported else convolution.dau_conv2d)(x, down, *others)
+    if cuda.supports(x.dtype, down.shape[0]):
+        return cuda.dau_conv2d(x, down, *others)
+    return _widening(convolution.dau_conv2d, x, down, *others)
+
+
+def _widening(backend: Callable[..., Tensor], x: Tensor, *others) -> Tensor:
+    """Run a backend, for float16 in float32: sums and gradients inside a layer leave the range of float16."""
+    if x.dtype != torch.float16:
+        return backend(x, *others)
+    with nullcontext() if x.is_meta else torch.autocast(x.device.type, enabled=False):
+        return backend(x.float(), *(widened(o) if isinstance(o, Tensor) else o for o in others)).half()
 
 
 BACKENDS = {
@@ -132,10 +142,12 @@ def dau_conv2d(
         elif name is None:
             name = BEST_BACKEND.get(x.device.type, "torch")
         # Autocast handles the convolutions of the other backends. As it does there, leave float64 unchanged.
-        if name in ("cpu", "triton") and torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
+        explicit = name in ("cpu", "triton") or uses_float16(x)
+        if explicit and torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
             low = torch.get_autocast_dtype(x.device.type)
             x, down, up, up_bias = x.to(low), down.to(low), up.to(low), up_bias.to(low)
-        return BACKENDS[name](x, down, up, up_bias, stride, padding, dilation, activation, frozen)
+        arguments = (x, down, up, up_bias, stride, padding, dilation, activation, frozen)
+        return BACKENDS[name](*arguments) if name == "triton" else _widening(BACKENDS[name], *arguments)
 
 
 def dau_linear(
@@ -256,7 +268,7 @@ def bcos_linear(
     if frozen:
         weight = weight.detach()
     if unit_norm:
-        weight = weight / alignment.weight_norm(weight)
+        weight = (weight / alignment.weight_norm(weight)).to(weight.dtype)
     linear = alignment.max_out_units(torch.nn.functional.linear(x, weight), max_out, x.dim() - 1)
     if b == 1.0:
         return linear / scale if scale != 1.0 else linear

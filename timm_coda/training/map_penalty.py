@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..layers import DAUConv2d, rescaling, squared_norm
+from ..layers import DAUConv2d, rescaling, squared_norm, widened
 from ..models import CodaNet
 
 __all__ = ["MapPenalty", "linear_map"]
@@ -53,8 +53,11 @@ class MapPenalty:
     def _keep(self, layer: Any, inputs: tuple[Tensor]) -> None:
         if layer.training:
             kind = inputs[0].device.type
-            self._autocast = torch.autocast(kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind))
-            self._inputs.append((layer, inputs[0]))
+            low = torch.get_autocast_dtype(kind)
+            # W(x) has numbers below the range of float16.
+            enabled = torch.is_autocast_enabled(kind) and low != torch.float16
+            self._autocast = torch.autocast(kind, low, enabled)
+            self._inputs.append((layer, widened(inputs[0])))
 
     def __call__(self, labels: Tensor) -> Tensor | float:
         """Return the penalty for images with the true classes `labels` (B,)."""
@@ -67,7 +70,7 @@ class MapPenalty:
             chosen = torch.stack([labels, (labels + other) % classes], 1)
         inputs, self._inputs = self._inputs[: self._layers()], []
         average = self.model.global_pool.pool_type == "avg"
-        with self._autocast:  # as in the forward pass
+        with self._autocast:  # as in the forward pass, but float32 for float16
             weights = linear_map(inputs, chosen, average=average)
         return self.strength * weights.to(torch.promote_types(weights.dtype, torch.float32)).abs().mean()
 

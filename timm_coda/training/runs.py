@@ -55,6 +55,9 @@ def make_accelerator(folder: Path, *, mixed_precision: str | None, grad_accum: i
     if accelerator.distributed_type in ("FSDP", "DEEPSPEED", "MEGATRON_LM"):
         kind = accelerator.distributed_type.value
         raise RunError(f"{kind} shards parameters, but train.py saves whole models: launch with --multi_gpu")
+    if accelerator.mixed_precision != "no" and not accelerator.native_amp:  # Accelerate would train in float32
+        asked, kind = accelerator.mixed_precision, accelerator.device.type
+        raise RunError(f"--mixed-precision {asked} is not supported on a {kind}: use bf16 or no")
     return accelerator
 
 

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from .half import widened
 from .transforms import needs_plain_torch
 
 __all__ = ["channel_variance", "rescale_channels", "uncentered_batch_norm"]
@@ -21,7 +22,7 @@ def channel_variance(x: Tensor) -> Tensor:
 
 def rescale_channels(x: Tensor, weight: Tensor, var: Tensor, eps: float) -> Tensor:
     """Return x w / sqrt(var + eps), in the dtype of `x`."""
-    return (x * (weight * (var + eps).rsqrt())[:, None, None]).to(x.dtype)
+    return (x * (widened(weight) * (widened(var) + eps).rsqrt())[:, None, None]).to(x.dtype)
 
 
 class _UncenteredBatchNorm(torch.autograd.Function):

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .half import uses_float16, widened
 from .transforms import is_batched, needs_plain_torch
 
 __all__ = ["NORM_EPS", "align", "channel_squares", "max_out_units", "patch_squares", "unit_norm_conv2d", "weight_norm"]
@@ -20,7 +21,8 @@ NORM_EPS = 1e-6
 
 
 def weight_norm(weight: Tensor) -> Tensor:
-    """Return |w| of each unit (first axis), with the other axes of size 1; never 0."""
+    """Return |w| of each unit (first axis), with the other axes of size 1; never 0. float32 for float16."""
+    weight = widened(weight)
     if weight.dim() == 2:
         norm = torch.linalg.vector_norm(weight, 2, [1], True)
     else:
@@ -41,10 +43,11 @@ def unit_norm_conv2d(
     if not torch.jit.is_scripting() and not torch.jit.is_tracing() and not torch.compiler.is_compiling():
         positions = (x.shape[2] // stride[0]) * (x.shape[3] // stride[1])
         # Divide the smaller of weights and output, counted for one image, because exports leave the batch size open.
-        if weight.numel() > weight.shape[0] * positions:
+        # In float16, w^T p can overflow before the division.
+        if weight.numel() > weight.shape[0] * positions and not uses_float16(x):
             linear = torch.conv2d(x, weight, None, stride, padding, dilation, groups)
             return (linear / norm.view(-1, 1, 1)).to(linear.dtype)
-    return torch.conv2d(x, weight / norm, None, stride, padding, dilation, groups)
+    return torch.conv2d(x, (weight / norm).to(weight.dtype), None, stride, padding, dilation, groups)
 
 
 def max_out_units(linear: Tensor, max_out: int, dim: int) -> Tensor:
@@ -122,7 +125,8 @@ class _Align(torch.autograd.Function):
 
     @staticmethod
     def forward(linear: Tensor, reciprocal: Tensor) -> Tensor:
-        return linear.abs().mul_(reciprocal).mul_(linear)
+        exact = widened(linear)
+        return exact.abs().mul_(reciprocal).mul_(exact).to(linear.dtype)
 
     @staticmethod
     def setup_context(ctx, inputs, output) -> None:
@@ -131,8 +135,9 @@ class _Align(torch.autograd.Function):
     @staticmethod
     def backward(ctx, *grads):
         linear, reciprocal = ctx.saved_tensors
-        aligned = _times(linear.abs(), grads[0])
-        d_reciprocal = (aligned * linear).sum_to_size(reciprocal.shape)
+        exact = widened(linear)
+        aligned = _times(exact.abs(), grads[0])
+        d_reciprocal = (aligned * exact).sum_to_size(reciprocal.shape)
         return _times(aligned, 2 * reciprocal).to(linear.dtype), d_reciprocal.to(reciprocal.dtype)
 
 
@@ -162,7 +167,7 @@ def align(
         if torch.jit.is_scripting() or needs_plain_torch():
             factor = linear.abs() * reciprocal
         elif frozen:
-            factor = linear.detach().abs().mul_(reciprocal)
+            factor = widened(linear.detach()).abs().mul_(reciprocal)
             # In place: nothing else reads lin, and its convolution saves only the input. With groups lin is a view, and
             # changing views in place is slow.
             return linear * factor if linear.dim() == 5 else linear.mul_(factor)

@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .half import widened
+
 __all__ = ["dau_conv2d", "rescaling", "rescaling_slope", "squared_norm"]
 
 
@@ -42,7 +44,8 @@ def dau_conv2d(
     rank, units = down.shape[0], up_bias.shape[0]
     if frozen:
         down, up, up_bias = down.detach(), up.detach(), up_bias.detach()
-    z = F.conv2d(x.detach() if frozen else x, down, None, stride, padding, dilation)  # (B, r, H', W')
+    # z^T (A p) and its product with z leave the range of float16.
+    z = widened(F.conv2d(x.detach() if frozen else x, down, None, stride, padding, dilation))  # (B, r, H', W')
     u = F.conv2d(x, up, None, stride, padding, dilation).unflatten(1, (units, rank))  # (B, D, r, H', W')
     aligned = (u * z.unsqueeze(1)).sum(2) + F.conv2d(x, up_bias, None, stride, padding, dilation)  # v^T p
     if torch.jit.is_scripting() or x.is_meta:
@@ -50,7 +53,7 @@ def dau_conv2d(
     else:
         with torch.autocast(x.device.type, enabled=False):
             factor = rescaling(squared_norm(z, up, up_bias), activation)
-    return (aligned * factor).to(aligned.dtype)
+    return (aligned * factor).to(u.dtype)
 
 
 def squared_norm(z: Tensor, up: Tensor, up_bias: Tensor) -> Tensor:

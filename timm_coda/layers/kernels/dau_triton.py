@@ -21,6 +21,7 @@ from torch import Tensor
 
 from .dau_norm import add_norm_gradient, norm_terms
 from .dau_torch import rescaling, rescaling_slope
+from .half import scaled_product
 from .operator import make_operator
 from .patches import as_rows, geometry, memory_format
 
@@ -264,7 +265,7 @@ def _forward(x, down, up, up_bias, stride, padding, dilation, activation, keep):
     a, b = g.flat(up), g.flat(up_bias)
     gram, cross, square = norm_terms(up, up_bias, torch.float32)
     p = g.windows(g.padded(x)).reshape(g.positions, -1)
-    z, plain = ((p @ weight.t()).float() for weight in (g.flat(down), b))
+    z, plain = (_responses(p, weight) for weight in (g.flat(down), b))
     y = x.new_empty(g.positions, units)
     num, s = (torch.empty_like(plain) for _ in range(2))
     precision = _precision(x.dtype)
@@ -278,10 +279,17 @@ def _forward(x, down, up, up_bias, stride, padding, dilation, activation, keep):
     return y.contiguous(memory_format=memory_format(x)), z, num, s, x.new_empty(0, units * rank)
 
 
+def _responses(p: Tensor, weight: Tensor) -> Tensor:
+    """Return P weight^T, (N, units), in float32."""
+    if p.dtype == torch.float16:
+        return scaled_product(weight, p.t()).t().contiguous()
+    return (p @ weight.t()).float()
+
+
 def _data(alpha: Tensor, z: Tensor, a: Tensor, base: Tensor) -> Tensor:
-    """Return base + (alpha (x) z) A, (N, K)."""
+    """Return base + (alpha (x) z) A, (N, K), in the dtype of A."""
     (positions, units), inputs = alpha.shape, a.shape[1]
-    out = torch.empty_like(base)
+    out = torch.empty_like(base, dtype=a.dtype)
     _data_kernel[
         lambda meta: (triton.cdiv(positions, meta["BLOCK_N"]), triton.cdiv(inputs, meta["BLOCK_K"]))
     ](alpha, z, a, base, out, positions, units, inputs, RANK=z.shape[1], PRECISION=_precision(a.dtype))  # fmt: skip
@@ -311,7 +319,7 @@ def _processors(device: torch.device) -> int:
 def _data_gradient(grad, x, up, up_bias, z, s, stride, padding, dilation, activation):
     g = geometry(x, up, stride, padding, dilation)
     alpha = as_rows(grad).float() * rescaling(s, activation)
-    dp = _data(alpha, z, g.flat(up), alpha.to(x.dtype) @ g.flat(up_bias))
+    dp = _data(alpha, z, g.flat(up), scaled_product(alpha, g.flat(up_bias)))
     dx = g.padded_zeros(x)
     g.fold(g.windows(dx), dp)
     return g.cropped(dx, x)
@@ -336,14 +344,14 @@ def _backward(grad, x, down, up, up_bias, z, num, s, u, stride, padding, dilatio
         p, a, z, gram, cross, alpha, beta, dz, g.positions, units, a.shape[1],
         RANK=rank, PRECISION=precision, NORM_PRECISION=precision,
     )  # fmt: skip
-    both = torch.cat([dz, alpha], 1).to(x.dtype)
+    both = torch.cat([dz, alpha], 1)
     dx = x.new_empty(0)
     if wants_dx:
         padded = g.padded_zeros(x)
-        g.fold(g.windows(padded), _data(alpha, z, a, both @ small))
+        g.fold(g.windows(padded), _data(alpha, z, a, scaled_product(both, small)))
         dx = g.cropped(padded, x)
 
-    dsmall = (both.t() @ p).float()
+    dsmall = scaled_product(both.t(), p).float()
     second = _weight(beta, z, z).view(units, rank, rank)
     da, ddown, db = add_norm_gradient(
         a.view(units, rank, -1), b, _weight(alpha, z, p), dsmall, second, beta.t() @ z, beta.sum(0)
