@@ -1,7 +1,6 @@
 """Run an evaluation in small units of work, each saved when done, so that a killed evaluation can be resumed."""
 
 import json
-import os
 import shutil
 import time
 import zlib
@@ -16,7 +15,7 @@ from timm.data import create_transform, resolve_model_data_config
 from tqdm import tqdm
 
 from ..data import ImageDataset, load_data
-from ..hub import __version__, environment, load_model, write_text
+from ..hub import RUNNING, __version__, claimed, environment, load_model, replacing, write_text
 from .base import Curve, EvaluationError, Explainer, ExplainerError, Metric, Scores, Subject
 from .localisation import GridLocalisation
 from .statistics import summarise
@@ -70,7 +69,7 @@ def run(
     Raises:
         EvaluationError: the model cannot explain itself or does not fit the data, or the folder has other content.
         DataError: the data cannot be used.
-        HubError: the model cannot be loaded.
+        HubError: the model cannot be loaded, or another process evaluates into the folder.
     """
     model = load_model(setup.model)
     if not hasattr(model, "explain"):
@@ -85,31 +84,36 @@ def run(
     )
     settings = {key: value for key, value in asdict(setup).items() if key not in _FREE}
     settings |= {"data": list(setup.data), "weights": _fingerprint(model)}
-    open_folder(folder, settings, overwrite=overwrite)
-    for note in data.notes:
-        say(note)
-    transform: Any = create_transform(**resolve_model_data_config(model), is_training=False)
-    images = ImageDataset(data.test, transform)
-    model = model.to(setup.device)
-    found = kept(folder / PARTS / "predictions.npz")
-    if found is None:
-        readable, logits, unread = predict(model, images, setup.batch_size)
-        found = {"readable": readable, "logits": logits, "unread": np.array([": ".join(one) for one in unread], str)}
-        keep(folder / PARTS / "predictions.npz", found)
-    for reason in found["unread"].tolist():
-        say(f"skipped {reason}")
-    subject = make_subject(
-        model,
-        images,
-        found["readable"],
-        found["logits"],
-        count=setup.images,
-        label_names=data.label_names,
-        batch_size=setup.batch_size,
-        seed=setup.seed,
-    )
-    facts = {"command": command, "model": setup.model, "data": list(setup.data), "settings": asdict(setup)}
-    return evaluate(subject, explainers, metrics, folder, facts=facts)
+    with claimed(folder):
+        open_folder(folder, settings, overwrite=overwrite)
+        for note in data.notes:
+            say(note)
+        transform: Any = create_transform(**resolve_model_data_config(model), is_training=False)
+        images = ImageDataset(data.test, transform)
+        model = model.to(setup.device)
+        found = kept(folder / PARTS / "predictions.npz")
+        if found is None:
+            readable, logits, unread = predict(model, images, setup.batch_size)
+            found = {
+                "readable": readable,
+                "logits": logits,
+                "unread": np.array([": ".join(one) for one in unread], str),
+            }
+            keep(folder / PARTS / "predictions.npz", found)
+        for reason in found["unread"].tolist():
+            say(f"skipped {reason}")
+        subject = make_subject(
+            model,
+            images,
+            found["readable"],
+            found["logits"],
+            count=setup.images,
+            label_names=data.label_names,
+            batch_size=setup.batch_size,
+            seed=setup.seed,
+        )
+        facts = {"command": command, "model": setup.model, "data": list(setup.data), "settings": asdict(setup)}
+        return evaluate(subject, explainers, metrics, folder, facts=facts)
 
 
 def open_folder(folder: Path, settings: dict[str, Any], *, overwrite: bool = False) -> None:
@@ -132,7 +136,7 @@ def open_folder(folder: Path, settings: dict[str, Any], *, overwrite: bool = Fal
                 f"{folder} has an evaluation with other settings ({'; '.join(changed)}): use another --output, or "
                 "--overwrite"
             )
-    elif folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+    elif folder.exists() and (not folder.is_dir() or any(path.name != RUNNING for path in folder.iterdir())):
         raise EvaluationError(f"{folder} exists, but is not an evaluation: use a new or empty --output")
     else:
         record.parent.mkdir(parents=True, exist_ok=True)
@@ -277,12 +281,8 @@ def _write_examples(subject: Subject, explainers: Sequence[Explainer], metrics: 
 
 def keep(path: Path, arrays: dict[str, Any]) -> None:
     """Write an .npz file atomically."""
-    temporary = path.with_name(f".saving-{path.name}")
-    try:
-        np.savez(temporary, **arrays)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with replacing(path) as stream:
+        np.savez(stream, **arrays)
 
 
 def kept(path: Path) -> dict[str, np.ndarray] | None:

@@ -9,7 +9,6 @@ from .figures import (
     figure,
     heatmap,
     overlay,
-    replacing,
     rgba,
     save_arrays,
     save_figure,
@@ -17,6 +16,7 @@ from .figures import (
 )
 from .result import Explanation
 from .sheet import GAP, GREY, INK, PANEL, PITCH, Page, letters
+from .writing import remove_leftovers, replacing, temporary_path
 
 __all__ = [
     "EVIDENCE_COLORS",
@@ -38,9 +38,11 @@ __all__ = [
     "letters",
     "output_of",
     "overlay",
+    "remove_leftovers",
     "replacing",
     "rgba",
     "save_arrays",
     "save_figure",
     "save_image",
+    "temporary_path",
 ]

@@ -19,8 +19,9 @@ from huggingface_hub import CommitInfo, ModelCard, ModelHubMixin
 
 from ..errors import wrap_errors
 from .card import make_card
-from .folder import HubError, check_folder, model_config, save_model
+from .folder import between_saves, check_folder, model_config, save_model
 from .remote import fetch, push_folder
+from .writing import HubError
 
 __all__ = ["HubMixin", "create_model", "load_model"]
 
@@ -61,7 +62,7 @@ def create_model(
         raise HubError(f"model argument num_classes={arguments['num_classes']}: leave it out, it is {num_classes} here")
     said = "".join(f", {key}={value!r}" for key, value in arguments.items())
     with wrap_errors(f"cannot create the model {name} with num_classes={num_classes}{said}", HubError):
-        model: Any = timm.create_model(name, pretrained=pretrained, num_classes=num_classes, **arguments)
+        model: Any = _create(name, pretrained=pretrained, num_classes=num_classes, **arguments)
     if head_only:
         model.requires_grad_(False)
         model.get_classifier().requires_grad_(True)
@@ -82,7 +83,14 @@ def load_model(name: str, *, pretrained: bool = True) -> Any:
         name = f"local-dir:{name}"
     _check_name(name)
     with wrap_errors(f"cannot load {name}", HubError):
-        return timm.create_model(name, pretrained=pretrained).eval()
+        return _create(name, pretrained=pretrained).eval()
+
+
+def _create(name: str, **arguments: Any) -> Any:
+    """Call `timm.create_model`; a local folder is read as it is between two saves."""
+    if not name.startswith("local-dir:"):
+        return timm.create_model(name, **arguments)
+    return between_saves(name.removeprefix("local-dir:"), lambda: timm.create_model(name, **arguments))
 
 
 def _check_name(name: str) -> None:
@@ -206,7 +214,7 @@ class HubMixin(ModelHubMixin):
         name = check_folder(folder)["architecture"]
         said = "".join(f", {key}={value!r}" for key, value in model_args.items())
         with wrap_errors(f"cannot create the {name} in {source}{said}", HubError):
-            model: Any = timm.create_model(f"local-dir:{os.fspath(folder)}", pretrained=True, **model_args).eval()
+            model: Any = _create(f"local-dir:{os.fspath(folder)}", pretrained=True, **model_args).eval()
         if not isinstance(model, cls):
             kind = type(model).__name__
             raise HubError(f"{source} is a {kind}, not a {cls.__name__}: load it with {kind} or timm.create_model")

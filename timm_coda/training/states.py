@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
-from accelerate.utils import gather_object
+from accelerate.utils import broadcast_object_list, gather_object
 from tqdm import tqdm
 
 from ..errors import wrap_errors
@@ -106,13 +106,13 @@ def save_state(accelerator: Accelerator, folder: Path, progress: Progress, optio
     Raises:
         SaveError: Writing failed, for example on a full disk; the previous checkpoint is intact.
     """
-    main, temporary = accelerator.is_main_process, folder / ".saving"
+    main = accelerator.is_main_process
     target = folder / f"epoch-{progress.epoch:05}-batch-{progress.batch:07}"
     progress.skipped.update(gather_object([*progress.skipped.items()]))
     record = {"options": options | {"processes": accelerator.num_processes}, "progress": asdict(progress)}
     with wrap_errors(f"the checkpoint {target} could not be saved; the previous one is intact", SaveError):
-        with temporary_folder(temporary) if main else contextlib.nullcontext():
-            accelerator.wait_for_everyone()
+        with temporary_folder(folder) if main else contextlib.nullcontext(folder) as made:
+            temporary = Path(broadcast_object_list([str(made)])[0])
             accelerator.save_state(str(temporary))
             accelerator.wait_for_everyone()
             if main and not target.exists():
