@@ -71,7 +71,7 @@ def test_a_folder_of_everything(tmp_path, mixed, model, digits, capsys):
     stems = ["a", "a-2", "below/clear", "cmyk", "moving", "sixteen"]
     expected = {f"{stem}.{ending}" for stem in stems for ending in ("figure.png", "overlay.png", "npz")}
     found = {path.relative_to(out).as_posix() for path in out.rglob("*") if path.is_file()}
-    assert found == expected | {"table.csv", "contact_sheet.png"}
+    assert found == expected | {"table.csv", "contact_sheet.png", ".explain.jsonl"}
 
     rows = table(out)
     assert [Path(row["image"]).name for row in rows] == sorted(
@@ -116,7 +116,7 @@ def test_classes_and_contrasts(tmp_path, digits, capsys):
     rows = table(tmp_path / "out")
     assert [(row["target"], row["versus"]) for row in rows] == [("1", "4"), ("7", "4")]
     assert rows[0]["bias"] == "0"
-    names = sorted(path.name for path in (tmp_path / "out").iterdir())
+    names = sorted(path.name for path in (tmp_path / "out").glob("[!.]*"))
     assert names == ["one.figure.svg", "one.npz", "one.overlay-1.png", "one.overlay-2.png", "table.csv"]
     assert cli.main([*words, "--top", "3"]) == 0
     rows = table(tmp_path / "out")
@@ -142,8 +142,13 @@ def test_nothing_is_overwritten_silently(tmp_path, digits, capsys):
     assert cli.main(words) == 0
     (tmp_path / "out" / "mine.txt").write_text("of a person")
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").iterdir()}
+    assert cli.main([*words, "--target", "1", "--figure", "svg"]) == 2
+    message = "has results with other settings (target was None, is [1]; figure was '.png', is '.svg'): name another"
+    assert message in capsys.readouterr().err
+    (tmp_path / "out" / ".explain.jsonl").rename(tmp_path / "record")
     assert cli.main(words) == 2
     assert "out: not a new or empty folder; name another, or add --overwrite" in capsys.readouterr().err
+    (tmp_path / "record").rename(tmp_path / "out" / ".explain.jsonl")
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "out").iterdir()} == before
     assert cli.main([*words, "--overwrite"]) == 0
     assert (tmp_path / "out" / "mine.txt").read_text() == "of a person"
@@ -167,7 +172,7 @@ def test_a_video_among_images(tmp_path, digits, capsys):
     (tmp_path / "broken.MP4").write_text("no video")
     files = [str(tmp_path / name) for name in ("film.mp4", "one.png", "broken.MP4")]
     assert cli.main(["explain", *files, *MODEL, "--output", str(tmp_path / "out"), "--target", "1"]) == 1
-    names = sorted(path.name for path in (tmp_path / "out").iterdir())
+    names = sorted(path.name for path in (tmp_path / "out").glob("[!.]*"))
     assert names == [
         *("film.overlay.csv", "film.overlay.mp4", "one.figure.png", "one.npz", "one.overlay.png", "table.csv"),
     ]
