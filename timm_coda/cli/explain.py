@@ -109,8 +109,8 @@ def _run(args: argparse.Namespace) -> int:
             _explain(sources, gallery)
         except BaseException as error:
             gallery.stop()
-            done = f"{gallery.explained} of {len(sources)} are explained, and in the table if they are images"
-            print(f"\nstopped; {done}; run the same command to go on: {args.output}", file=sys.stderr)
+            done = f"{gallery.explained} of {len(sources)} explained: {args.output}"
+            print(f"\nstopped; {done}; run the same command to go on", file=sys.stderr)
             if not isinstance(error, KeyboardInterrupt):
                 raise
             return 130
