@@ -112,12 +112,14 @@ def test_a_save_is_killed_at_every_step(tmp_path, before, classes):
 def test_two_processes_save_into_one_folder(tmp_path):
     """Both wait for each other, and whoever reads meanwhile finds a whole model."""
     code = """
+import time
 mine = model(int(sys.argv[1]))
-Path(sys.argv[1]).touch()
-while not (Path("1").exists() and Path("2").exists()):
-    pass
 for round in range(10):
-    mine.save_pretrained(f"folder-{round}")
+    Path(f"{round}-{sys.argv[1]}").touch()
+    while not (Path(f"{round}-1").exists() and Path(f"{round}-2").exists()):
+        time.sleep(1e-4)
+    for _ in range(3):
+        mine.save_pretrained(f"folder-{round}")
 """
     both = [python(MODELS + code, number, cwd=tmp_path) for number in (1, 2)]
     read = 0

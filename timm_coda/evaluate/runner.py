@@ -1,7 +1,6 @@
 """Run an evaluation in small units of work, each saved when done, so that a killed evaluation can be resumed."""
 
 import json
-import shutil
 import time
 import zlib
 from collections.abc import Callable, Sequence
@@ -15,7 +14,7 @@ from timm.data import create_transform, resolve_model_data_config
 from tqdm import tqdm
 
 from ..data import ImageDataset, load_data
-from ..hub import RUNNING, __version__, claimed, environment, load_model, replacing, write_text
+from ..hub import RUNNING, __version__, claimed, environment, load_model, replacing, temporary_folder, write_text
 from .base import Curve, EvaluationError, Explainer, ExplainerError, Metric, Scores, Subject
 from .localisation import GridLocalisation
 from .statistics import summarise
@@ -124,8 +123,10 @@ def open_folder(folder: Path, settings: dict[str, Any], *, overwrite: bool = Fal
     """
     record = folder / PARTS / "settings.json"
     if overwrite and record.exists():
-        for path in (folder / name for name in (RESULTS, PARTS, ARRAYS, REPORT)):
-            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+        with temporary_folder(folder) as old:  # deleted at the end
+            for path in (folder / name for name in (RESULTS, ARRAYS, REPORT, PARTS)):  # what says so is moved last
+                if path.exists():
+                    path.rename(old / path.name)
     if record.exists():
         before = json.loads(record.read_text(encoding="utf-8"))
         changed = [

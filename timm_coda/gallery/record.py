@@ -34,7 +34,7 @@ class Record:
         self._entries: dict[str, dict[str, Any]] = {}
         settings = json.loads(json.dumps(settings))
         if not overwrite:
-            before, *entries = _read(self._file) if self._file.exists() else [None]
+            before, entries = _read(self._file)
             if before is None and any(path.name != RUNNING for path in folder.iterdir()):
                 raise InputError(f"{folder}: not a new or empty folder; name another, or add --overwrite")
             changed = [
@@ -87,12 +87,14 @@ def _line(content: dict[str, Any]) -> bytes:
     return json.dumps(content).encode() + b"\n"
 
 
-def _read(file: Path) -> list[Any]:
-    """Return the settings, or None if they are damaged, and the entries. A line that a kill cut off is left out."""
-    found = []
+def _read(file: Path) -> tuple[dict[str, Any] | None, list[dict[str, Any]]]:
+    """Return the settings, None if there are none, and the entries. A line that a kill cut off is left out."""
+    if not file.exists():
+        return None, []
+    found: list[dict[str, Any] | None] = []
     for line in file.read_bytes().splitlines():
         try:
             found.append(json.loads(line))
         except ValueError:
-            found += [] if found else [None]
-    return found or [None]
+            found.append(None)
+    return (found or [None])[0], [entry for entry in found[1:] if entry]
