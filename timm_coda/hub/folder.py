@@ -111,25 +111,25 @@ def between_saves(folder: str | os.PathLike, read: Callable[[], _T]) -> _T:
     try:
         found = read()
     except Exception:
-        if _versions(folder) == before:
+        if before is not None and _versions(folder) == before:
             raise
     else:
-        if _versions(folder) == before:
+        if before is not None and _versions(folder) == before:
             return found
     with _saving(folder) if os.access(folder, os.W_OK) else contextlib.nullcontext():
         return read()
 
 
-def _versions(folder: Path) -> list[tuple[int, int] | None]:
-    """Return values that a save changes."""
+def _versions(folder: Path) -> list[tuple[int, int] | None] | None:
+    """Return values that a save changes; None while a save moves its files."""
     found: list[tuple[int, int] | None] = []
-    for name in (SAVED, CONFIG, WEIGHTS):
+    for name in (CONFIG, WEIGHTS):
         try:
             about = os.stat(folder / name)
             found.append((about.st_ino, about.st_mtime_ns))
         except OSError:
             found.append(None)
-    return found
+    return None if (folder / SAVED).is_dir() else found
 
 
 @contextlib.contextmanager
