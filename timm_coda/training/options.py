@@ -4,6 +4,7 @@ import argparse
 import difflib
 import json
 import os
+import re
 from collections.abc import Collection
 from pathlib import Path
 from typing import Any
@@ -39,7 +40,7 @@ def positive(text: str) -> int:
 
 
 def parse_options(parser: argparse.ArgumentParser, argv: list[str], default_recipe: Path) -> argparse.Namespace:
-    """Parse options. The command line overrides the recipe, which overrides defaults.
+    """Parse options. The command line overrides the recipe, which overrides defaults. `output` may be None.
 
     `--resume FOLDER` reads the recipe in that folder. Without `--config`, `--data` and `--model`, the default recipe is
     used. The parser must define at least `config`, `output`, `overwrite`, `resume`, `data` and `model`.
@@ -100,3 +101,8 @@ def read_recipe(path: str | os.PathLike, known: Collection[str]) -> list[str]:
 def run_options(args: argparse.Namespace) -> dict[str, Any]:
     """Return the options that define a run, without those of a single command."""
     return {name: value for name, value in vars(args).items() if name not in COMMAND_OPTIONS}
+
+
+def default_output(args: argparse.Namespace) -> Path:
+    """Return the output folder of a run that is given none; if it is taken, the run gets the next number."""
+    return Path("runs") / (Path(args.config).resolve().parent.name if args.config else re.sub(r"\W", "_", args.model))

@@ -7,7 +7,6 @@ import importlib.metadata
 import importlib.util
 import json
 import os
-import re
 import shlex
 import shutil
 import signal
@@ -26,6 +25,7 @@ from tqdm import tqdm
 
 from ..errors import wrap_errors
 from ..hub import RUNNING, SAVED, HubError, claimed, push_folder, write_text
+from .options import default_output
 from .states import Progress, RunError
 
 # What train.py writes into a run's folder; --overwrite removes these and nothing else.
@@ -90,8 +90,7 @@ def started(args: argparse.Namespace) -> Iterator[Accelerator]:
 
 @contextlib.contextmanager
 def _claimed(args: argparse.Namespace) -> Iterator[Path]:
-    name = Path(args.config).resolve().parent.name if args.config else re.sub(r"\W", "_", args.model)
-    output, new = Path(args.output or Path("runs") / name), args.output is None and not args.resume
+    output, new = Path(args.output or default_output(args)), args.output is None and not args.resume
     remedy = f"choose another folder, --resume {output} or --overwrite"
     if output.exists() and not output.is_dir() and not new:
         raise RunError(f"--output {output} is in use: {remedy}")
