@@ -119,7 +119,7 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def train(args: argparse.Namespace, stop: list[int]) -> None:
+def train(args: argparse.Namespace, accelerator: Any, stop: list[int]) -> None:
     """Run the whole training, or until `stop` contains a signal: then save, and raise `runs.Stopped`."""
     output, options = Path(args.output), run_options(args)
     environment = hub.environment()  # now, because the code may change during training
@@ -130,7 +130,6 @@ def train(args: argparse.Namespace, stop: list[int]) -> None:
     def chosen(names: str) -> dict[str, Any]:
         return {name: options[name] for name in names.split()}
 
-    accelerator: Any = runs.make_accelerator(output, **chosen("mixed_precision grad_accum report_to"))
     main, processes, device = accelerator.is_main_process, accelerator.num_processes, accelerator.device
     set_seed(args.seed)
 
@@ -180,7 +179,9 @@ def train(args: argparse.Namespace, stop: list[int]) -> None:
 
     # Start or resume
     trackers.start(accelerator, args.report_to, options)
-    progress = states.load_state(accelerator, output / "checkpoints", options) if args.resume else states.Progress()
+    progress, known = states.Progress(dataset=data.describe_data(source)), (output / "checkpoints", options)
+    if args.resume:
+        progress = states.load_state(accelerator, *known, progress.dataset)
     if progress.update:
         accelerator.print(f"resuming {output} after update {progress.update}")
     elif main:
@@ -216,7 +217,7 @@ def train(args: argparse.Namespace, stop: list[int]) -> None:
     def save() -> None:
         progress.window, progress.seconds = accelerator.gather(window[None]).tolist(), time.perf_counter() - before
         progress.check(losses.evaluate(accelerator, network, [examples], test_loss)[0])  # never save diverged weights
-        states.save_state(accelerator, output / "checkpoints", progress, options)
+        states.save_state(accelerator, *known, progress)
         if stopping():
             trackers.finish(accelerator)
             raise runs.stopped(output, stop)
@@ -287,7 +288,9 @@ def train(args: argparse.Namespace, stop: list[int]) -> None:
 
 def main() -> int:
     try:
-        train(parse_options(make_parser(), sys.argv[1:], DEFAULT_RECIPE), stop=runs.watch_signals())
+        args, stop = parse_options(make_parser(), sys.argv[1:], DEFAULT_RECIPE), runs.watch_signals()
+        with runs.started(args) as accelerator:
+            train(args, accelerator, stop)
         return 0
     except (states.RunError, data.DataError, hub.HubError) as error:
         print(f"train.py: error: {error}", file=sys.stderr)

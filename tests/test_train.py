@@ -15,12 +15,23 @@ import numpy as np
 import pytest
 import timm
 import torch
+import yaml
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from accelerate.tracking import GeneralTracker, on_main_process, register_tracker_class
 from safetensors.torch import load_file
 
 import timm_coda  # noqa: F401
-from helpers.train_cases import QUIET, ROOT, SMALL, assert_equal, assert_same_run, image_file, start, wait_for_state
+from helpers.train_cases import (
+    QUIET,
+    ROOT,
+    SMALL,
+    assert_equal,
+    assert_same_run,
+    finish,
+    image_file,
+    start,
+    wait_for_state,
+)
 from timm_coda import hub
 from timm_coda.training import states
 
@@ -161,6 +172,32 @@ def test_killed_and_resumed_is_as_never_killed(colours, tmp_path):
     assert whole.returncode == 0, err
     assert_same_run(tmp_path / "whole", tmp_path / "killed")
     assert not list((tmp_path / "killed").rglob(".saving*"))
+
+
+def test_two_runs_do_not_share_a_folder(train, colours, tmp_path, capsys):
+    """Without --output, runs that start together get folders of their own; a folder in use is refused to all others."""
+    options = ["--data", colours, *SMALL, *QUIET]
+    both = [start(*options, "--epochs", 2, "--lr", 0.001 * (1 + number), cwd=tmp_path) for number in range(2)]
+    printed = [finish(run) for run in both]
+    assert sorted(os.listdir("runs")) == ["coda_net_xs", "coda_net_xs-2"]
+    for folder in Path("runs").iterdir():
+        summary = json.loads((folder / "summary.json").read_text())
+        (number,) = [number for number, said in enumerate(printed) if f"results go to {folder}\n" in said]
+        assert summary["options"]["lr"] == 0.001 * (1 + number)
+        assert yaml.safe_load((folder / "recipe.yaml").read_text())["lr"] == summary["options"]["lr"]
+
+    run = start(*options, "--epochs", 99, "--output", "run", "--workers", 1, cwd=tmp_path)
+    wait_for_state(run, tmp_path / "run", 1)
+    before = (tmp_path / "run/recipe.yaml").read_bytes()
+    for words in (["--resume", "run"], [*options, "--output", "run", "--overwrite"], [*options, "--output", "run"]):
+        capsys.readouterr()
+        assert train(*words) == 2
+        assert f"train.py: error: another run writes into run (process {run.pid} on " in capsys.readouterr().err
+    assert (tmp_path / "run/recipe.yaml").read_bytes() == before
+    run.kill()
+    run.communicate()
+    assert train("--resume", "run", "--epochs", 98) == 2, "free at once, although the killed run's worker may live on"
+    assert "cannot resume with changed options" in capsys.readouterr().err
 
 
 def test_stopped_then_a_full_disk_then_resumed(colours, tmp_path):

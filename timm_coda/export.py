@@ -21,7 +21,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 
 from .explanation import Classes, explanation_mode
-from .hub import __version__, temporary_folder
+from .hub import __version__, replacing
 from .layers import use_backend
 
 __all__ = ["FORMATS", "OPSET", "export_model", "export_program", "largest_differences", "metadata"]
@@ -115,13 +115,11 @@ def export_model(
         raise FileNotFoundError(f"{path.parent}: no such folder: create it first")
     program = export_program(model, explain=explain, img_size=img_size)
     about = metadata(model, explain=explain, img_size=img_size)
-    with temporary_folder(path.parent / f".saving-{path.name}") as temporary:
-        written = temporary / path.name
+    with replacing(path) as stream:
         if path.suffix == FORMATS["torch"]:
-            torch.export.save(program, written, extra_files={"metadata.json": json.dumps(about)})
+            torch.export.save(program, stream, extra_files={"metadata.json": json.dumps(about)})
         else:
-            _save_onnx(program, written, about)
-        os.replace(written, path)
+            _save_onnx(program, Path(stream.name), about)
     return path
 
 

@@ -1,10 +1,16 @@
 """`timm-coda explain` on the command line: files of all kinds, folders, class names and errors."""
 
 import csv
+import errno
+import json
+import os
 import re
+import signal
 import struct
 import subprocess
 import sys
+import time
+import unicodedata
 import zlib
 from pathlib import Path
 
@@ -14,9 +20,10 @@ import timm
 import torch
 from PIL import Image, ImageOps
 
+from helpers.processes import Program
 from timm_coda import cli, data
 from timm_coda.gallery import gallery
-from timm_coda.hub.folder import save_model
+from timm_coda.hub import claimed, save_model
 
 MODEL = ["--model", "coda_net_xs.digits"]
 
@@ -71,7 +78,7 @@ def test_a_folder_of_everything(tmp_path, mixed, model, digits, capsys):
     stems = ["a", "a-2", "below/clear", "cmyk", "moving", "sixteen"]
     expected = {f"{stem}.{ending}" for stem in stems for ending in ("figure.png", "overlay.png", "npz")}
     found = {path.relative_to(out).as_posix() for path in out.rglob("*") if path.is_file()}
-    assert found == expected | {"table.csv", "contact_sheet.png"}
+    assert found == expected | {"table.csv", "contact_sheet.png", ".explain.jsonl"}
 
     rows = table(out)
     assert [Path(row["image"]).name for row in rows] == sorted(
@@ -116,7 +123,7 @@ def test_classes_and_contrasts(tmp_path, digits, capsys):
     rows = table(tmp_path / "out")
     assert [(row["target"], row["versus"]) for row in rows] == [("1", "4"), ("7", "4")]
     assert rows[0]["bias"] == "0"
-    names = sorted(path.name for path in (tmp_path / "out").iterdir())
+    names = sorted(path.name for path in (tmp_path / "out").glob("[!.]*"))
     assert names == ["one.figure.svg", "one.npz", "one.overlay-1.png", "one.overlay-2.png", "table.csv"]
     assert cli.main([*words, "--top", "3"]) == 0
     rows = table(tmp_path / "out")
@@ -142,8 +149,13 @@ def test_nothing_is_overwritten_silently(tmp_path, digits, capsys):
     assert cli.main(words) == 0
     (tmp_path / "out" / "mine.txt").write_text("of a person")
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").iterdir()}
+    assert cli.main([*words, "--target", "1", "--figure", "svg"]) == 2
+    message = "has results with other settings (target was None, is [1]; figure was '.png', is '.svg'): name another"
+    assert message in capsys.readouterr().err
+    (tmp_path / "out" / ".explain.jsonl").rename(tmp_path / "record")
     assert cli.main(words) == 2
     assert "out: not a new or empty folder; name another, or add --overwrite" in capsys.readouterr().err
+    (tmp_path / "record").rename(tmp_path / "out" / ".explain.jsonl")
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "out").iterdir()} == before
     assert cli.main([*words, "--overwrite"]) == 0
     assert (tmp_path / "out" / "mine.txt").read_text() == "of a person"
@@ -167,12 +179,21 @@ def test_a_video_among_images(tmp_path, digits, capsys):
     (tmp_path / "broken.MP4").write_text("no video")
     files = [str(tmp_path / name) for name in ("film.mp4", "one.png", "broken.MP4")]
     assert cli.main(["explain", *files, *MODEL, "--output", str(tmp_path / "out"), "--target", "1"]) == 1
-    names = sorted(path.name for path in (tmp_path / "out").iterdir())
+    names = sorted(path.name for path in (tmp_path / "out").glob("[!.]*"))
     assert names == [
         *("film.overlay.csv", "film.overlay.mp4", "one.figure.png", "one.npz", "one.overlay.png", "table.csv"),
     ]
     printed = capsys.readouterr()
     assert re.search(r"film.mp4 +5 frames, \d+ % of them 1\n", printed.out)
+    films = [tmp_path / "out" / name for name in ("film.overlay.csv", "film.overlay.mp4")]
+    before = [film.stat().st_mtime_ns for film in films]
+    words = ["explain", *files, *MODEL, "--output", str(tmp_path / "out"), "--target", "1"]
+    assert cli.main(words) == 1
+    assert "2 of 3 explained (2 before)" in capsys.readouterr().out
+    assert [film.stat().st_mtime_ns for film in films] == before
+    films[0].unlink()
+    assert cli.main(words) == 1
+    assert "2 of 3 explained (1 before)" in capsys.readouterr().out and films[0].exists()
     assert "broken.MP4: not a video, or damaged" in " ".join(printed.err.split())
 
 
@@ -227,3 +248,112 @@ def test_where_nothing_is_recognised_the_table_says_so(tmp_path, digits, capsys)
     assert "The model was trained on handwritten digits, white on black." in printed
     assert printed.count("nothing recognised: no class reaches 0.50") == 1
     assert re.search(r"black\.png .*\n  \(nothing recognised", printed)
+
+
+@pytest.mark.filterwarnings("ignore:Glyph:UserWarning")  # where the machine has no Chinese font
+def test_long_and_equal_names(tmp_path, digits):
+    """Names are cut by bytes, endings included, and stay different: for every file system, also after the cut."""
+    folder = tmp_path / "in"
+    long, accents = "\u5b57" * 82, "\u00e9" * 120  # 246 and 240 bytes
+    (folder / long).mkdir(parents=True)
+    names = [f"{long}.png", f"{long[:-1]}a.png", f"{long}/{long}.png", f"{accents}.png"]
+    names += ["caf\u00e9.png", "cafe\u0301.png", "CAFE\u0301.png"]
+    for name, digit in zip(names, digits, strict=False):
+        digit.save(folder / name)
+    out = tmp_path / "out"
+    assert cli.main(["explain", str(folder), *MODEL, "--output", str(out), "--top", "2"]) == 0
+    assert len(table(out)) == 2 * len(names)
+    stems = {path.relative_to(out).as_posix().removesuffix(".npz") for path in out.rglob("*.npz")}
+    folded = {unicodedata.normalize("NFD", unicodedata.normalize("NFD", stem).casefold()) for stem in stems}
+    assert len(stems) == len(folded) == len(names)
+    assert len(list(out.rglob("*.overlay-2.png"))) == len(names)
+    assert max(len(part.encode()) for stem in stems for part in stem.split("/")) < 255 - len("-99.overlay-1000.png")
+
+
+def test_an_output_that_cannot_be_written_is_skipped(tmp_path, digits, capsys):
+    (tmp_path / "in").mkdir()
+    for index in range(4):
+        digits[index].save(tmp_path / "in" / f"{index}.png")
+    out = tmp_path / "out"
+    (out / "1.npz").mkdir(parents=True)  # in the way
+    (out / "2.figure.png").mkdir()
+    words = ["explain", str(tmp_path / "in"), *MODEL, "--overwrite", "--output", str(out)]
+    assert cli.main(words) == 1
+    assert [bool(row["skipped"]) for row in table(out)] == [False, True, True, False]
+    printed = capsys.readouterr()
+    assert "2 of 4 explained" in printed.out and "1.png: cannot be written: Is a directory" in " ".join(
+        printed.err.split()
+    )
+    (out / "1.npz").rmdir()
+    (out / "2.figure.png").rmdir()
+    assert cli.main([word for word in words if word != "--overwrite"]) == 0
+    assert "4 of 4 explained (2 before)" in capsys.readouterr().out
+    assert [row["skipped"] for row in table(out)] == [""] * 4
+
+
+def test_a_full_disk_ends_with_a_table(tmp_path, digits, capsys, monkeypatch):
+    (tmp_path / "in").mkdir()
+    for index in range(4):
+        digits[index].save(tmp_path / "in" / f"{index}.png")
+    out, rename = tmp_path / "out", os.replace
+    words = ["explain", str(tmp_path / "in"), *MODEL, "--batch-size", "2", "--output", str(out)]
+
+    def full(source, target):
+        if str(target).endswith("2.npz"):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(source))
+        rename(source, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", full)
+        assert cli.main(words) == 2
+    said = capsys.readouterr().err
+    assert re.search(r"error: .*No space left on device: '.*2\.npz'", said) and "run the same command to go on" in said
+    assert [Path(row["image"]).name for row in table(out)] == ["0.png", "1.png"]
+    assert not list(out.rglob(".saving*"))
+    assert cli.main(words) == 0
+    assert len(table(out)) == 4
+
+
+def test_stopped_it_goes_on(tmp_path, digits, capsys):
+    """Ctrl-C leaves a table and a contact sheet; a kill does not. After both, the same command does only the rest."""
+    folder, out, whole = tmp_path / "in", tmp_path / "out", tmp_path / "whole"
+    folder.mkdir()
+    for index in range(10):
+        digits[index].save(folder / f"{index:02}.png")
+    words = ["explain", str(folder), *MODEL, "--batch-size", "2", "--output"]
+    command = "import sys; from timm_coda.cli import main; sys.exit(main())"
+    done = {}
+    for number, code in ((signal.SIGINT, 130), (signal.SIGKILL, -9)):
+        process = Program(["-c", command, *words, str(out)], cwd=tmp_path, environment={**os.environ})
+        while len(list(out.glob("[!.]*.npz"))) < len(done) + 3 and process.poll() is None:
+            time.sleep(0.002)
+        process.send_signal(number)
+        _, said = process.communicate(timeout=60)
+        assert process.returncode == code, said
+        kept = [json.loads(line)["files"] for line in (out / ".explain.jsonl").read_text().splitlines()[1:]]
+        assert all((out / name).stat().st_mtime_ns == time for name, time in done.items()), "not explained again"
+        done = {name: (out / name).stat().st_mtime_ns for names in kept for name in names}
+        if number == signal.SIGINT:
+            assert f"stopped; {len(kept)} of 10 explained" in said and "run the same command to go on" in said
+            assert [Path(row["image"]).stem for row in table(out)] == [f"{index:02}" for index in range(len(kept))]
+            assert (out / "contact_sheet.png").exists()
+    changed, *_ = [name for name in done if name.endswith(".npz")]
+    digits[9].save(folder / changed.replace(".npz", ".png"))
+    assert cli.main([*words, str(out)]) == 0
+    assert f"10 of 10 explained ({len(kept) - 1} before)" in capsys.readouterr().out
+    again = {name for name, time in done.items() if (out / name).stat().st_mtime_ns != time}
+    assert again == {name for name in done if name.startswith(changed.replace(".npz", "."))}
+    assert cli.main([*words, str(whole)]) == 0
+    names = sorted(path.name for path in whole.iterdir())
+    assert names == sorted(path.name for path in out.iterdir())
+    for name in names:
+        assert name == ".explain.jsonl" or (out / name).read_bytes() == (whole / name).read_bytes(), name
+
+
+def test_two_commands_do_not_share_a_folder(tmp_path, digits, capsys):
+    digits[0].save(tmp_path / "one.png")
+    words = ["explain", str(tmp_path / "one.png"), *MODEL, "--overwrite", "--output", str(tmp_path / "out")]
+    with claimed(tmp_path / "out"):
+        assert cli.main(words) == 2
+    assert f"another run writes into {tmp_path}/out (process {os.getpid()} on" in capsys.readouterr().err
+    assert cli.main(words) == 0

@@ -81,9 +81,8 @@ def test_killed_it_goes_on(tmp_path):
     words = [*DIGITS, "--grids", "4", "--grid-size", "2", "--images", "4", "--metrics", "grid_localisation", "deletion"]
     words += ["idsds", "--explainers", "inherent", "random", "gradient", "grad_cam", "--output"]
     killed, whole = tmp_path / "killed", tmp_path / "whole"
-    command = "import sys; from timm_coda.cli import main; sys.exit(main())"
     for number, at, code in ((signal.SIGINT, 1, 130), (signal.SIGKILL, 4, -9)):
-        process = Program(["-c", command, *words, str(killed)], cwd=tmp_path, environment={**os.environ})
+        process = evaluating([*words, str(killed)], tmp_path)
         while finished(killed) < at and process.poll() is None:
             time.sleep(0.02)
         process.send_signal(number)
@@ -103,6 +102,26 @@ def test_killed_it_goes_on(tmp_path):
         one, other = (dict(np.load(folder / "arrays" / name)) for folder in (killed, whole))
         assert one.keys() == other.keys()
         assert all(np.array_equal(one[key], other[key]) for key in one)
+
+
+def test_two_evaluations_do_not_share_a_folder(tmp_path, capsys):
+    words = [*DIGITS, "--explainers", "random", "--metrics", "idsds", "--images", "4", "--output", str(tmp_path / "a")]
+    for more in ([], ["--overwrite"]):
+        with hub.claimed(tmp_path / "a"):
+            assert cli.main([*words, *more]) == 2
+            assert os.listdir(tmp_path / "a") == [hub.RUNNING]
+        assert f"another run writes into {tmp_path}/a (process {os.getpid()} on " in capsys.readouterr().err
+    both = [evaluating(words, tmp_path) for _ in range(2)]
+    ends = [(process.communicate(timeout=60)[1], process.returncode) for process in both]
+    for said, code in ends:
+        assert code == 0 or (code == 2 and "another run writes into" in said), said
+    assert json.loads((tmp_path / "a/results.json").read_text())["metrics"]["idsds"]["explainers"]["random"]["n"] == 4
+    assert not list((tmp_path / "a").rglob(".*"))
+
+
+def evaluating(words: list[str], cwd: Path) -> Program:
+    command = "import sys; from timm_coda.cli import main; sys.exit(main())"
+    return Program(["-c", command, *words], cwd=cwd, environment={**os.environ})
 
 
 def test_going_on_with_something_else(tmp_path, capsys):

@@ -96,7 +96,7 @@ def test_recipe_is_what_train_py_takes(name, train_module, tmp_path, monkeypatch
     monkeypatch.chdir(tmp_path)
     file = FOLDERS / name / "recipe.yaml"
     args = options.parse_options(train_module.make_parser(), ["--config", str(file)], train_module.DEFAULT_RECIPE)
-    assert args.output == f"runs/{name}"
+    assert options.default_output(args) == Path("runs") / name
     assert f"python train.py --config hub_configs/{name}/recipe.yaml" in file.read_text()
     # The recipe trains new weights: with the tag of the authors' weights they would get the authors' licence.
     tag = timm.get_pretrained_cfg_value(args.model, "tag")

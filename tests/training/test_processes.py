@@ -1,6 +1,7 @@
 """Tests of runs with two processes against runs with one, streamed or not, killed or not."""
 
 import json
+import os
 
 import datasets
 import numpy as np
@@ -51,12 +52,14 @@ def test_two_processes_are_one_with_twice_the_accumulation(colours, shards, tmp_
     for name, weight in weights[0].items():
         assert relative_error(weights[1][name], weight) < 1e-5, name
 
-    run = start(*options, "--output", "killed", cwd=tmp_path, processes=2)
-    wait_for_state(run, tmp_path / "killed", 4)
+    # Without --output, the main process chooses the folder for both.
+    killed = tmp_path / "runs/coda_net_xs"
+    run = start(*options, cwd=tmp_path, processes=2)
+    wait_for_state(run, killed, 4)
     kill(run)
-    out = finish(start("--resume", "killed", "--workers", 0, cwd=tmp_path, processes=2))
-    assert "resuming killed after update" in out
-    assert_same_run(tmp_path / "two", tmp_path / "killed")
+    out = finish(start("--resume", killed, "--workers", 0, cwd=tmp_path, processes=2))
+    assert f"resuming {killed} after update" in out and os.listdir(tmp_path / "runs") == ["coda_net_xs"]
+    assert_same_run(tmp_path / "two", killed)
 
 
 def test_a_streaming_run_that_is_killed_goes_on_bit_for_bit(shards, tmp_path):

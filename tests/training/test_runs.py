@@ -1,8 +1,10 @@
 """Tests of recipes, output folders and progress of runs."""
 
 import argparse
+import contextlib
 import json
 import math
+import os
 from pathlib import Path
 
 import pytest
@@ -69,20 +71,48 @@ def test_a_wrong_value_in_a_recipe_names_the_option(folder, capsys):
     assert "argument --lr: invalid float value: 'fast'" in capsys.readouterr().err
 
 
+def claim(*argv: str) -> contextlib.AbstractContextManager:
+    """What train.py does before it trains: parse options, claim the folder; yields the folder."""
+
+    @contextlib.contextmanager
+    def claimed():
+        args = parse(*argv)
+        vars(args).update(mixed_precision=None, grad_accum=1, report_to="none")
+        with runs.started(args) as accelerator:
+            assert accelerator.project_dir == args.output
+            yield args.output
+
+    return claimed()
+
+
 def test_the_output_folder(folder):
-    assert parse("--data", "x").output == "runs/net"
     for name in ("runs/net", "runs/net-2"):
-        (folder / name).mkdir(parents=True)
-    assert parse("--data", "x").output == "runs/net-3"
-    assert parse("--data", "x", "--output", "runs/net").output == "runs/net"  # empty
-    (folder / "runs/net/mine.txt").write_text("")
-    with pytest.raises(states.RunError, match=r"runs/net is in use.*--resume runs/net.*--overwrite"):
-        parse("--data", "x", "--output", "runs/net")
-    with pytest.raises(states.RunError, match="in use"):  # the folder has no run to resume
-        parse("--data", "x", "--output", "runs/net", "--resume")
-    assert parse("--data", "x", "--output", "runs/net", "--overwrite").overwrite
-    with pytest.raises(states.RunError, match=r"mine\.txt is in use"):
-        parse("--data", "x", "--output", "runs/net/mine.txt")
+        with claim("--data", "x") as output:
+            assert output == name
+            Path(output, "recipe.yaml").touch()
+    with claim("--data", "x") as output, claim("--data", "x") as other:
+        assert (output, other) == ("runs/net-3", "runs/net-4"), "while the other run has written nothing yet"
+    assert sorted(os.listdir("runs")) == ["net", "net-2"], "nothing is left of runs that failed before they started"
+    (folder / "runs/mine").mkdir()
+    with claim("--data", "x", "--output", "runs/mine") as output:  # empty
+        assert output == "runs/mine"
+    (folder / "runs/mine/mine.txt").write_text("")
+    for words in ([], ["--resume"]):  # the folder has no run to resume
+        with (
+            pytest.raises(states.RunError, match=r"runs/mine is in use.*--resume runs/mine or --overwrite"),
+            claim("--data", "x", "--output", "runs/mine", *words),
+        ):
+            pass
+    with claim("--data", "x", "--output", "runs/mine", "--overwrite"):
+        pass
+    with claim("--data", "x", "--resume") as output:
+        assert output == "runs/net"
+    with (
+        pytest.raises(states.RunError, match=r"mine\.txt is in use"),
+        claim("--data", "x", "--output", "runs/mine/mine.txt"),
+    ):
+        pass
+    assert os.listdir("runs/mine") == ["mine.txt"]
 
 
 def test_overwriting_removes_only_what_a_run_writes(folder):

@@ -39,8 +39,12 @@ class over all frames.
 Probabilities are sigmoids. Folders are read with their subfolders, without
 hidden files. Transparent parts of an image become white; of an animated image,
 the first frame is explained. Files that are damaged, too large, or not an image
-or video are listed at the end. Exit code: 0 if everything was explained, 1 if
-files were skipped, 2 if nothing could be explained.
+or video, or whose results cannot be written, are listed at the end. Exit code:
+0 if everything was explained, 1 if files were skipped, 2 if nothing could be
+explained.
+
+After Ctrl-C, the table has what was explained, and the same command goes on
+where it stopped; it also explains files that were added or changed.
 """
 
 
@@ -51,7 +55,7 @@ def add(subcommands: Any) -> None:
     add = parser.add_argument
     add("inputs", nargs="+", metavar="INPUT", help="image, video, folder of these, or URL (http, https)")
     add("--model", required=True, metavar="NAME", help="name in timm's registry, folder, or hf-hub:ID")
-    add("--output", required=True, type=Path, metavar="FOLDER", help="new or empty folder, or any with --overwrite")
+    add("--output", required=True, type=Path, metavar="FOLDER", help="new or empty folder, or one to go on with")
     which = parser.add_mutually_exclusive_group()
     hint = "classes to explain, by name or number (default: the most probable one)"
     which.add_argument("--target", nargs="+", metavar="CLASS", help=hint)
@@ -61,18 +65,19 @@ def add(subcommands: Any) -> None:
     add("--batch-size", type=int, default=16, metavar="N", help="images per batch, to limit memory (default: 16)")
     add("--device", help="cpu or cuda (default: cuda if available)")
     add("--figure", choices=["png", "svg", "pdf"], default="png", help="file format of figures (default: png)")
-    add("--overwrite", action="store_true", help="write into a folder with files, replacing those of the same name")
+    hint = "explain everything again, also into a folder with files, replacing those of the same name"
+    add("--overwrite", action="store_true", help=hint)
 
 
 def _run(args: argparse.Namespace) -> int:
     from ..explanation import Classes, letters, training_data
     from ..gallery import VIDEO_SUFFIXES, Gallery, find_sources
-    from ..hub import load_model
+    from ..hub import claimed, load_model
 
     if args.batch_size < 1:
         raise ValueError(f"--batch-size {args.batch_size}: must be at least 1")
-    if args.output.is_file() or (not args.overwrite and args.output.is_dir() and any(args.output.iterdir())):
-        raise ValueError(f"--output {args.output}: not a new or empty folder; name another, or add --overwrite")
+    if args.output.is_file():
+        raise ValueError(f"--output {args.output}: not a new or empty folder; name another")
     try:
         letters(12)  # fail before the first batch is explained, not after it
     except ImportError as error:
@@ -87,65 +92,82 @@ def _run(args: argparse.Namespace) -> int:
     targets, versus = (None if given is None else [classes.find(word) for word in given] for given in words)
     names = classes.names
     _check(args.top, targets, versus, names)
-    gallery = Gallery(
-        model,
-        args.output,
-        names=names,
-        targets=targets,
-        versus=versus,
-        top=args.top,
-        batch_size=args.batch_size,
-        suffix=f".{args.figure}",
-    )
     print(f"{args.model}: {len(names)} classes; {len(sources)} file{'s' * (len(sources) > 1)} to explain\n")
     if about := training_data(model):
         print(f"The model was trained on {about}.\n")
-    if any(Path(source.name).suffix.lower() not in VIDEO_SUFFIXES for source in sources):
-        print(f"{'':26} most probable classes (sigmoid)")
-    done, skipped = _explain(sources, gallery)
-    print(f"\n{done} of {len(sources)} explained: {args.output}")
-    if skipped:
-        print(f"\n{len(skipped)} skipped:", file=sys.stderr)
-        for line in skipped:
+    with claimed(args.output):
+        gallery = Gallery(
+            model,
+            args.output,
+            names=names,
+            targets=targets,
+            versus=versus,
+            top=args.top,
+            batch_size=args.batch_size,
+            suffix=f".{args.figure}",
+            overwrite=args.overwrite,
+        )
+        if any(Path(source.name).suffix.lower() not in VIDEO_SUFFIXES for source in sources):
+            print(f"{'':26} most probable classes (sigmoid)")
+        try:
+            _explain(sources, gallery)
+        except BaseException as error:
+            gallery.stop()
+            done = f"{gallery.explained} of {len(sources)} explained: {args.output}"
+            print(f"\nstopped; {done}; run the same command to go on", file=sys.stderr)
+            if not isinstance(error, KeyboardInterrupt):
+                raise
+            return 130
+    before = f" ({gallery.reused} before)" if gallery.reused else ""
+    print(f"\n{gallery.explained} of {len(sources)} explained{before}: {args.output}")
+    if gallery.skipped:
+        print(f"\n{len(gallery.skipped)} skipped:", file=sys.stderr)
+        for line in gallery.skipped:
             print(textwrap.fill(line, 79, initial_indent="  ", subsequent_indent="    "), file=sys.stderr)
-    return 2 if done == 0 else 1 if skipped else 0
+    return 2 if gallery.explained == 0 else 1 if gallery.skipped else 0
 
 
-def _explain(sources: "Sequence[Source]", gallery: "Gallery") -> tuple[int, list[str]]:
-    """Explain all sources; return how many were explained, and the reason for each skipped one."""
+def _explain(sources: "Sequence[Source]", gallery: "Gallery") -> None:
+    """Explain all sources that were not explained before."""
     from tqdm import tqdm
 
-    from ..gallery import VIDEO_SUFFIXES, InputError, VideoError, fetched
+    from ..gallery import VIDEO_SUFFIXES, InputError, VideoError, digest_of, fetched, is_fatal
     from ..images import ImageError, read_image
 
-    skipped, videos = [], 0
     for source in tqdm(sources, "explaining", unit="file", disable=None, leave=False):
         path = Path(source.place)
         try:
             with fetched(source) as path:
+                digest = digest_of(path)
                 if path.suffix.lower() in VIDEO_SUFFIXES:
-                    tqdm.write(_add_video(source, path, gallery))
-                    videos += 1
+                    _add_video(source, path, gallery, digest)
                 else:
-                    for row in gallery.add(source, read_image(path, name=source.name)):
+                    for row in gallery.add(source, read_image(path, name=source.name), digest):
                         tqdm.write(_line(row.name, row.top, row.note))
         except (ImageError, VideoError, InputError) as error:
-            reason = str(error).removeprefix(f"{source.name}: ").removeprefix(f"{path}: ")
-            gallery.skip(source, reason)
-            skipped.append(f"{source.name}: {reason}")
+            gallery.skip(source, str(error).removeprefix(f"{source.name}: ").removeprefix(f"{path}: "))
+        except OSError as error:
+            if is_fatal(error):
+                raise
+            gallery.skip(source, error.strerror or str(error))
     for row in gallery.finish():
         print(_line(row.name, row.top, row.note))
-    return gallery.explained + videos, skipped
 
 
-def _add_video(source: "Source", path: Path, gallery: "Gallery") -> str:
+def _add_video(source: "Source", path: Path, gallery: "Gallery", digest: str) -> None:
+    from tqdm import tqdm
+
     from ..gallery import VideoError, explain_video
 
+    if gallery.record.find(source, digest):
+        gallery.explained, gallery.reused = gallery.explained + 1, gallery.reused + 1
+        return
+    output = gallery.output / f"{source.stem}.overlay.mp4"
     try:
         found = explain_video(
             gallery.model,
             path,
-            gallery.output / f"{source.stem}.overlay.mp4",
+            output,
             target=gallery.targets[0] if gallery.targets else None,
             versus=gallery.versus[0] if gallery.versus else None,
             label_names=gallery.names,
@@ -153,8 +175,10 @@ def _add_video(source: "Source", path: Path, gallery: "Gallery") -> str:
         )
     except ImportError as error:
         raise VideoError(str(error)) from error
+    gallery.explained += 1
+    gallery.record.add(source, digest, [output, output.with_suffix(".csv")])
     seen = f"{found.frames} frames, {100 * found.predicted / found.frames:.0f} % of them {gallery.names[found.target]}"
-    return f"{_short(source.name, 26):26} {_short(seen, 52)}" + (f"\n  ({found.note})" if found.note else "")
+    tqdm.write(f"{_short(source.name, 26):26} {_short(seen, 52)}" + (f"\n  ({found.note})" if found.note else ""))
 
 
 def _line(name: str, top: list[tuple[str, float]], note: str) -> str:

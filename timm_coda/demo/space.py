@@ -1,5 +1,6 @@
 """Export the page as a folder for Hugging Face Spaces."""
 
+import functools
 import importlib.metadata
 import json
 import platform
@@ -8,7 +9,8 @@ import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
-from ..hub import check_folder, temporary_folder
+from ..errors import wrap_errors
+from ..hub import between_saves, check_folder, temporary_folder
 from .examples import folder_examples
 
 _PACKAGE = Path(__file__).parents[1]
@@ -70,10 +72,11 @@ def export_space(folder: Path, models: Sequence[str] = (), *, examples: Path | N
         raise ValueError(f"two model folders have the same name, among {', '.join(folders)}: rename one")
     for source in folders.values():
         check_folder(source)
-    with temporary_folder(folder.parent / f".{folder.name}.exporting") as whole:
+    with temporary_folder(folder.parent) as whole:
         shutil.copytree(_PACKAGE, whole / "timm_coda", ignore=shutil.ignore_patterns("__pycache__"))
         for name, source in folders.items():
-            shutil.copytree(source, whole / "models" / name, ignore=shutil.ignore_patterns(".*", "checkpoints"))
+            how = {"ignore": shutil.ignore_patterns(".*", "checkpoints"), "dirs_exist_ok": True}
+            between_saves(source, functools.partial(shutil.copytree, source, whole / "models" / name, **how))
         if examples is not None:
             (whole / "examples").mkdir()
             folder_examples(examples, whole / "examples")
@@ -88,9 +91,10 @@ def export_space(folder: Path, models: Sequence[str] = (), *, examples: Path | N
         }
         for name, text in files.items():
             (whole / name).write_text(text, encoding="utf-8")
-        if folder.exists():
-            folder.rmdir()
-        whole.rename(folder)
+        with wrap_errors(f"{folder} cannot be written", ValueError):
+            if folder.exists():
+                folder.rmdir()
+            whole.rename(folder)
 
 
 def _needed() -> list[str]:

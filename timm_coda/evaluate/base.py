@@ -15,6 +15,8 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from ..hub import replacing
+
 __all__ = [
     "Baseline",
     "Curve",
@@ -139,10 +141,8 @@ class Subject:
                 if path is None:
                     self._maps[explainer.name] = maps
                     return maps
-                temporary = path.with_name(f".saving-{path.name}")
-                with temporary.open("wb") as stream:
+                with replacing(path) as stream:
                     np.save(stream, maps)
-                temporary.replace(path)
             self._maps[explainer.name] = np.load(path, mmap_mode="r")
         return self._maps[explainer.name]
 

@@ -1,8 +1,6 @@
 """Run an evaluation in small units of work, each saved when done, so that a killed evaluation can be resumed."""
 
 import json
-import os
-import shutil
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -14,8 +12,18 @@ import torch
 from timm.data import resolve_model_data_config
 from tqdm import tqdm
 
-from ..data import ImageDataset, create_transforms, load_data
-from ..hub import __version__, environment, load_model, weights_fingerprint, write_text
+from ..data import ImageDataset, create_transforms, describe_data, load_data
+from ..hub import (
+    RUNNING,
+    __version__,
+    claimed,
+    environment,
+    load_model,
+    replacing,
+    temporary_folder,
+    weights_fingerprint,
+    write_text,
+)
 from .base import Curve, EvaluationError, Explainer, ExplainerError, Metric, Scores, Subject
 from .localisation import GridLocalisation
 from .statistics import summarise
@@ -69,7 +77,7 @@ def run(
     Raises:
         EvaluationError: the model cannot explain itself or does not fit the data, or the folder has other content.
         DataError: the data cannot be used.
-        HubError: the model cannot be loaded.
+        HubError: the model cannot be loaded, or another process evaluates into the folder.
     """
     model = load_model(setup.model)
     if not hasattr(model, "explain"):
@@ -80,59 +88,71 @@ def run(
         test_split=setup.test_split,
         image_column=setup.image_column,
         label_column=setup.label_column,
-        num_classes=model.num_classes,
         training=False,
     )
     settings = {key: value for key, value in asdict(setup).items() if key not in _FREE}
     settings |= {"data": list(setup.data), "weights": weights_fingerprint(model), "timm_coda": __version__}
-    open_folder(folder, settings, overwrite=overwrite)
-    for note in data.notes:
-        say(note)
-    _, transform = create_transforms(resolve_model_data_config(model))
-    images = ImageDataset(data.test, transform)
-    model = model.to(setup.device)
-    found = kept(folder / PARTS / "predictions.npz")
-    if found is None:
-        readable, logits, unread = predict(model, images, setup.batch_size)
-        found = {"readable": readable, "logits": logits, "unread": np.array([": ".join(one) for one in unread], str)}
-        keep(folder / PARTS / "predictions.npz", found)
-    for reason in found["unread"].tolist():
-        say(f"skipped {reason}")
-    subject = make_subject(
-        model,
-        images,
-        found["readable"],
-        found["logits"],
-        count=setup.images,
-        label_names=data.label_names,
-        batch_size=setup.batch_size,
-        seed=setup.seed,
-    )
-    facts = {"command": command, "model": setup.model, "data": list(setup.data), "settings": asdict(setup)}
-    return evaluate(subject, explainers, metrics, folder, facts=facts)
+    settings["dataset"] = describe_data(data)
+    data = data.matched(Classes.of(model))
+    with claimed(folder):
+        open_folder(folder, settings, overwrite=overwrite)
+        for note in data.notes:
+            say(note)
+        _, transform = create_transforms(resolve_model_data_config(model))
+        images = ImageDataset(data.test, transform)
+        model = model.to(setup.device)
+        found = kept(folder / PARTS / "predictions.npz")
+        if found is None:
+            readable, logits, unread = predict(model, images, setup.batch_size)
+            found = {
+                "readable": readable,
+                "logits": logits,
+                "unread": np.array([": ".join(one) for one in unread], str),
+            }
+            keep(folder / PARTS / "predictions.npz", found)
+        for reason in found["unread"].tolist():
+            say(f"skipped {reason}")
+        subject = make_subject(
+            model,
+            images,
+            found["readable"],
+            found["logits"],
+            count=setup.images,
+            label_names=data.label_names,
+            batch_size=setup.batch_size,
+            seed=setup.seed,
+        )
+        facts = {"command": command, "model": setup.model, "data": list(setup.data), "settings": asdict(setup)}
+        facts |= {name: settings[name] for name in ("weights", "dataset")} | {"notes": list(data.notes)}
+        return evaluate(subject, explainers, metrics, folder, facts=facts)
 
 
 def open_folder(folder: Path, settings: dict[str, Any], *, overwrite: bool = False) -> None:
     """Create the folder of an evaluation, or check that its evaluation has the same settings.
 
     Raises:
-        EvaluationError: the folder has an evaluation with other settings, or other content.
+        EvaluationError: the folder has an evaluation with other settings, data or weights, or other content.
     """
     record = folder / PARTS / "settings.json"
     if overwrite and record.exists():
-        for path in (folder / name for name in (RESULTS, PARTS, ARRAYS, REPORT)):
-            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+        with temporary_folder(folder) as old:  # deleted at the end
+            for path in (folder / name for name in (RESULTS, ARRAYS, REPORT, PARTS)):  # what says so is moved last
+                if path.exists():
+                    path.rename(old / path.name)
     if record.exists():
         before = json.loads(record.read_text(encoding="utf-8"))
         changed = [
-            f"{key} was {before.get(key)!r}, is {now!r}" for key, now in settings.items() if before.get(key) != now
+            f"{key} was {before.get(key)!r}, is {now!r}"
+            for key, now in settings.items()
+            if key != "dataset" and before.get(key) != now
         ]
+        changed += data_changes(before["dataset"], settings["dataset"]) if "dataset" in before else []
         if changed:
             raise EvaluationError(
                 f"{folder} has an evaluation with other settings ({'; '.join(changed)}): use another --output, or "
                 "--overwrite"
             )
-    elif folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+    elif folder.exists() and (not folder.is_dir() or any(path.name != RUNNING for path in folder.iterdir())):
         raise EvaluationError(f"{folder} exists, but is not an evaluation: use a new or empty --output")
     else:
         record.parent.mkdir(parents=True, exist_ok=True)
@@ -277,12 +297,8 @@ def _write_examples(subject: Subject, explainers: Sequence[Explainer], metrics: 
 
 def keep(path: Path, arrays: dict[str, Any]) -> None:
     """Write an .npz file atomically."""
-    temporary = path.with_name(f".saving-{path.name}")
-    try:
-        np.savez(temporary, **arrays)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with replacing(path) as stream:
+        np.savez(stream, **arrays)
 
 
 def kept(path: Path) -> dict[str, np.ndarray] | None:

@@ -11,7 +11,6 @@ from .figures import (
     figure,
     heatmap,
     overlay,
-    replacing,
     rgba,
     save_arrays,
     save_figure,
@@ -20,6 +19,7 @@ from .figures import (
 from .fonts import drawable, font_families
 from .result import Explanation
 from .sheet import GAP, GREY, INK, PANEL, PITCH, Page, letters
+from .writing import remove_leftovers, replacing, temporary_path
 
 __all__ = [
     "EVIDENCE_COLORS",
@@ -48,10 +48,12 @@ __all__ = [
     "output_of",
     "overlay",
     "read_names",
+    "remove_leftovers",
     "replacing",
     "rgba",
     "save_arrays",
     "save_figure",
     "save_image",
+    "temporary_path",
     "training_data",
 ]

@@ -6,16 +6,15 @@ matplotlib's global state, so everything works without a display and in several 
 
 import math
 import os
-import uuid
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import ArrayLike
 
 from .sheet import GAP, GREY, INK, PANEL, PITCH, Page
+from .writing import replacing
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -247,6 +246,7 @@ def save_image(array: ArrayLike, path: str | os.PathLike[str]) -> None:
     """
     from PIL import Image
 
+    _check_suffix(path, (".png",))
     integers = str(getattr(array, "dtype", None)).endswith("uint8")
     pixels = _array(array, np.uint8) if integers else 255 * _finite(array, "array", 3)
     if pixels.ndim not in (3, 4, 5) or pixels.shape[-1] not in (3, 4):
@@ -256,7 +256,7 @@ def save_image(array: ArrayLike, path: str | os.PathLike[str]) -> None:
     pixels = pixels[(None,) * (5 - pixels.ndim)]
     b, t, h, w, c = pixels.shape
     grid = Image.fromarray(np.rint(pixels).astype(np.uint8).swapaxes(1, 2).reshape(b * h, t * w, c))
-    with replacing(path, (".png",)) as stream:
+    with replacing(path) as stream:
         grid.save(stream, format="PNG")
 
 
@@ -275,8 +275,8 @@ def save_figure(figure: "Figure", path: str | os.PathLike[str], *, text: Mapping
         ValueError: another suffix.
     """
     unset = {".png": ["Software"], ".svg": ["Date", "Creator"], ".pdf": ["CreationDate", "Creator", "Producer"]}
-    with replacing(path, tuple(unset)) as stream:
-        suffix = Path(path).suffix.lower()
+    suffix = _check_suffix(path, unset)
+    with replacing(path) as stream:
         metadata = {**dict.fromkeys(unset[suffix]), **(text or {} if suffix == ".png" else {})}
         figure.savefig(stream, format=suffix[1:], facecolor="white", metadata=metadata)
 
@@ -287,32 +287,17 @@ def save_arrays(arrays: Mapping[str, np.ndarray], path: str | os.PathLike[str]) 
     Raises:
         ValueError: another suffix.
     """
-    with replacing(path, (".npz",)) as stream:
+    _check_suffix(path, (".npz",))
+    with replacing(path) as stream:
         np.savez_compressed(stream, allow_pickle=False, **arrays)
 
 
-@contextmanager
-def replacing(path: str | os.PathLike[str], suffixes: tuple[str, ...]) -> Iterator[BinaryIO]:
-    """Context manager that opens a new file. It replaces `path` on success and is deleted after an error.
-
-    Args:
-        path: final path; missing folders are created.
-        suffixes: allowed suffixes, lower case.
-
-    Raises:
-        ValueError: the path has another suffix.
-    """
-    target = Path(path)
-    if target.suffix.lower() not in suffixes:
-        raise ValueError(f"cannot write {target.name!r}: the name must end in {' or '.join(suffixes)}")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = target.with_name(f".{uuid.uuid4().hex}.tmp")
-    try:
-        with open(temporary, "xb") as stream:
-            yield stream
-        os.replace(temporary, target)
-    finally:
-        temporary.unlink(missing_ok=True)
+def _check_suffix(path: str | os.PathLike[str], suffixes: Iterable[str]) -> str:
+    """Return the path's suffix in lower case. Raise `ValueError` if it is none of `suffixes`."""
+    suffix = Path(path).suffix.lower()
+    if suffix not in suffixes:
+        raise ValueError(f"cannot write {Path(path).name!r}: the name must end in {' or '.join(suffixes)}")
+    return suffix
 
 
 def _draw_probabilities(

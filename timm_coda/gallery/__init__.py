@@ -1,7 +1,8 @@
 """Explain many images and videos: resolve inputs, write figures, tables and contact sheets to a folder."""
 
-from .gallery import Gallery
+from .gallery import Gallery, is_fatal
 from .inputs import InputError, Source, fetched, find_sources
+from .record import digest_of
 from .video import VIDEO_SUFFIXES, VideoError, explain_video
 
 __all__ = [
@@ -10,7 +11,9 @@ __all__ = [
     "InputError",
     "Source",
     "VideoError",
+    "digest_of",
     "explain_video",
     "fetched",
     "find_sources",
+    "is_fatal",
 ]

@@ -5,6 +5,7 @@ import os
 import re
 import tempfile
 import time
+import unicodedata
 import urllib.error
 import urllib.parse
 import urllib.request
@@ -24,6 +25,7 @@ MAX_WAIT = 20.0
 """Timeout in seconds while a server sends nothing."""
 MAX_SECONDS = 600.0
 """Maximum seconds of one download."""
+_MAX_BYTES = 255 - 55  # of a name; file systems allow 255 with its ending
 
 
 class InputError(ValueError):
@@ -129,11 +131,21 @@ def _is_link(word: str) -> bool:
 
 
 def _source(place: str, name: str, stem: str, taken: set[str]) -> Source:
-    parts = [re.sub(r"[^\w .()+,=@-]", "_", part)[:100] for part in Path(stem).parts]  # valid on any file system
+    parts = [_cut(re.sub(r"[^\w .()+,=@-]", "_", part)) for part in Path(stem).parts]  # valid on any file system
     stem = os.path.join(*parts) if any(part.strip(" .") for part in parts) else "image"
     unique, count = stem, 1
-    while unique.casefold() in taken:
+    while _same_file(unique) in taken:
         count += 1
         unique = f"{stem}-{count}"
-    taken.add(unique.casefold())
+    taken.add(_same_file(unique))
     return Source(place, "".join(letter if letter.isprintable() else "?" for letter in name), unique)
+
+
+def _cut(part: str) -> str:
+    """Cut a name to bytes that leave room for a number and for the longest ending, such as -12.overlay-1000.png."""
+    return part.encode()[:_MAX_BYTES].decode(errors="ignore")
+
+
+def _same_file(stem: str) -> str:
+    """Return the same text for names that some file system takes for one: é has two spellings, E may be e."""
+    return unicodedata.normalize("NFD", unicodedata.normalize("NFD", stem).casefold())

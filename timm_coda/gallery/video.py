@@ -7,7 +7,6 @@ not grow with the length of the video.
 
 import csv
 import os
-import uuid
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -23,7 +22,7 @@ from timm.data import resolve_model_data_config
 from torch import Tensor
 from tqdm import tqdm
 
-from ..explanation import Classes, color_limit
+from ..explanation import Classes, color_limit, temporary_path
 from ..images import MAX_PIXELS, MAX_RATIO
 from .legend import draw_legend
 from .placement import eval_transform, overlay_whole, seen_box
@@ -226,7 +225,7 @@ def _writing(output: Path, header: _Header) -> Iterator[Any]:
     av = _import_av()
     output.parent.mkdir(parents=True, exist_ok=True)
     finals = [output, output.with_suffix(".csv")]
-    temporary = [final.with_name(f".{uuid.uuid4().hex}{final.suffix}") for final in finals]
+    temporary = [temporary_path(final.parent, final.suffix) for final in finals]
     stream: Any = None
     last = -1
     try:

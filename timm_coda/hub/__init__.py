@@ -13,16 +13,7 @@ from .checkpoints import (
 from .environment import __version__, environment
 from .factory import HubMixin, create_model, load_model
 from .fingerprint import PICTURE_KEY, weights_fingerprint
-from .folder import (
-    HubError,
-    SaveError,
-    check_folder,
-    model_config,
-    read_config,
-    save_model,
-    temporary_folder,
-    write_text,
-)
+from .folder import SAVED, between_saves, check_folder, model_config, read_config, save_model
 from .remote import (
     card_of_folder,
     check_access,
@@ -32,19 +23,24 @@ from .remote import (
     files_to_push,
     push_folder,
 )
+from .writing import RUNNING, HubError, SaveError, claimed, replacing, temporary_folder, write_text
 
 __all__ = [
     "PICTURE_KEY",
+    "RUNNING",
+    "SAVED",
     "ConvertError",
     "HubError",
     "HubMixin",
     "SaveError",
     "__version__",
+    "between_saves",
     "card_of_folder",
     "check_access",
     "check_fit",
     "check_folder",
     "check_repo_id",
+    "claimed",
     "convert_checkpoint",
     "create_model",
     "download_errors",
@@ -58,6 +54,7 @@ __all__ = [
     "model_config",
     "push_folder",
     "read_config",
+    "replacing",
     "resolve_weights",
     "save_model",
     "temporary_folder",

@@ -31,7 +31,8 @@ from ..errors import wrap_errors
 from ..explanation import Classes, read_names
 from ..layers import adapt_colours
 from .factory import create_model
-from .folder import HubError, SaveError, check_entries, save_model
+from .folder import check_entries, save_model
+from .writing import HubError, SaveError, replacing, temporary_folder
 
 _logger = logging.getLogger(__name__)
 TIMEOUT = 30.0  # seconds without a response after which a download fails
@@ -127,9 +128,8 @@ def fetch(url: str, filename: str, cache_dir: str | os.PathLike | None = None) -
             return file
         except ConvertError as error:
             _logger.warning("%s; downloading it again", error)
-    folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{filename}-", dir=folder) as temporary:
-        new = Path(temporary) / filename
+    with temporary_folder(folder) as temporary:
+        new = temporary / filename
         download(url, new)
         os.replace(new, file)
     return file
@@ -327,14 +327,8 @@ def convert_checkpoint(
         model.load_state_dict(convert(read_checkpoint(file), model))
     model = model.half() if half else model
     if weights_only:
-        with wrap_errors(f"{output} could not be written", SaveError):
-            output.parent.mkdir(parents=True, exist_ok=True)
-            new = output.with_name(f".saving-{output.name}")
-            try:
-                new.write_bytes(safetensors.torch.save(model.state_dict()))
-                os.replace(new, output)
-            finally:
-                new.unlink(missing_ok=True)
+        with wrap_errors(f"{output} could not be written", SaveError), replacing(output) as stream:
+            stream.write(safetensors.torch.save(model.state_dict()))
     else:
         save_model(model, output)
     return model

@@ -22,8 +22,9 @@ from huggingface_hub import CommitInfo, ModelCard, ModelHubMixin
 from ..errors import wrap_errors
 from ..explanation import Classes, ClassesError, forget_names
 from .card import make_card
-from .folder import CONFIG, HubError, check_folder, model_config, save_model
+from .folder import CONFIG, between_saves, check_folder, model_config, save_model
 from .remote import download_errors, fetch, push_folder
+from .writing import HubError
 
 __all__ = ["HubMixin", "create_model", "load_model"]
 
@@ -70,10 +71,10 @@ def create_model(
     what = f"cannot create the model {name} with num_classes={num_classes}{said}"
     with wrap_errors(what, HubError), download_errors(name):
         if pretrained:
-            model: Any = timm.create_model(name, pretrained=True, **arguments)
+            model: Any = _create(name, pretrained=True, **arguments)
             _fit_classifier(model, num_classes, label_names)
         else:
-            model = timm.create_model(name, num_classes=num_classes, **arguments)
+            model = _create(name, num_classes=num_classes, **arguments)
     if head_only:
         model.requires_grad_(False)
         model.get_classifier().requires_grad_(True)
@@ -97,7 +98,14 @@ def load_model(name: str, *, pretrained: bool = True) -> Any:
             _logger.warning(f"{name} is timm's registered model here; for the folder of this name, write ./{name}")
     _check_name(name)
     with wrap_errors(f"cannot load {name}", HubError), download_errors(name):
-        return timm.create_model(name, pretrained=pretrained).eval()
+        return _create(name, pretrained=pretrained).eval()
+
+
+def _create(name: str, **arguments: Any) -> Any:
+    """Call `timm.create_model`; a local folder is read as it is between two saves."""
+    if not name.startswith("local-dir:"):
+        return timm.create_model(name, **arguments)
+    return between_saves(name.removeprefix("local-dir:"), lambda: timm.create_model(name, **arguments))
 
 
 @torch.no_grad()
@@ -243,7 +251,7 @@ class HubMixin(ModelHubMixin):
         name = check_folder(folder)["architecture"]
         said = "".join(f", {key}={value!r}" for key, value in model_args.items())
         with wrap_errors(f"cannot create the {name} in {source}{said}", HubError):
-            model: Any = timm.create_model(f"local-dir:{os.fspath(folder)}", pretrained=True, **model_args).eval()
+            model: Any = _create(f"local-dir:{os.fspath(folder)}", pretrained=True, **model_args).eval()
         if not isinstance(model, cls):
             kind = type(model).__name__
             raise HubError(f"{source} is a {kind}, not a {cls.__name__}: load it with {kind} or timm.create_model")

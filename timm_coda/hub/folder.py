@@ -1,6 +1,7 @@
 """Save and check model folders in timm's format for the Hub: `config.json` and `model.safetensors`.
 
-Files are written atomically: each is complete before it gets its final name.
+The two files belong together, so a save that a kill interrupts must not leave one model's weights under another's
+config: see `_finish`.
 """
 
 import contextlib
@@ -10,9 +11,9 @@ import math
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import timm
 import torch
@@ -22,17 +23,13 @@ from timm.models._hub import load_model_config_from_path, save_config_for_hf
 
 from ..errors import wrap_errors
 from ..explanation import Classes, read_names
+from .writing import HubError, SaveError, locked, temporary_folder
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
+SAVED = ".saved"
+"""A folder of both files, complete, that are not yet moved to their places."""
+_T = TypeVar("_T")
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.pkl", "*.ckpt", "*.pth.tar")
-
-
-class HubError(ValueError):
-    """A model, folder or repository that cannot be used; the message names it and says how to fix the problem."""
-
-
-class SaveError(HubError):
-    """Writing failed; files that existed before are unchanged."""
 
 
 def save_model(
@@ -45,8 +42,8 @@ def save_model(
 ) -> Path:
     """Write `config.json` and `model.safetensors`, timm's format for the Hub, to a folder; return the folder.
 
-    Existing files are replaced only when both new files are complete, so that a full disk or a killed process leaves a
-    loadable model behind.
+    Existing files are replaced only when both new files are complete. A full disk or a killed process leaves the old
+    model or the new one, and of two processes that save into the same folder, the second waits for the first.
 
     Args:
         model: A model created by `timm.create_model`, which records its arguments.
@@ -64,14 +61,99 @@ def save_model(
     folder = Path(folder)
     config = model_config(model, label_names=label_names, data_config=data_config, model_args=model_args)
     failure = wrap_errors(f"the model could not be saved in {folder}; files already there are unchanged", SaveError)
-    with failure, temporary_folder(folder / ".saving") as temporary:
-        weights = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
-        save_file(weights, temporary / WEIGHTS, metadata={"format": "pt"})
-        (temporary / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-        shutil.copymode(temporary / CONFIG, temporary / WEIGHTS)  # otherwise only the owner could read the weights
-        for name in (WEIGHTS, CONFIG):
-            os.replace(temporary / name, folder / name)
+    with failure, _saving(folder):
+        with temporary_folder(folder) as temporary:
+            weights = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
+            save_file(weights, temporary / WEIGHTS, metadata={"format": "pt"})
+            (temporary / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+            shutil.copymode(temporary / CONFIG, temporary / WEIGHTS)  # otherwise only the owner could read the weights
+            os.rename(temporary, folder / SAVED)
+        _finish(folder)
     return folder
+
+
+@contextlib.contextmanager
+def _saving(folder: Path) -> Iterator[None]:
+    """Let no other process save into a folder, and finish a save that a kill interrupted."""
+    with locked(folder / ".saving.lock"):
+        _finish(folder)
+        yield
+
+
+def _finish(folder: Path) -> None:
+    """Move the two files in `SAVED` to their places.
+
+    A kill at any step leaves a folder that the next call finishes. Until then, timm finds the old model, the new one,
+    or no config. If the configs are the same, as in every epoch of a run, timm always finds a model.
+    """
+    saved = folder / SAVED
+    if not saved.is_dir():
+        return
+    if (saved / WEIGHTS).exists():
+        if (folder / CONFIG).exists() and (folder / CONFIG).read_bytes() != (saved / CONFIG).read_bytes():
+            (folder / CONFIG).unlink()
+        os.replace(saved / WEIGHTS, folder / WEIGHTS)
+    if (saved / CONFIG).exists():
+        os.replace(saved / CONFIG, folder / CONFIG)
+    saved.rmdir()
+
+
+def between_saves(folder: str | os.PathLike, read: Callable[[], _T]) -> _T:
+    """Return `read()`, which reads files of a folder, such that no save changed the model meanwhile.
+
+    A save that a kill interrupted is finished first.
+
+    Raises:
+        SaveError: An interrupted save cannot be finished.
+    """
+    folder = Path(folder)
+    if (folder / SAVED).is_dir():  # by a process that is at it, or was killed
+        with wrap_errors(f"{folder}: a save was interrupted, and cannot be finished", SaveError), _saving(folder):
+            pass
+    before = _versions(folder)
+    try:
+        found = read()
+    except Exception:
+        if before is not None and _versions(folder) == before:
+            raise
+    else:
+        if before is not None and _versions(folder) == before:
+            return found
+    with _saving(folder) if os.access(folder, os.W_OK) else contextlib.nullcontext():
+        return read()
+
+
+def _versions(folder: Path) -> list[tuple[int, int] | None] | None:
+    """Return values that a save changes; None while a save moves its files."""
+    found: list[tuple[int, int] | None] = []
+    for name in (CONFIG, WEIGHTS):
+        try:
+            about = os.stat(folder / name)
+            found.append((about.st_ino, about.st_mtime_ns))
+        except OSError:
+            found.append(None)
+    return None if (folder / SAVED).is_dir() else found
+
+
+@contextlib.contextmanager
+def unchanging(folder: Path, names: Iterable[str]) -> Iterator[Path]:
+    """Yield a temporary folder of these files, those that exist, as they are between two saves.
+
+    They are hard links where possible: saving replaces files, and never writes into them.
+    """
+    with contextlib.ExitStack() as stack:
+        try:
+            still = stack.enter_context(temporary_folder(folder))
+        except OSError:  # a folder that is only for reading
+            still = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        with _saving(folder) if os.access(folder, os.W_OK) else contextlib.nullcontext():
+            for name in names:
+                if (folder / name).is_file():
+                    try:
+                        os.link(folder / name, still / name)
+                    except OSError:
+                        shutil.copy2(folder / name, still / name)
+        yield still
 
 
 def model_config(
@@ -116,7 +198,11 @@ def read_config(folder: str | os.PathLike) -> dict[str, Any]:
         HubError: The file is missing, is not JSON, names no architecture registered in timm, or has a wrong entry, such
             as too few or too many label names.
     """
-    path = Path(folder) / CONFIG
+    return between_saves(folder, lambda: _read_config(Path(folder)))
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    path = folder / CONFIG
     if not path.is_file():
         raise HubError(f"{folder} is not a model folder: it has no {CONFIG}; model.save_pretrained(FOLDER) makes one")
     with wrap_errors(f"{path} is not JSON", HubError):
@@ -184,8 +270,11 @@ def check_folder(folder: str | os.PathLike) -> dict[str, Any]:
         HubError: As for `read_config`; or the safetensors file is missing, truncated, or does not fit the architecture
             (the message names the first mismatches).
     """
-    folder = Path(folder)
-    config, path = read_config(folder), folder / WEIGHTS
+    return between_saves(folder, lambda: _check_folder(Path(folder)))
+
+
+def _check_folder(folder: Path) -> dict[str, Any]:
+    config, path = _read_config(folder), folder / WEIGHTS
     if not path.is_file():
         pickles = sorted(found.name for pattern in _PICKLES for found in folder.glob(pattern))
         hint = f", and {pickles[0]} is a pickle, which can run code and is not loaded" if pickles else ""
@@ -213,29 +302,3 @@ def check_folder(folder: str | os.PathLike) -> dict[str, Any]:
             "two files that were saved together"
         )
     return config
-
-
-@contextlib.contextmanager
-def temporary_folder(folder: Path) -> Iterator[Path]:
-    """Create an empty folder and delete it at the end, unless it was renamed inside the `with` block."""
-    shutil.rmtree(folder, ignore_errors=True)  # left by a killed process
-    folder.mkdir(parents=True)
-    try:
-        yield folder
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write text to a file atomically.
-
-    Raises:
-        SaveError: Writing failed, such as on a full disk; an existing file is unchanged.
-    """
-    temporary = path.with_name(f".saving-{path.name}")
-    with wrap_errors(f"{path} could not be written", SaveError):
-        try:
-            temporary.write_text(text, encoding="utf-8")
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)

@@ -33,7 +33,8 @@ from huggingface_hub.utils import validate_repo_id
 from ..errors import wrap_errors
 from .card import CARD, PICTURE, RECIPE, SUMMARY, make_card
 from .fingerprint import fingerprint_in_picture, weights_fingerprint
-from .folder import CONFIG, WEIGHTS, HubError, check_folder, read_config
+from .folder import CONFIG, WEIGHTS, check_folder, read_config, unchanging
+from .writing import HubError
 
 _FILES = (CONFIG, WEIGHTS, CARD, PICTURE, SUMMARY, RECIPE)  # never checkpoints: they are for resuming, and pickles
 _BY_HAND = f"; or put {CONFIG} and {WEIGHTS} from another machine into a folder, and load local-dir:FOLDER"
@@ -177,10 +178,9 @@ def push_folder(
     check_repo_id(repo_id)
     check_folder(folder)
     repo_id = check_access(repo_id, token=token)
-    files = files_to_push(folder, repo_id, license=license)
     api = HfApi(token=token)
 
-    def commit() -> CommitInfo:
+    def commit(files: dict[str, Path | bytes]) -> CommitInfo:
         # New operations for each try check the Hub's files again: a commit whose response was lost is not repeated.
         operations = [
             CommitOperationAdd(name, content if isinstance(content, bytes) else str(content))
@@ -190,10 +190,11 @@ def push_folder(
             repo_id, operations, commit_message=commit_message, revision=revision, create_pr=create_pr
         )
 
-    with _one_line(repo_id, api, revision):
+    with _one_line(repo_id, api, revision), unchanging(Path(folder), _FILES) as still:
+        files = files_to_push(still, repo_id, license=license)
         _patiently(f"creating {repo_id}", lambda: api.create_repo(repo_id, private=private, exist_ok=True))
         # Never retry a pull request: a second one would be opened.
-        return commit() if create_pr else _patiently(f"uploading to {repo_id}", commit)
+        return commit(files) if create_pr else _patiently(f"uploading to {repo_id}", lambda: commit(files))
 
 
 def fetch(

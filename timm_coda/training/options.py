@@ -40,13 +40,13 @@ def positive(text: str) -> int:
 
 
 def parse_options(parser: argparse.ArgumentParser, argv: list[str], default_recipe: Path) -> argparse.Namespace:
-    """Parse options and choose the output folder. The command line overrides the recipe, which overrides defaults.
+    """Parse options. The command line overrides the recipe, which overrides defaults. `output` may be None.
 
     `--resume FOLDER` reads the recipe in that folder. Without `--config`, `--data` and `--model`, the default recipe is
     used. The parser must define at least `config`, `output`, `overwrite`, `resume`, `data` and `model`.
 
     Raises:
-        RunError: The recipe or the run is missing, the recipe has an unknown option, or the output folder is in use.
+        RunError: The recipe or the run is missing, or the recipe has an unknown option.
     """
     args = parser.parse_args(argv)
     if args.resume and args.overwrite:
@@ -61,14 +61,7 @@ def parse_options(parser: argparse.ArgumentParser, argv: list[str], default_reci
     if config:
         known = sorted(name.replace("_", "-") for name in vars(args).keys() - COMMAND_OPTIONS)
         args = parser.parse_args(read_recipe(config, known) + argv)
-    if output is None:
-        output = Path("runs") / (Path(config).resolve().parent.name if config else re.sub(r"\W", "_", args.model))
-        if not args.resume:
-            output = free_folder(output)
-    used = os.path.exists(output) and (not os.path.isdir(output) or os.listdir(output))
-    if used and not args.overwrite and not (args.resume and (Path(output) / "recipe.yaml").is_file()):
-        raise RunError(f"--output {output} is in use: choose another folder, --resume {output} or --overwrite")
-    args.config, args.output = config, str(output)
+    args.config, args.output = config, output
     return args
 
 
@@ -110,10 +103,6 @@ def run_options(args: argparse.Namespace) -> dict[str, Any]:
     return {name: value for name, value in vars(args).items() if name not in COMMAND_OPTIONS}
 
 
-def free_folder(folder: str | os.PathLike) -> Path:
-    """Return the folder if it does not exist, else the first of FOLDER-2, FOLDER-3, ... that does not."""
-    free, number = Path(folder), 1
-    while free.exists():
-        number += 1
-        free = Path(f"{os.fspath(folder)}-{number}")
-    return free
+def default_output(args: argparse.Namespace) -> Path:
+    """Return the output folder of a run that is given none; if it is taken, the run gets the next number."""
+    return Path("runs") / (Path(args.config).resolve().parent.name if args.config else re.sub(r"\W", "_", args.model))

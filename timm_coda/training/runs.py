@@ -1,5 +1,7 @@
 """Signals, output folders, progress bars and summaries of training runs."""
 
+import argparse
+import contextlib
 import glob
 import importlib.metadata
 import importlib.util
@@ -10,7 +12,7 @@ import shutil
 import signal
 import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -18,15 +20,18 @@ from typing import Any
 import torch
 import yaml
 from accelerate import Accelerator, DataLoaderConfiguration
+from accelerate.utils import broadcast_object_list
 from tqdm import tqdm
 
 from ..errors import wrap_errors
 from ..explanation import save_figure
-from ..hub import PICTURE_KEY, HubError, push_folder, write_text
+from ..hub import PICTURE_KEY, RUNNING, SAVED, HubError, claimed, push_folder, write_text
+from .options import default_output
 from .states import Progress, RunError
 
 # What train.py writes into a run's folder; --overwrite removes these and nothing else.
 OUTPUTS = ("checkpoints", "best", "explanations", "summary.json", "explanation.png", "config.json", "model.safetensors")
+OUTPUTS += (SAVED,)
 
 
 class Stopped(Exception):
@@ -37,7 +42,7 @@ class Stopped(Exception):
         self.code = code  # exit code
 
 
-def make_accelerator(folder: Path, *, mixed_precision: str | None, grad_accum: int, report_to: str) -> Accelerator:
+def make_accelerator(*, mixed_precision: str | None, grad_accum: int, report_to: str) -> Accelerator:
     """Create the accelerator: device, processes, precision, tracker.
 
     Raises:
@@ -49,7 +54,6 @@ def make_accelerator(folder: Path, *, mixed_precision: str | None, grad_accum: i
             mixed_precision=mixed_precision,
             gradient_accumulation_steps=grad_accum,
             log_with=None if report_to == "none" else report_to,
-            project_dir=folder,
             dataloader_config=DataLoaderConfiguration(even_batches=False),  # so that no test image counts twice
         )
     if accelerator.distributed_type in ("FSDP", "DEEPSPEED", "MEGATRON_LM"):
@@ -59,6 +63,46 @@ def make_accelerator(folder: Path, *, mixed_precision: str | None, grad_accum: i
         asked, kind = accelerator.mixed_precision, accelerator.device.type
         raise RunError(f"--mixed-precision {asked} is not supported on a {kind}: use bf16 or no")
     return accelerator
+
+
+@contextlib.contextmanager
+def started(args: argparse.Namespace) -> Iterator[Accelerator]:
+    """Create the accelerator and claim the output folder as long as the `with` block lasts; set `args.output` to it.
+
+    Without --output, it is a new folder, runs/NAME, runs/NAME-2, ...
+
+    Raises:
+        RunError: The folder is in use, or an error of `make_accelerator`; raised in every process.
+        HubError: Another run writes into the folder; raised in every process.
+    """
+    how = {"mixed_precision": args.mixed_precision, "grad_accum": args.grad_accum, "report_to": args.report_to}
+    accelerator = make_accelerator(**how)
+    with contextlib.ExitStack() as stack:
+        answer: list[Any] = [None]
+        if accelerator.is_main_process:  # only it: the others would find the folder taken
+            try:
+                answer = [stack.enter_context(_claimed(args))]
+            except (RunError, HubError) as error:
+                answer = [error]
+        broadcast_object_list(answer)
+        if isinstance(answer[0], Exception):
+            raise answer[0]
+        args.output = str(answer[0])
+        accelerator.project_configuration.set_directories(args.output)
+        yield accelerator
+
+
+@contextlib.contextmanager
+def _claimed(args: argparse.Namespace) -> Iterator[Path]:
+    output, new = Path(args.output or default_output(args)), args.output is None and not args.resume
+    remedy = f"choose another folder, --resume {output} or --overwrite"
+    if output.exists() and not output.is_dir() and not new:
+        raise RunError(f"--output {output} is in use: {remedy}")
+    with claimed(output, new=new) as folder:
+        used = any(name != RUNNING for name in os.listdir(folder))
+        if used and not args.overwrite and not (args.resume and (folder / "recipe.yaml").is_file()):
+            raise RunError(f"--output {folder} is in use: {remedy}")
+        yield folder
 
 
 def stopped(folder: Path, signals: list[int]) -> Stopped:

@@ -15,9 +15,10 @@ from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
-from accelerate.utils import gather_object
+from accelerate.utils import broadcast_object_list, gather_object
 from tqdm import tqdm
 
+from ..data import data_changes
 from ..errors import wrap_errors
 from ..hub import SaveError, temporary_folder
 
@@ -51,6 +52,7 @@ class Progress:
     skipped: dict[str, str] = field(default_factory=dict)  # image, reason
     skipped_updates: int = 0  # updates skipped because their gradient was not finite
     skipped_in_a_row: int = 0  # how many of the latest updates were skipped
+    dataset: dict[str, Any] = field(default_factory=dict)  # what is trained on, see `data.describe_data`
 
     def check(self, loss: float) -> None:
         """Raise `Diverged` if a loss is NaN or infinite."""
@@ -100,19 +102,19 @@ class Progress:
             self.skipped[name] = reason
 
 
-def save_state(accelerator: Accelerator, folder: Path, progress: Progress, options: dict[str, Any]) -> None:
+def save_state(accelerator: Accelerator, folder: Path, options: dict[str, Any], progress: Progress) -> None:
     """Write a checkpoint atomically, then delete older ones. Every process must call this.
 
     Raises:
         SaveError: Writing failed, for example on a full disk; the previous checkpoint is intact.
     """
-    main, temporary = accelerator.is_main_process, folder / ".saving"
+    main = accelerator.is_main_process
     target = folder / f"epoch-{progress.epoch:05}-batch-{progress.batch:07}"
     progress.skipped.update(gather_object([*progress.skipped.items()]))
     record = {"options": options | {"processes": accelerator.num_processes}, "progress": asdict(progress)}
     with wrap_errors(f"the checkpoint {target} could not be saved; the previous one is intact", SaveError):
-        with temporary_folder(temporary) if main else contextlib.nullcontext():
-            accelerator.wait_for_everyone()
+        with temporary_folder(folder) if main else contextlib.nullcontext(folder) as made:
+            temporary = Path(broadcast_object_list([str(made)])[0])
             accelerator.save_state(str(temporary))
             accelerator.wait_for_everyone()
             if main and not target.exists():
@@ -123,15 +125,15 @@ def save_state(accelerator: Accelerator, folder: Path, progress: Progress, optio
                 shutil.rmtree(old)
 
 
-def load_state(accelerator: Accelerator, folder: Path, options: dict[str, Any]) -> Progress:
+def load_state(accelerator: Accelerator, folder: Path, options: dict[str, Any], dataset: dict[str, Any]) -> Progress:
     """Load the newest checkpoint in a folder and return its progress; without a checkpoint, return a new `Progress`.
 
     Raises:
-        RunError: The checkpoint cannot be read, or options that affect the weights have changed.
+        RunError: The checkpoint cannot be read, or options that affect the weights or the data have changed.
     """
     states = find_states(folder)
     if not states:
-        return Progress()
+        return Progress(dataset=dataset)
     now = options | {"processes": accelerator.num_processes}
     with wrap_errors(f"the checkpoint {states[-1]} cannot be read", RunError):
         record = json.loads((states[-1] / "record.json").read_text(encoding="utf-8"))
@@ -139,9 +141,15 @@ def load_state(accelerator: Accelerator, folder: Path, options: dict[str, Any]) 
     changed = [f"{name} was {was}, is {now[name]}" for name, was in sorted(before.items()) if now[name] != was]
     if changed:
         raise RunError(f"cannot resume with changed options, restore them: {'; '.join(changed)}")
+    changed = data_changes(known, dataset) if (known := record["progress"].get("dataset")) else []
+    if changed:
+        raise RunError(
+            f"cannot resume with changed data: {'; '.join(changed)}; restore them, or start a new run from the weights "
+            f"so far: --model local-dir:{folder.parent} --pretrained"
+        )
     with wrap_errors(f"the checkpoint {states[-1]} cannot be read", RunError):
         accelerator.load_state(str(states[-1]))
-    return Progress(**record["progress"])
+    return Progress(**record["progress"] | {"dataset": dataset})
 
 
 def find_states(folder: str | os.PathLike) -> list[Path]:
