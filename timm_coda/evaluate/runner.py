@@ -12,7 +12,8 @@ import torch
 from timm.data import resolve_model_data_config
 from tqdm import tqdm
 
-from ..data import ImageDataset, create_transforms, describe_data, load_data
+from ..data import ImageDataset, create_transforms, data_changes, describe_data, load_data
+from ..explanation import Classes
 from ..hub import (
     RUNNING,
     __version__,
