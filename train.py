@@ -138,6 +138,8 @@ def train(args: argparse.Namespace, accelerator: Any, stop: list[int]) -> None:
     source = (data.load_stream if args.streaming else data.load_data)(args.data, **chosen(names))
     classes = source.label_names
     named = {"num_classes": len(classes), "label_names": classes}
+    notes = list(source.notes)
+    named |= {"say": notes.append}
     network: Any = hub.create_model(args.model, **named, **chosen("pretrained model_args head_only"))
     with wrap_errors("--grad-checkpointing", states.RunError):
         network.set_grad_checkpointing(args.grad_checkpointing)
@@ -190,7 +192,7 @@ def train(args: argparse.Namespace, accelerator: Any, stop: list[int]) -> None:
     where = f"on {processes} x {device.type}; results go to {output}"
     accelerator.print(f"{args.model}, {parameters:,} parameters, {where}")
     about = f"{images_seen} training and {len(test_set)} {source.test.name} images of {len(classes)} classes"
-    accelerator.print(about, *(f"note: {note}" for note in (*source.notes, silent) if note), sep="\n")
+    accelerator.print(about, *(f"note: {note}" for note in (*notes, silent) if note), sep="\n")
     window = torch.tensor(progress.window[accelerator.process_index] if progress.window else [0.0] * 3, device=device)
     before = time.perf_counter() - progress.seconds
 
@@ -277,7 +279,7 @@ def train(args: argparse.Namespace, accelerator: Any, stop: list[int]) -> None:
         published = timm.create_model(f"local-dir:{output}", pretrained=True).to(device)  # as users load it
         explain(output / "explanation.png")
         facts = {"options": options, "parameters": parameters, "processes": processes, "label_names": classes}
-        facts |= {"weights": hub.weights_fingerprint(published), "notes": source.notes, "files": source.account}
+        facts |= {"weights": hub.weights_fingerprint(published), "notes": notes, "files": source.account}
         facts |= {"device": device.type, "mixed_precision": accelerator.mixed_precision}  # as used
         facts |= {"environment": environment, **localisation.at_end(published)}
         runs.save_summary(output, progress, facts | {"training_images": images_seen, "test_images": len(test_set)})

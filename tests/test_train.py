@@ -5,9 +5,11 @@ import json
 import os
 import re
 import resource
+import shutil
 import signal
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import datasets
@@ -240,6 +242,56 @@ def test_resuming_with_other_options(train, colours, capsys, tmp_path):
     (states.find_states("out/checkpoints")[-1] / "model.safetensors").write_bytes(b"broken")
     assert train("--resume", "out") == 2
     assert "cannot be read" in capsys.readouterr().err
+
+
+def write_folders(names: Sequence[str], *, train_images: int = 8) -> None:
+    """Write an image folder with these classes, always with the same images."""
+    shutil.rmtree("in", ignore_errors=True)
+    for split, count in (("train", train_images), ("test", 4)):
+        rng = np.random.default_rng(0)
+        for label, name in enumerate(names):
+            Path("in", split, name).mkdir(parents=True)
+            for number in range(count):
+                Path("in", split, name, f"{number}.png").write_bytes(image_file(rng, label % 3))
+
+
+def test_resuming_with_other_data(train, capsys):
+    write_folders(["ant", "bee", "cow"])
+    assert train("--data", "in", *SMALL, *QUIET, "--epochs", 1, "--output", "out") == 0
+    os.remove("out/summary.json")  # as if killed just before the end
+    for names, count, said in (
+        (["ant", "bee", "dog"], 8, "class 'cow' is now 'dog'"),
+        (["ant", "bee", "cow"], 4, "training images were 24, are 12"),
+        (["ant", "bee", "cow", "dog"], 8, "classes new: 'dog'; training images were 24, are 32"),
+    ):
+        write_folders(names, train_images=count)
+        assert train("--resume", "out") == 2
+        error = capsys.readouterr().err
+        assert f"cannot resume with changed data: {said}" in error
+        assert error.endswith("start a new run from the weights so far: --model local-dir:out --pretrained\n")
+    write_folders(["ant", "bee", "cow"])
+    assert train("--resume", "out") == 0
+
+
+def test_a_pretrained_classifier_of_other_classes_is_replaced(train, capsys):
+    """The README promises a new classifier, unless the dataset has the classes of the pretrained one."""
+    write_folders(["ant", "bee"])
+    options = ["--data", "in", *SMALL, *QUIET, "--epochs", 1, "--lr", 0]
+    assert train(*options, "--output", "first", "--lr", 0.003) == 0
+    weights = load_file("first/model.safetensors")
+    capsys.readouterr()
+    options[options.index("coda_net_xs")] = "local-dir:first"
+    for names, said in (
+        (["ant", "bee"], "the pretrained classifier is kept: its classes are the same"),
+        (["ant", "zebra"], "the classifier is new: the pretrained one is for 2 other classes, ant, bee"),
+    ):
+        write_folders(names)
+        assert train(*options, "--pretrained", "--output", said[:16]) == 0
+        assert f"note: {said}\n" in capsys.readouterr().out
+        assert said in json.loads(Path(said[:16], "summary.json").read_text())["notes"]
+        tuned = load_file(f"{said[:16]}/model.safetensors")
+        same = {name for name, value in tuned.items() if torch.equal(value, weights[name])}
+        assert same == {name for name in weights if "kept" in said or not name.startswith("head.")}
 
 
 def test_broken_images_do_not_stop_a_run(train, colours, tmp_path, capsys):

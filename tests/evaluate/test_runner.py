@@ -6,6 +6,7 @@ import signal
 import time
 from pathlib import Path
 
+import datasets
 import numpy as np
 import pytest
 import timm
@@ -14,10 +15,12 @@ import torch
 from helpers.evaluate_cases import Linear, make_subject
 from helpers.processes import Program
 from timm_coda import cli, hub
+from timm_coda.data import DataError, load_data
 from timm_coda.evaluate import Explainer, explainers, runner
 from timm_coda.evaluate.explainers import EXPLAINERS
 from timm_coda.evaluate.metrics import make_metric
 from timm_coda.evaluate.perturbation import IDSDS
+from timm_coda.explanation import Classes
 
 DIGITS = ["evaluate", "--model", "coda_net_xs.digits", "--data", "digits"]
 
@@ -237,3 +240,93 @@ def test_bcos_network(tmp_path, capsys):
 def test_a_device_that_is_not_there(tmp_path, capsys):
     assert cli.main([*DIGITS, "--output", str(tmp_path / "a"), "--device", "tpu"]) == 2
     assert "--device tpu: choose cpu or cuda" in capsys.readouterr().err
+
+
+def image_folder(root: Path, names: dict[int, str], count: int = 6) -> Path:
+    """Write digits of the given classes into folders with these names."""
+    test = load_data(["digits"]).test
+    for digit, name in names.items():
+        (root / name).mkdir(parents=True)
+        for number in np.flatnonzero(test.labels == digit)[:count]:
+            test.image(number).save(root / name / f"{number}.png")
+    return root
+
+
+def evaluated(data: Path, output: Path, model: str = "coda_net_xs.digits") -> dict:
+    words = ["evaluate", "--model", model, "--data", str(data), "--explainers", "inherent", "--metrics", "idsds"]
+    assert cli.main([*words, "--images", "2", "--test-split", "all", "--output", str(output)]) == 0
+    return json.loads((output / "results.json").read_text())
+
+
+def test_classes_of_a_dataset_are_found_by_name(tmp_path, capsys):
+    """Image folders number their classes in alphabetical order, whatever the model's are."""
+    names = {3: "3", 5: "5", 8: "8"}
+    subset = evaluated(image_folder(tmp_path / "in/all", names).parent, tmp_path / "a")
+    assert subset["accuracy"] == 1 and subset["label_names"] == list("0123456789")
+    assert "the images are of 3 of the model's 10 classes" in capsys.readouterr().out
+
+    model = timm.create_model("coda_net_xs.digits", pretrained=True)
+    words = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
+    hub.save_model(model, tmp_path / "words", label_names=words)
+    mixed = image_folder(tmp_path / "words_in/all", dict(enumerate(words)), count=2).parent
+    assert evaluated(mixed, tmp_path / "b", str(tmp_path / "words"))["accuracy"] == 1
+    capsys.readouterr()
+
+    image_folder(tmp_path / "in/all", {9: "ten"})
+    words = ["evaluate", "--model", "coda_net_xs.digits", "--data", str(tmp_path / "in"), "--test-split", "all"]
+    assert cli.main([*words, "--output", str(tmp_path / "c")]) == 2
+    assert "ten is not among the model's 10 classes: 0, 1, 2" in capsys.readouterr().err
+    assert not (tmp_path / "c").exists()
+    hub.save_model(timm.create_model("coda_net_xs", num_classes=4, rank=2), tmp_path / "unnamed")
+    words[2] = str(tmp_path / "unnamed")
+    assert cli.main([*words, "--output", str(tmp_path / "c")]) == 2
+    assert "nobody has named the model's 4 classes, so 3, 5, 8, ten cannot be found" in capsys.readouterr().err
+
+
+def test_integer_labels_are_class_numbers_of_the_model(tmp_path):
+    test = load_data(["digits"]).test
+    chosen = np.flatnonzero((test.labels == 3) | (test.labels == 8))[:12]
+    rows = {"image": [test.image(number) for number in chosen], "label": test.labels[chosen].tolist()}
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.Value("int64")})
+    datasets.Dataset.from_dict(rows, features=features).to_parquet(tmp_path / "test.parquet")
+    model = timm.create_model("coda_net_xs.digits", pretrained=True)
+    hub.save_model(model, tmp_path / "words", label_names=[f"digit {number}" for number in range(10)])
+    words = [
+        "--data",
+        str(tmp_path / "test.parquet"),
+        "--explainers",
+        "inherent",
+        "--metrics",
+        "idsds",
+        "--images",
+        "2",
+    ]
+    for model in ("coda_net_xs.digits", str(tmp_path / "words")):
+        output = tmp_path / Path(model).name
+        output = output.with_name(f"{output.name}-out")
+        assert cli.main(["evaluate", "--model", model, *words, "--output", str(output)]) == 0
+        assert json.loads((output / "results.json").read_text())["accuracy"] == 1
+    with pytest.raises(DataError, match="the label 8 is no class of the model: they are 0 to 7"):
+        load_data([str(tmp_path / "test.parquet")], training=False).matched(Classes.unnamed(8))
+
+
+def test_an_evaluation_is_of_its_images(tmp_path, capsys):
+    """Finished parts are of the images that there were, so others are another evaluation."""
+    folder = image_folder(tmp_path / "in/all", {3: "3", 5: "5"})
+    results = evaluated(folder.parent, tmp_path / "out")
+    assert results["dataset"]["test"]["images"] == 12 and len(results["weights"]) == 16
+    words = ["evaluate", "--model", "coda_net_xs.digits", "--data", str(folder.parent), "--test-split", "all"]
+    words += ["--explainers", "inherent", "--metrics", "idsds", "--images", "2", "--output", str(tmp_path / "out")]
+    first = sorted((folder / "3").iterdir())[0]
+    new = folder / "5" / "new.png"
+    for change, said in (
+        (lambda: new.write_bytes(first.read_bytes()), "test images were 12, are 13"),
+        (first.unlink, "labels of test images changed: 5 '3' (were 6), 7 '5' (were 6)"),
+        (lambda: new.rename(folder / "3" / "new.png"), "test images changed"),
+        (lambda: (folder / "3").rename(folder / "8"), "class '3' is now '8'"),
+    ):
+        change()
+        assert cli.main(words) == 2
+        error = capsys.readouterr().err
+        assert said in error and error.endswith("use another --output, or --overwrite\n")
+    assert cli.main([*words, "--overwrite"]) == 0

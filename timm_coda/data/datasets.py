@@ -24,10 +24,10 @@ from timm.data.transforms_factory import create_transform
 from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
 
-from ..explanation import Classes, ClassesError
+from ..explanation import Classes, ClassesError, listed
 from ..images import read_image
 from .folder import EVAL_NAMES, TRAIN_NAMES
-from .labels import DataError, check_several, encode_labels, listed, missing_classes
+from .labels import DataError, check_several, encode_labels, missing_classes
 from .sources import choose_split, columns_of, encoded_images, find_columns, find_splits, unused_splits
 
 

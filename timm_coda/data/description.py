@@ -9,8 +9,9 @@ from typing import Any
 
 import numpy as np
 
+from ..explanation import listed
 from .datasets import ImageData, Split
-from .labels import listed, normalised
+from .labels import normalised
 from .streaming import StreamedSplit, open_parquet, row_groups
 
 __all__ = ["data_changes", "describe_data"]

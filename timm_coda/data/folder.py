@@ -6,8 +6,9 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
+from ..explanation import listed
 from ..images import HEIC_ENDINGS, FolderEntry, image_endings, is_image, walk_folder
-from .labels import DataError, listed, normalised
+from .labels import DataError, normalised
 
 __all__ = ["EVAL_NAMES", "TRAIN_NAMES", "Account", "ImageFolder"]
 

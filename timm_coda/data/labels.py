@@ -10,7 +10,9 @@ import datasets
 import numpy as np
 import pyarrow as pa
 
-__all__ = ["DataError", "LabelTable", "check_several", "encode_labels", "listed", "missing_classes", "normalised"]
+from ..explanation import listed
+
+__all__ = ["DataError", "LabelTable", "check_several", "encode_labels", "missing_classes", "normalised"]
 
 
 class DataError(ValueError):
@@ -120,12 +122,6 @@ def missing_classes(labels: np.ndarray, classes: LabelTable, split: str) -> str:
 def normalised(name: str) -> str:
     """Return a name in one of its spellings in Unicode (NFC): macOS stores "é" in file names as "e" and an accent."""
     return unicodedata.normalize("NFC", name)
-
-
-def listed(names: Any) -> str:
-    """Join at most 20 names with commas, and state how many more there are."""
-    names = [str(name) for name in names]
-    return ", ".join(names[:20]) + (f" and {len(names) - 20} more" if len(names) > 20 else "")
 
 
 def _number_texts(

@@ -16,9 +16,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from datasets.data_files import DataFilesList
 
+from ..explanation import listed
 from ..images import image_endings, walk_folder
 from .folder import EVAL_NAMES, TRAIN_NAMES, ImageFolder
-from .labels import DataError, listed
+from .labels import DataError
 
 DIGITS = Path(__file__).parent / "digits"
 # Usual names of label columns, in any case; the second kind is considered only if there is none of the first.

@@ -17,10 +17,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
+from ..explanation import listed
 from . import sources
 from .datasets import ImageData, ImageDataset, Skipped, Split, decode
 from .folder import EVAL_NAMES, TRAIN_NAMES
-from .labels import DataError, check_several, encode_labels, listed, missing_classes
+from .labels import DataError, check_several, encode_labels, missing_classes
 
 __all__ = ["StreamOrder", "StreamedDataset", "StreamedSplit", "load_stream"]
 

@@ -1,7 +1,7 @@
 """Exact explanations: computing them, the `Explanation` result, and figures drawn from it."""
 
 from .checks import check_finite
-from .classes import Classes, ClassesError, forget_names, read_names, training_data
+from .classes import Classes, ClassesError, forget_names, listed, read_names, training_data
 from .compute import ExplainMixin, explain, explanation_mode, output_of
 from .figures import (
     EVIDENCE_COLORS,
@@ -45,6 +45,7 @@ __all__ = [
     "forget_names",
     "heatmap",
     "letters",
+    "listed",
     "output_of",
     "overlay",
     "read_names",

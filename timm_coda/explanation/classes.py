@@ -12,9 +12,9 @@ from typing import Any
 
 from timm.data import ImageNetInfo
 
-__all__ = ["Classes", "ClassesError", "forget_names", "read_names", "training_data"]
+__all__ = ["Classes", "ClassesError", "forget_names", "listed", "read_names", "training_data"]
 
-_SHOWN = 10  # names in an error message
+_SHOWN = 20  # names in an error message
 _DATASETS = {  # by the end of a tag
     "digits": "handwritten digits, white on black",
     "cifar10": "CIFAR-10: photographs of vehicles and animals",
@@ -132,15 +132,15 @@ class Classes:
         if missing:
             verb = "is" if len(missing) == 1 else "are"
             raise ClassesError(
-                f"{shown(missing)} {verb} not among the model's {len(self)} classes: {shown(self.names)}"
+                f"{listed(missing)} {verb} not among the model's {len(self)} classes: {listed(self.names)}"
             )
         unclear = [label for label, at in zip(labels, found, strict=True) if len(at) > 1]
         if unclear:
-            raise ClassesError(f"{shown(unclear)}: the model has several classes of this name")
+            raise ClassesError(f"{listed(unclear)}: the model has several classes of this name")
         matched = tuple(next(iter(at)) for at in found)
         if len(set(matched)) < len(matched):
             twice = [label for label, number in zip(labels, matched, strict=True) if matched.count(number) > 1]
-            raise ClassesError(f"{shown(map(ascii, twice))} are one class of the model: give them one name")
+            raise ClassesError(f"{listed(map(ascii, twice))} are one class of the model: give them one name")
         return matched
 
     def _known_as(self, number: int) -> tuple[str, ...]:
@@ -158,7 +158,7 @@ def read_names(names: Any, count: int) -> tuple[str, ...]:
         missing = [number for number in range(count) if str(number) not in by_number]
         if missing or len(by_number) != count:
             raise ClassesError(
-                f"label names by number are {shown(by_number)}, but the {count} classes are numbered 0 to {count - 1}"
+                f"label names by number are {listed(by_number)}, but the {count} classes are numbered 0 to {count - 1}"
             )
         names = [by_number[str(number)] for number in range(count)]
     if not isinstance(names, Sequence) or isinstance(names, str) or len(names) != count:
@@ -182,8 +182,8 @@ def training_data(model: Any) -> str:
     return _DATASETS.get((config.get("tag") or "").split("_")[-1], "")
 
 
-def shown(names: Any) -> str:
-    """Join at most ten names with commas, and state how many more there are."""
+def listed(names: Any) -> str:
+    """Join at most 20 names with commas, and state how many more there are."""
     names = [str(name) for name in names]
     return ", ".join(names[:_SHOWN]) + (f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else "")
 

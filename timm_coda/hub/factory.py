@@ -10,7 +10,7 @@ import json
 import logging
 import os
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, TypeVar
@@ -20,7 +20,7 @@ import torch
 from huggingface_hub import CommitInfo, ModelCard, ModelHubMixin
 
 from ..errors import wrap_errors
-from ..explanation import Classes, ClassesError, forget_names
+from ..explanation import Classes, ClassesError, forget_names, listed
 from .card import make_card
 from .folder import CONFIG, between_saves, check_folder, model_config, save_model
 from .remote import download_errors, fetch, push_folder
@@ -40,6 +40,7 @@ def create_model(
     pretrained: bool = False,
     model_args: Sequence[str] = (),
     head_only: bool = False,
+    say: Callable[[str], Any] = lambda note: None,
 ) -> torch.nn.Module:
     """Create a model with `timm.create_model` from command-line values.
 
@@ -52,6 +53,7 @@ def create_model(
         model_args: Extra model arguments `NAME=VALUE`, such as `logit_temperature=100`; a value that is not JSON is
             passed as a string.
         head_only: Freeze everything except the classifier.
+        say: Called with a sentence for the user about the pretrained classifier.
 
     Raises:
         HubError: The model is unknown, or cannot be created with these arguments.
@@ -72,7 +74,7 @@ def create_model(
     with wrap_errors(what, HubError), download_errors(name):
         if pretrained:
             model: Any = _create(name, pretrained=True, **arguments)
-            _fit_classifier(model, num_classes, label_names)
+            say(_fit_classifier(model, num_classes, label_names))
         else:
             model = _create(name, num_classes=num_classes, **arguments)
     if head_only:
@@ -109,17 +111,24 @@ def _create(name: str, **arguments: Any) -> Any:
 
 
 @torch.no_grad()
-def _fit_classifier(model: Any, num_classes: int, label_names: Sequence[str]) -> None:
-    """Keep a pretrained classifier if its classes have these names, in their order here; else make a new one."""
+def _fit_classifier(model: Any, num_classes: int, label_names: Sequence[str]) -> str:
+    """Keep a pretrained classifier if its classes have these names, in their order here; else make a new one.
+
+    Returns what was done, for the user.
+    """
     same: tuple[int, ...] = tuple(range(num_classes))
+    known = Classes.of(model)
     try:
-        order = Classes.of(model).match(label_names) if label_names else same
+        order = known.match(label_names) if label_names else same
     except ClassesError:
         order = ()
-    if num_classes != model.num_classes or sorted(order) != list(same):
+    if num_classes != len(known) or sorted(order) != list(same):
         model.reset_classifier(num_classes)
         forget_names(model)  # timm's own models keep them
-    elif order != same:
+        return f"the classifier is new: the pretrained one is for {len(known)} other classes" + (
+            f", {listed(known.names)}" if known.labels else ""
+        )
+    if order != same:
         # The parameters with one row, or rank rows, per class are those that grow with the number of classes.
         larger = copy.deepcopy(model)
         larger.reset_classifier(num_classes + 1)
@@ -128,6 +137,8 @@ def _fit_classifier(model: Any, num_classes: int, label_names: Sequence[str]) ->
             if sizes[key] != value.shape:
                 value.copy_(value.unflatten(0, (num_classes, -1))[list(order)].flatten(0, 1))
         forget_names(model)  # they are in the old order
+        return "the pretrained classifier is kept; its classes are now in the order of the dataset's"
+    return "the pretrained classifier is kept: its classes are the same"
 
 
 def _check_name(name: str) -> None:
