@@ -2,6 +2,7 @@
 
 import json
 import os
+from typing import Any
 
 import pytest
 import timm
@@ -57,6 +58,14 @@ def test_saving_what_was_loaded_keeps_the_names(saved, tmp_path):
     model.reset_classifier(2)
     model.save_pretrained(tmp_path / "other")
     assert "label_names" not in json.loads((tmp_path / "other/config.json").read_text())
+
+
+def test_tied_weights_are_named(tmp_path):
+    model: Any = tiny()
+    model.stages[0][1].down.weight = model.stages[0][0].down.weight = torch.nn.Parameter(torch.rand(2, 6, 3, 3))
+    with pytest.raises(hub.HubError, match=r"stages\.0\.0\.down\.weight and stages\.0\.1\.down\.weight are one tensor"):
+        model.save_pretrained(tmp_path)
+    assert not list(tmp_path.iterdir())
 
 
 def test_any_memory_format_and_dtype(tmp_path):

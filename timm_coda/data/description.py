@@ -4,7 +4,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -19,19 +19,20 @@ __all__ = ["data_changes", "describe_data"]
 _SAMPLES = 16  # images that stand for all others where there are no files to compare
 
 
-def describe_data(data: ImageData) -> dict[str, Any]:
+def describe_data(data: ImageData, splits: Sequence[str] = ("train", "test")) -> dict[str, Any]:
     """Return JSON-able values that change if the classes, labels or images of a dataset change.
 
     Images are identified by the names and sizes of their files, or by the names of parquet files with the numbers of
     rows and bytes in them; of other datasets, some of the images are compared. It does not matter where the files are.
 
     Returns:
-        `classes`: the names; `train` and `test`: the split's name, the number of images, those of each class, and
-        hashes of the labels and the images in their order.
+        `classes`: the names; `train` and `test`, or one of them: the split's name, the number of images, those of each
+        class, and hashes of the labels and the images in their order.
     """
     return {"classes": list(data.label_names)} | {
         key: _describe_split(split, len(data.label_names))
         for key, split in (("train", data.train), ("test", data.test))
+        if key in splits
     }
 
 
@@ -40,6 +41,8 @@ def data_changes(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
     changes = _class_changes(before["classes"], now["classes"])
     renamed = bool(changes)
     for key, kind in (("train", "training"), ("test", "test")):
+        if key not in before or key not in now:
+            continue
         old, new = before[key], now[key]
         if old["split"] != new["split"]:
             changes.append(f"the {kind} split was {old['split']}, is {new['split']}")

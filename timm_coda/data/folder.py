@@ -36,8 +36,10 @@ class Account:
             self._examples.setdefault(reason, []).append(_printable(path))
 
     def notes(self) -> list[str]:
-        """Return a line for each reason why something is not used."""
+        """Return a line for each reason why something is not used, and one about links."""
         notes = list(self.remarks)
+        if self.links:
+            notes.append(f"{self.links:,} link{'s' * (self.links > 1)} to files or folders followed")
         other = {reason: count for reason, count in self._left_out.items() if reason.startswith("no image, ")}
         for reason, count in self._left_out.items():
             if reason not in other:

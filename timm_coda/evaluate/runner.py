@@ -93,7 +93,7 @@ def run(
     )
     settings = {key: value for key, value in asdict(setup).items() if key not in _FREE}
     settings |= {"data": list(setup.data), "weights": weights_fingerprint(model), "timm_coda": __version__}
-    settings["dataset"] = describe_data(data)
+    settings["dataset"] = describe_data(data, ["test"])
     data = data.matched(Classes.of(model))
     with claimed(folder):
         open_folder(folder, settings, overwrite=overwrite)
@@ -150,7 +150,7 @@ def open_folder(folder: Path, settings: dict[str, Any], *, overwrite: bool = Fal
         changed += data_changes(before["dataset"], settings["dataset"]) if "dataset" in before else []
         if changed:
             raise EvaluationError(
-                f"{folder} has an evaluation with other settings ({'; '.join(changed)}): use another --output, or "
+                f"{folder} has an evaluation with other settings or data ({'; '.join(changed)}): use another --output, or "
                 "--overwrite"
             )
     elif folder.exists() and (not folder.is_dir() or any(path.name != RUNNING for path in folder.iterdir())):

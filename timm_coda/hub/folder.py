@@ -55,21 +55,34 @@ def save_model(
         model_args: Constructor arguments to record; they extend or override those recorded by timm.
 
     Raises:
-        HubError: The model was not created by timm, or there is not one label name per class.
+        HubError: The model was not created by timm, there is not one label name per class, or weights are tied.
         SaveError: Writing failed, such as on a full disk; a model that was in the folder before is unchanged.
     """
     folder = Path(folder)
     config = model_config(model, label_names=label_names, data_config=data_config, model_args=model_args)
+    weights = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
+    _check_tied(weights)
     failure = wrap_errors(f"the model could not be saved in {folder}; files already there are unchanged", SaveError)
     with failure, _saving(folder):
         with temporary_folder(folder) as temporary:
-            weights = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
             save_file(weights, temporary / WEIGHTS, metadata={"format": "pt"})
             (temporary / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
             shutil.copymode(temporary / CONFIG, temporary / WEIGHTS)  # otherwise only the owner could read the weights
             os.rename(temporary, folder / SAVED)
         _finish(folder)
     return folder
+
+
+def _check_tied(weights: Mapping[str, torch.Tensor]) -> None:
+    """Raise `HubError` if two weights are the same tensor, which safetensors cannot store."""
+    first: dict[Any, str] = {}
+    for name, tensor in weights.items():
+        known = first.setdefault((tensor.device, tensor.data_ptr(), tensor.shape), name)
+        if known != name and tensor.numel():
+            raise HubError(
+                f"{known} and {name} are one tensor, which a model folder cannot store: give one of them a copy of its "
+                "own, torch.nn.Parameter(weight.detach().clone())"
+            )
 
 
 @contextlib.contextmanager

@@ -167,7 +167,7 @@ def save_summary(folder: Path, progress: Progress, facts: dict[str, Any]) -> Non
     """Write `summary.json`: metrics of the best epoch, facts about the run, its history, and skipped images."""
     summary = {"command": shlex.join(sys.argv), **progress.best, "seconds": progress.seconds, **facts}
     summary["hub_data_set"] = _hub_data_set(facts["options"]["data"])
-    how = ("history", "curve", "skipped", "skipped_updates")
+    how = ("dataset", "history", "curve", "skipped", "skipped_updates")
     summary |= {name: value for name, value in asdict(progress).items() if name in how}
     write_text(folder / "summary.json", json.dumps(summary, indent=1) + "\n")
 
