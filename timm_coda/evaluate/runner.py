@@ -150,8 +150,8 @@ def open_folder(folder: Path, settings: dict[str, Any], *, overwrite: bool = Fal
         changed += data_changes(before["dataset"], settings["dataset"]) if "dataset" in before else []
         if changed:
             raise EvaluationError(
-                f"{folder} has an evaluation with other settings or data ({'; '.join(changed)}): use another --output, or "
-                "--overwrite"
+                f"{folder} has an evaluation with other settings or data ({'; '.join(changed)}): use another "
+                "--output, or --overwrite"
             )
     elif folder.exists() and (not folder.is_dir() or any(path.name != RUNNING for path in folder.iterdir())):
         raise EvaluationError(f"{folder} exists, but is not an evaluation: use a new or empty --output")
