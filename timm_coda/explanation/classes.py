@@ -5,6 +5,7 @@ A classifier that is new, or was trained elsewhere, has none until it is given s
 """
 
 import difflib
+import functools
 import unicodedata
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -76,8 +77,7 @@ class Classes:
         if names is not None:
             return cls.named(read_names(names, count), config.get("label_descriptions"))
         if "label_names" not in config and count == 1000 and "in1k" in (config.get("tag") or ""):
-            known = ImageNetInfo("imagenet-1k")
-            return cls.named(known.label_names(), known.label_descriptions(as_dict=True))  # type: ignore[arg-type]
+            return _imagenet()
         return cls.unnamed(count)
 
     def __len__(self) -> int:
@@ -145,6 +145,12 @@ class Classes:
 
     def _known_as(self, number: int) -> tuple[str, ...]:
         return (self.names[number], *self.labels[number : number + 1])
+
+
+@functools.cache
+def _imagenet() -> Classes:
+    known = ImageNetInfo("imagenet-1k")
+    return Classes.named(known.label_names(), known.label_descriptions(as_dict=True))  # type: ignore[arg-type]
 
 
 def read_names(names: Any, count: int) -> tuple[str, ...]:
