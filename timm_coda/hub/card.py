@@ -114,8 +114,11 @@ def _what_it_is(config: Mapping[str, Any], source: Mapping[str, Any], summary: M
     facts = []
     classes = config.get("num_classes")
     names = Classes.of_config({**source, **config, "tag": None}, classes or 0)
+    few = names.names[:10]
+    if few != names.labels[:10]:  # descriptions, such as "tench, Tinca tinca"
+        few = tuple(name.split(", ")[0] for name in few)
     if classes is not None:
-        some = f": {', '.join(names.names[:10])}{', ...' if len(names) > 10 else ''}" if names.labels else ""
+        some = f": {', '.join(few)}{', ...' if len(names) > 10 else ''}" if names.labels else ""
         facts.append(f"- {classes} classes{some}")
     if size := source.get("input_size"):
         facts.append(f"- images of {size[1]} x {size[2]} pixels{', colours in [0, 1]' if _explains(config) else ''}")

@@ -199,7 +199,8 @@ def model_config(
     # transformers' TimmWrapper passes num_classes itself and fails if model_args has it as well. timm reads num_classes
     # and the class names from the top level. The tag of ImageNet weights stands for ImageNet's class names.
     config.get("model_args", {}).pop("num_classes", None)
-    for key in ("label_names", "label_descriptions", *(() if classes.labels else ("tag",))):
+    unknown = not classes.labels and "in1k" in str(config["pretrained_cfg"].get("tag"))
+    for key in ("label_names", "label_descriptions", *(["tag"] if unknown else [])):
         config["pretrained_cfg"].pop(key, None)
     return config
 
