@@ -115,7 +115,8 @@ def test_map_is_not_input_times_gradient():
 def test_explaining_in_training_leaves_the_statistics():
     model = tiny(drop_path_rate=0.1, drop_rate=0.1).train()
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    explanation = model.explain(torch.rand(3, 3, 32, 32, dtype=torch.float64))
+    with pytest.warns(UserWarning, match="call model.eval"):
+        explanation = model.explain(torch.rand(3, 3, 32, 32, dtype=torch.float64))
     assert explanation.residual.abs().max() < 1e-12
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     model(torch.rand(3, 3, 32, 32, dtype=torch.float64))

@@ -184,7 +184,8 @@ def test_explaining_in_training_leaves_the_model(name):
     model = tiny(name, drop_rate=0.1).train()
     x = torch.rand(3, 3, 64, 64, dtype=torch.float64)
     before = {key: value.clone() for key, value in model.state_dict().items()}
-    explanation = model.explain(x, 1)
+    with pytest.warns(UserWarning, match="call model.eval"):
+        explanation = model.explain(x, 1)
     assert explanation.residual.abs().max() < 1e-12
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
     encoded = torch.cat([x, 1 - x], 1).requires_grad_()

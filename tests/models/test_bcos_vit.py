@@ -260,7 +260,8 @@ def test_batches_targets_and_low_precision(stem):
 def test_explaining_in_training_leaves_the_model():
     model = tiny("stem", drop_rate=0.1, proj_drop_rate=0.1, attn_drop_rate=0.1, drop_path_rate=0.1).train()
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    by_tokens = model.explain(image(3, 3, 32, 32), layer="blocks.0")
+    with pytest.warns(UserWarning, match="call model.eval"):
+        by_tokens = model.explain(image(3, 3, 32, 32), layer="blocks.0")
     assert by_tokens.residual.abs().max() < 1e-12
     assert model.training
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
