@@ -215,7 +215,8 @@ def test_what_fails_is_tried_again(tmp_path):
 
 def test_bcos_network(tmp_path, capsys):
     torch.manual_seed(0)
-    hub.save_model(timm.create_model("bcos_resnet18", num_classes=10), tmp_path / "model")
+    model = timm.create_model("bcos_resnet18", num_classes=10)
+    hub.save_model(model, tmp_path / "model", label_names=list("0123456789"))
     config = json.loads((tmp_path / "model/config.json").read_text())
     config["pretrained_cfg"] |= {"input_size": [3, 32, 32]}
     (tmp_path / "model/config.json").write_text(json.dumps(config))

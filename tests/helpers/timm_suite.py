@@ -69,5 +69,6 @@ def run_timm_suite(models: str, *options: str, home: Path | None = None, skips: 
         command = ["-m", "pytest", "-p", "timm_suite_plugin", "-p", "no:cacheprovider", "-q", "-rs"]
         command = [sys.executable, *command, TESTS[0], *options]
         run = subprocess.run(command, cwd=temporary, env=environment, capture_output=True, text=True)
-    assert run.returncode == 0, run.stdout[-4000:] + run.stderr[-2000:]
+    shown = "\n".join(line for line in run.stdout.splitlines() if line.startswith(("E ", "FAILED", "ERROR", "SKIPPED")))
+    assert run.returncode == 0, shown + run.stdout[-500:] + run.stderr[-2000:]
     assert skips or "skipped" not in run.stdout.splitlines()[-1], run.stdout[-2000:]

@@ -136,11 +136,12 @@ def test_a_model_and_its_folder_have_the_same_card(tmp_path):
     assert isinstance(model, timm_coda.HubMixin)
     written = hub.card_of_folder(tmp_path, "me/x")
     assert written == str(model.generate_model_card(repo_id="me/x"))
-    (tmp_path / "summary.json").write_text(json.dumps({"accuracy": 0.5}))
+    weights = hub.weights_fingerprint(model)
+    (tmp_path / "summary.json").write_text(json.dumps({"accuracy": 0.5, "weights": weights}))
     (tmp_path / "explanation.png").write_bytes(b"picture")
     written = hub.card_of_folder(tmp_path, "me/x")
     assert "50.00%" in written and "](explanation.png)" in written
-    (tmp_path / "summary.json").write_text('{"accuracy": "good"}')
+    (tmp_path / "summary.json").write_text(json.dumps({"accuracy": "good", "weights": weights}))
     with pytest.raises(folder.HubError, match=r"cannot make a model card from .*summary\.json"):
         hub.card_of_folder(tmp_path, "me/x")
     (tmp_path / "summary.json").write_text("{")

@@ -145,6 +145,7 @@ def adapt_colours(weight: Tensor, in_chans: int) -> Tensor:
     return (repeated * (source / in_chans)).flatten(1, 2)
 
 
+@register_notrace_module
 class GlobalPool(nn.Module):
     """Pool over positions, (B, C, H, W) to (B, C), by 'sum' (CoDA-Nets) or 'avg' (B-cos networks); '' does not pool.
 
