@@ -133,7 +133,9 @@ def test_going_on_with_something_else(tmp_path, capsys):
     results = (tmp_path / "a/results.json").read_text()
     assert cli.main([*words, "--seed", "1", "--grids", "5"]) == 2
     error = capsys.readouterr().err
-    assert "other settings (grids was 500, is 5; seed was 42, is 1): use another --output, or --overwrite" in error
+    assert (
+        "other settings or data (grids was 500, is 5; seed was 42, is 1): use another --output, or --overwrite" in error
+    )
     assert (tmp_path / "a/results.json").read_text() == results
     # More explainers belong to the same evaluation, and the batch size does not change values.
     assert cli.main([*words, "--explainers", "random", "inherent", "--batch-size", "3"]) == 0
@@ -185,7 +187,7 @@ def test_retrained_model_is_another(tmp_path, capsys):
     model.head.down.weight.data *= 1.01
     hub.save_model(model, tmp_path / "model")
     assert cli.main(words) == 2
-    assert "other settings (weights was '" in capsys.readouterr().err
+    assert "other settings or data (weights was '" in capsys.readouterr().err
 
 
 def test_what_fails_is_tried_again(tmp_path):

@@ -72,7 +72,7 @@ def encode_labels(
     else:
         own = None
     try:
-        numbers = np.array(values.cast(pa.int64()))  # a copy, because arrow's own array is read-only
+        numbers = values.cast(pa.int64()).to_numpy().copy()  # arrow's own array is read-only
     except pa.ArrowInvalid as error:
         raise DataError(f"{split}: a label (column {column}) is too large: {error}") from error
     if own is None and classes is None:
