@@ -51,9 +51,9 @@ def serve(
         images = digit_examples(Path(folder)) if examples is None else folder_examples(examples, Path(folder))
         app = make_app(shelf, images)
         url = _launch(app, host, port)
-        print(f"The page is at {url} (Ctrl-C ends it)", flush=True)
         try:
-            with contextlib.suppress(KeyboardInterrupt):
+            with contextlib.suppress(KeyboardInterrupt):  # also right after the message
+                print(f"The page is at {url} (Ctrl-C ends it)", flush=True)
                 threading.Event().wait()
         finally:
             app.close()
