@@ -250,7 +250,7 @@ def test_where_nothing_is_recognised_the_table_says_so(tmp_path, digits, capsys)
     assert re.search(r"black\.png .*\n  \(nothing recognised", printed)
 
 
-@pytest.mark.filterwarnings("ignore:Glyph:UserWarning")  # where the machine has no Chinese font
+@pytest.mark.filterwarnings("ignore:no installed font has:UserWarning")  # on a machine without a Chinese font
 def test_long_and_equal_names(tmp_path, digits):
     """Names are cut by bytes, endings included, and stay different: for every file system, also after the cut."""
     folder = tmp_path / "in"
