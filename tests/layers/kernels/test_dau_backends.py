@@ -11,7 +11,7 @@ import timm_coda
 from helpers import relative_error
 from helpers.dau_cases import CASES, problem
 from timm_coda.layers import functional, reference
-from timm_coda.layers.kernels import dau_cpu, dau_torch
+from timm_coda.layers.kernels import dau_cpu, dau_torch, products
 
 NAMES = ("x", "down", "up", "up_bias")
 FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
@@ -28,7 +28,7 @@ def gradients(y, tensors):
 @pytest.mark.parametrize("case", CASES)
 def test_cpu_equals_reference(case, activation, layout, block, monkeypatch):
     if block == "tiny":  # small blocks: a few rows of one image, or a few positions
-        monkeypatch.setattr(dau_cpu, "_positions", lambda a: 5)
+        monkeypatch.setattr(dau_cpu, "_positions", lambda a, rank: 5)
     if block == "forgetful":  # backward recomputes U
         monkeypatch.setattr(dau_cpu, "_KEPT", 0)
     exact, options = problem(case)
@@ -91,6 +91,22 @@ def test_images_need_no_gradient_for_the_weights_to_have_theirs(name, request):
         gradients(run(x), weights), gradients(run(x.clone().requires_grad_()), weights), strict=True
     ):
         assert torch.equal(alone, beside)
+
+
+@pytest.mark.parametrize("onednn", [False, True])
+@pytest.mark.parametrize("case", CASES)
+def test_cpu_equals_reference_in_float32_with_either_product(case, onednn, monkeypatch):
+    """The product that this CPU does not prefer is somebody else's."""
+    monkeypatch.setattr(products, "_prefers_onednn", lambda: onednn)
+    exact, options = problem(case)
+    options = [*options.values(), "squash"]
+    tensors = [t.detach().float().requires_grad_() for t in exact]
+    single = [t.detach().double().requires_grad_() for t in tensors]
+    expected = reference.dau_conv2d(*single, *options)
+    y = dau_cpu.dau_conv2d(*tensors, *options, frozen=False)
+    assert relative_error(y, expected) < 1e-6
+    for name, actual, right in zip(NAMES, gradients(y, tensors), gradients(expected, single), strict=True):
+        assert relative_error(actual, right) < 1e-5, name
 
 
 @pytest.mark.parametrize("activation", ["squash", "l2"])

@@ -9,33 +9,29 @@ G and c as in `functional.py`, h(s) the rescaling for s = |v|^2, and (x) the out
                dP = (alpha (x) z) A + [dz, alpha] [B; b],   dz = alpha U + beta (G z + c)
                dA = (alpha (x) z)^T P + E A + e b^T,  E = sum beta z z^T,  e = sum beta z,  likewise db, dB
 
-U and the outer products are formed for one block at a time. Training saves U for backward if it is not too large,
-because reading it takes a tenth of the time of recomputing it. z G z and E use each pair of numbers once
-(`dau_norm.pairs`).
+All of it is computed for one block after the other. The outer products are formed as columns (D*r, n), for which
+multiplication runs along positions, whatever the rank. Training saves U for backward if it is not too large, because
+reading it takes a tenth of the time of recomputing it. z G z and E use each pair of numbers once (`dau_norm.pairs`).
 """
 
-from typing import Any
-
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from .dau_norm import add_norm_gradient, cached_norm_terms, from_pairs, pairs
-from .dau_torch import rescaling, rescaling_slope
+from .dau_torch import relative_slope, rescaling
 from .operator import make_operator
 from .patches import as_rows, geometry, memory_format
+from .products import add_product, product, takes_columns
 
 __all__ = ["dau_conv2d"]
 
-# Bytes of the largest temporary of a block: fits in a last-level cache, and is long enough for fast products.
-_BLOCK = 2**24
+# Bytes of the largest temporary of a block: fits in a cache, and is long enough for fast products.
+_BLOCK = 2**23
 # Largest U, in bytes, that a layer saves for backward. A larger U is recomputed there.
 _KEPT = 2**28
 # glibc returns freed memory to the system, and getting zeroed pages again takes as long as the products stored in them.
 # After a program has freed an array of nearly 32 MB (here one that is never touched), glibc retains up to 64 MB.
 torch.empty(2**25 - 2**16, dtype=torch.uint8)
-# oneDNN's float32 product is up to twice as fast as the one behind torch.mm (measured on AMD), never slower.
-_ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
 
 def _forward(x, down, up, up_bias, stride, padding, dilation, activation, keep):
@@ -47,17 +43,16 @@ def _forward(x, down, up, up_bias, stride, padding, dilation, activation, keep):
     terms, packed = cached_norm_terms(up, up_bias, exact)
 
     z, num, s = (x.new_empty(g.positions, n, dtype=exact) for n in (rank, units, units))
-    u = x.new_empty(g.positions if keep else 0, units * rank)
+    u, y = (x.new_empty(n, m) for n, m in ((g.positions if keep else 0, units * rank), (g.positions, units)))
     windows = g.windows(g.padded(x))
-    for index, now in g.blocks(_positions(a)):
+    for index, now in g.blocks(_positions(a, rank)):
         p = windows[index].reshape(now.stop - now.start, -1)
-        low, plain = _product(p, small).split([rank, units], 1)
+        low, plain = product(p, small.t()).split([rank, units], 1)
+        tile = product(p, a.t(), u[now] if keep else None)
         z[now] = low
-        tile = u[now].copy_(_product(p, a)) if keep else _product(p, a)
         torch.add(_contract(tile, low), plain, out=num[now])
-    for now, both in pairs(z):
-        s[now] = _product(both, packed, terms.square)
-    y = (num * rescaling(s, activation)).to(x.dtype)
+        torch.add(product(packed, pairs(z[now].t().contiguous())).t(), terms.square, out=s[now])
+        torch.mul(num[now], rescaling(s[now], activation), out=y[now])
     y = y.view(x.shape[0], g.rows, g.columns, units).permute(0, 3, 1, 2)
     return y.contiguous(memory_format=memory_format(x)), z, num, s, u
 
@@ -65,12 +60,12 @@ def _forward(x, down, up, up_bias, stride, padding, dilation, activation, keep):
 def _data_gradient(grad, x, up, up_bias, z, s, stride, padding, dilation, activation):
     g = geometry(x, up, stride, padding, dilation)
     a, b = g.flat(up), g.flat(up_bias)
-    alpha = (as_rows(grad) * rescaling(s, activation)).to(x.dtype)
-    z = z.to(x.dtype)
+    grad, z = as_rows(grad), z.to(x.dtype)
     dx = g.padded_zeros(x)
     target = g.windows(dx)
-    for index, now in g.blocks(_positions(a)):
-        g.fold(target[index], _product(_outer(alpha[now], z[now]), a.t()).addmm_(alpha[now], b))
+    for index, now in g.blocks(_positions(a, z.shape[1])):
+        alpha = (grad[now] * rescaling(s[now], activation)).to(x.dtype)
+        g.fold(target[index], add_product(product(_outer(alpha, z[now]), a), alpha, b))
     return g.cropped(dx, x)
 
 
@@ -81,56 +76,38 @@ def _backward(grad, x, down, up, up_bias, z, num, s, u, stride, padding, dilatio
     a, b = g.flat(up), g.flat(up_bias)
     small = torch.cat([g.flat(down), b])
     terms, _ = cached_norm_terms(up, up_bias, exact)
+    gram = terms.gram.to(low)
 
-    grad = as_rows(grad).to(exact)
-    alpha = (grad * rescaling(s, activation)).to(low)
-    beta = 2 * grad * num * rescaling_slope(s, activation)
-    dz, zeroth = beta @ terms.cross, beta.sum(0)
-    gram, beta, z = (t.to(low) for t in (terms.gram.view(units * rank, rank), beta, z))
-    # Products that sum over positions need them as columns.
-    alpha_t, beta_t, z_t = (rows.t().contiguous() for rows in (alpha, beta, z))
-
-    dweights = _Sum(units * rank + rank + units, a.shape[1], dtype=low)
-    dnorm = _Sum(units, (rank // 2 + 2) * rank, dtype=low)
+    grad = as_rows(grad)
+    dweights = x.new_zeros(units * rank + rank + units, a.shape[1], dtype=exact)
+    dnorm = x.new_zeros(units, (rank // 2 + 2) * rank, dtype=exact)
+    zeroth = x.new_zeros(units, dtype=exact)
     dx = g.padded_zeros(x) if wants_dx else x.new_empty(0)
     windows, target = g.windows(g.padded(x)), g.windows(dx) if wants_dx else dx
-    for index, now in g.blocks(_positions(a)):
+    for index, now in g.blocks(_positions(a, rank)):
         p = windows[index].reshape(now.stop - now.start, -1)
-        tile = u[now] if len(u) else _product(p, a)
-        dz[now].add_(_contract_units(alpha[now], tile)).add_(_contract_units(beta[now], _product(z[now], gram)))
-        both = torch.cat([dz[now].to(low), alpha[now]], 1)
-        if wants_dx:
-            dp = _product(_outer(alpha[now], z[now]), a.t())
-            g.fold(target[index], dp.addmm_(both, small))
-        columns = p.new_empty(units * rank + rank + units, len(p))  # for the gradients of A, B and b
+        tile = u[now] if len(u) else product(p, a.t())
+        alpha = grad[now] * rescaling(s[now], activation)
+        beta = (alpha * num[now]).mul_(relative_slope(s[now], activation))
+        zeroth += beta.sum(0)
+        dz = beta @ terms.cross
+        alpha, beta, zs = (t.to(low) for t in (alpha, beta, z[now]))
+        columns_z = zs.t().contiguous()
+        dz.add_(_contract_units(alpha, tile)).add_(_norm_slope(beta, zs, gram))
+        add_product(dnorm, beta.t(), pairs(columns_z).t())
+        columns = p.new_empty(len(dweights), len(p))  # for the gradients of A, B and b
         outer, rest = columns.split([units * rank, rank + units])
-        torch.mul(alpha_t[:, now].unsqueeze(1), z_t[:, now], out=outer.view(units, rank, -1))
+        both = torch.cat([dz.to(low), alpha], 1)
         rest.copy_(both.t())
-        dweights.add(_product(columns, p.t()))
-    for now, both in pairs(z):
-        dnorm.add(_product(beta_t[:, now], both.t()))
-    second, first = from_pairs(dnorm.total, rank)
-    da, dsmall = dweights.total.split([units * rank, rank + units])
+        torch.mul(rest[rank:].unsqueeze(1), columns_z, out=outer.view(units, rank, -1))
+        add_product(dweights, columns, p)
+        if wants_dx:
+            dp = product(outer.t() if takes_columns(low) else _outer(alpha, zs), a)
+            g.fold(target[index], add_product(dp, both, small))
+    second, first = (t.to(low) for t in from_pairs(dnorm, rank))
+    da, dsmall = dweights.to(low).split([units * rank, rank + units])
     da, ddown, db = add_norm_gradient(a.view(units, rank, -1), b, da, dsmall, second, first, zeroth.to(low))
     return g.cropped(dx, x) if wants_dx else dx, *(g.unflat(t, x.shape[1]) for t in (ddown, da, db))
-
-
-class _Sum:
-    """Sum products over blocks, in float32 or better if there are several; `total` has the dtype `dtype`."""
-
-    def __init__(self, *shape: int, dtype: torch.dtype) -> None:
-        self.shape, self.dtype = shape, dtype
-        self._total: Any = None
-
-    def add(self, part: Tensor) -> None:
-        if self._total is None:
-            self._total = part
-        else:
-            self._total = self._total.to(torch.promote_types(self.dtype, torch.float32)).add_(part)
-
-    @property
-    def total(self) -> Tensor:
-        return torch.zeros(self.shape, dtype=self.dtype) if self._total is None else self._total.to(self.dtype)
 
 
 def _outer(left: Tensor, right: Tensor) -> Tensor:
@@ -150,15 +127,16 @@ def _contract_units(left: Tensor, u: Tensor) -> Tensor:
     return torch.bmm(left.unsqueeze(1), u.view(*left.shape, -1)).squeeze(1)
 
 
-def _positions(a: Tensor) -> int:
-    return max(_BLOCK // a[:, 0].nbytes, 64)
+def _norm_slope(beta: Tensor, z: Tensor, gram: Tensor) -> Tensor:
+    """Sum beta G z over units: beta (n, D), z (n, r) and G (D, r, r) to (n, r)."""
+    units, rank, _ = gram.shape
+    if units > rank:  # the same number of multiplications, with the smaller intermediate result
+        return torch.bmm((beta @ gram.flatten(1)).unflatten(1, (rank, rank)), z.unsqueeze(2)).squeeze(2)
+    return _contract_units(beta, product(z, gram.flatten(0, 1).t()))
 
 
-def _product(left: Tensor, right: Tensor, bias: Tensor | None = None) -> Tensor:
-    """Return left right^T, with `bias` added to every row."""
-    if _ONEDNN and left.dtype == torch.float32:
-        return torch.ops.mkldnn._linear_pointwise(left, right, bias, "none", [], "")
-    return F.linear(left, right, bias)
+def _positions(a: Tensor, rank: int) -> int:
+    return max(_BLOCK // (max(len(a), (rank // 2 + 2) * rank) * a.itemsize), 64)
 
 
 def _keeps(positions: int, up: Tensor) -> bool:

@@ -1,6 +1,5 @@
 """Terms of |v|^2 = z G z + 2 c z + |b|^2 that depend only on the weights: G, c, |b|^2, their cache and gradients."""
 
-from collections.abc import Iterator
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -9,9 +8,6 @@ from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 __all__ = ["NormTerms", "add_norm_gradient", "cached_norm_terms", "for_pairs", "from_pairs", "norm_terms", "pairs"]
-
-
-_BLOCK = 2**22  # bytes of a block of pairs
 
 
 class NormTerms(NamedTuple):
@@ -34,26 +30,19 @@ def norm_terms(up: Tensor, up_bias: Tensor, exact: torch.dtype) -> NormTerms:
     return NormTerms(a @ a.transpose(1, 2), (a @ b.unsqueeze(2)).squeeze(2), b.square().sum(1))
 
 
-def pairs(z: Tensor) -> Iterator[tuple[slice, Tensor]]:
-    """Yield each z_i z_j once (z_i z_(i + r/2) twice), then each z_i: (n, r) to (n, (r//2 + 2) r), in blocks of n.
+def pairs(z: Tensor) -> Tensor:
+    """Return each z_i z_j once (z_i z_(i + r/2) twice), then each z_i: columns (r, n) to ((r//2 + 2) r, n).
 
-    Row k < r//2 + 1 of the second axis holds z_i z_(i + k), with indices modulo r. These are long runs of adjacent
-    numbers, and half of the products in the full square.
-
-    Yields:
-        The block's slice of positions, and its pairs in memory that the next block overwrites.
+    Row k < r//2 + 1 of the first axis, taken as two, holds z_i z_(i + k), with indices modulo r. These are half of the
+    products in the full square.
     """
-    rank = z.shape[1]
+    rank, positions = z.shape
     rows = rank // 2 + 1
-    size = max(_BLOCK // (z.itemsize * (rows + 1) * rank), 16)
-    memory = z.new_empty(min(size, len(z)), rows + 1, rank)
-    for start in range(0, len(z), size):
-        now = slice(start, min(start + size, len(z)))
-        out = memory[: now.stop - start]
-        shifted = torch.cat([z[now], z[now, : rank // 2]], 1).unfold(1, rank, 1)  # (n, rows, r)
-        torch.mul(z[now].unsqueeze(1), shifted, out=out[:, :rows])
-        out[:, rows] = z[now]
-        yield now, out.flatten(1)
+    out = z.new_empty(rows + 1, rank, positions)
+    shifted = torch.cat([z, z[: rank // 2]]).unfold(0, rank, 1).transpose(1, 2)  # (rows, r, n)
+    torch.mul(z, shifted, out=out[:rows])
+    out[rows] = z
+    return out.flatten(0, 1)
 
 
 def for_pairs(terms: NormTerms) -> Tensor:

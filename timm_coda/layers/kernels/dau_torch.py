@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .half import widened
 
-__all__ = ["dau_conv2d", "rescaling", "rescaling_slope", "squared_norm"]
+__all__ = ["dau_conv2d", "relative_slope", "rescaling", "squared_norm"]
 
 
 def rescaling(squared: Tensor, activation: str) -> Tensor:
@@ -22,11 +22,15 @@ def rescaling(squared: Tensor, activation: str) -> Tensor:
     return squared.sqrt() / (1 + squared)
 
 
-def rescaling_slope(squared: Tensor, activation: str) -> Tensor:
-    """Return h'(|v|^2), 0 where `rescaling` clamps."""
+def relative_slope(squared: Tensor, activation: str) -> Tensor:
+    """Return 2 h'(|v|^2) / h(|v|^2), 0 where `rescaling` clamps."""
     s = squared.clamp(min=1e-20)
-    slope = -0.5 * s.rsqrt() / s if activation == "l2" else (1 - s) * (0.5 * s.rsqrt()) / (1 + s).square()
-    return torch.where(squared > 1e-20, slope, 0)
+    slope = s.reciprocal()
+    if activation == "l2":
+        slope.neg_()
+    else:
+        slope.sub_((1 + s).reciprocal_(), alpha=2)
+    return slope.masked_fill_(squared <= 1e-20, 0)
 
 
 def dau_conv2d(

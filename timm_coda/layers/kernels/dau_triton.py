@@ -20,7 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .dau_norm import add_norm_gradient, norm_terms
-from .dau_torch import rescaling, rescaling_slope
+from .dau_torch import relative_slope, rescaling
 from .half import scaled_product
 from .operator import make_operator
 from .patches import as_rows, geometry, memory_format
@@ -333,7 +333,7 @@ def _backward(grad, x, down, up, up_bias, z, num, s, u, stride, padding, dilatio
     small = torch.cat([g.flat(down), b])
     grad = as_rows(grad).float()
     alpha = grad * rescaling(s, activation)
-    beta = 2 * grad * num * rescaling_slope(s, activation)
+    beta = alpha * num * relative_slope(s, activation)
     p = g.windows(g.padded(x)).reshape(g.positions, -1)
 
     dz = torch.empty_like(z)

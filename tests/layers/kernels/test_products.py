@@ -1,0 +1,53 @@
+"""The products of the CPU backend: equal with either library, and measured once."""
+
+import pytest
+import torch
+
+from helpers import relative_error
+from timm_coda.layers.kernels import products
+
+
+@pytest.mark.parametrize("onednn", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_product_of_any_layout(dtype, onednn, monkeypatch):
+    monkeypatch.setattr(products, "_prefers_onednn", lambda: onednn)
+    torch.manual_seed(0)
+    left, right = torch.randn(37, 19).to(dtype), torch.randn(19, 23).to(dtype)
+    exact = left.double() @ right.double()
+    bound = {torch.float64: 1e-15, torch.float32: 1e-6, torch.bfloat16: 1e-2}[dtype]
+    for one in (left, left.t().contiguous().t()):
+        for other in (right, right.t().contiguous().t()):
+            assert relative_error(products.product(one, other), exact) < bound
+            out = torch.empty(37, 23, dtype=dtype)
+            assert products.product(one, other, out) is out
+            assert relative_error(out, exact) < bound
+            total = torch.ones(37, 23, dtype=torch.promote_types(dtype, torch.float32))
+            assert products.add_product(total, one, other) is total
+            assert relative_error(total, exact + 1) < bound
+
+
+def test_the_choice_is_made_once_with_a_margin(monkeypatch):
+    if not products._HAS_ONEDNN:
+        pytest.skip("PyTorch without oneDNN")
+    chosen = []
+    for seconds in ([1.0, 0.5], [1.0, 0.8], [0.5, 1.0]):  # torch.mm, oneDNN
+        products._prefers_onednn.cache_clear()
+        monkeypatch.setattr(products, "_fastest", lambda *runs, found=seconds: found)
+        chosen.append(products._prefers_onednn())
+        monkeypatch.setattr(products, "_fastest", lambda *runs: pytest.fail("measured again"))
+        assert products._prefers_onednn() is chosen[-1]
+    products._prefers_onednn.cache_clear()
+    assert chosen == [True, False, False]
+
+
+def test_slowdown_is_relative_to_float32(monkeypatch):
+    products.cpu_slowdown.cache_clear()
+    monkeypatch.setattr(products, "_fastest", lambda *runs: [3.0, 2.0])
+    assert products.cpu_slowdown(torch.bfloat16) == 1.5
+    products.cpu_slowdown.cache_clear()
+
+
+def test_fastest_of_alternating_rounds():
+    calls = []
+    seconds = products._fastest(lambda: calls.append("a"), lambda: calls.append("b"), rounds=2)
+    assert "".join(calls) == "ababab" and all(0 <= each < 1 for each in seconds)

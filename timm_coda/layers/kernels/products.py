@@ -1,0 +1,79 @@
+"""Matrix products on a CPU: whose are the fastest here, and how slow a dtype is without instructions of its own.
+
+Both are measured once per process, on products of about a millisecond.
+"""
+
+import time
+from collections.abc import Callable
+from functools import lru_cache
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+__all__ = ["add_product", "cpu_slowdown", "product", "takes_columns"]
+
+_HAS_ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+# oneDNN's float32 product is twice as fast as MKL's on AMD CPUs with AVX-512, which MKL does not use there; elsewhere
+# it is slower, or at most a tenth faster. Far from both, all processes choose alike and have the same last bits.
+_CLEARLY_FASTER = 1.35
+
+
+def product(left: Tensor, right: Tensor, out: Tensor | None = None) -> Tensor:
+    """Return left right of (M, K) and (K, N), into `out` if given; fastest if `right` is the transpose of rows."""
+    if left.dtype == torch.float32 and _prefers_onednn():
+        found = _onednn_product(left, right)
+        return found if out is None else out.copy_(found)
+    return torch.mm(left, right) if out is None else torch.mm(left, right, out=out)
+
+
+def add_product(total: Tensor, left: Tensor, right: Tensor) -> Tensor:
+    """Add left right to `total` (M, N) in place, and return it. `total` is float32 if the product is of less."""
+    if total.dtype != left.dtype or (left.dtype == torch.float32 and _prefers_onednn()):
+        return total.add_(product(left, right))
+    return total.addmm_(left, right)
+
+
+def takes_columns(dtype: torch.dtype) -> bool:
+    """Return whether `product` is as fast if its left argument is the transpose of rows."""
+    return dtype != torch.float32 or not _prefers_onednn()
+
+
+def _onednn_product(left: Tensor, right: Tensor) -> Tensor:
+    left = left if left.stride(1) == 1 else left.contiguous()  # else it takes three times as long
+    return torch.ops.mkldnn._linear_pointwise(left, right.t(), None, "none", [], "")
+
+
+@lru_cache(maxsize=1)
+def _prefers_onednn() -> bool:
+    if not _HAS_ONEDNN:
+        return False
+    a = torch.ones(512, 512)
+    mm, onednn = _fastest(lambda: torch.mm(a, a), lambda: _onednn_product(a, a))
+    return mm > _CLEARLY_FASTER * onednn
+
+
+@lru_cache
+def cpu_slowdown(dtype: torch.dtype) -> float:
+    """Return how many times as long a matrix product takes on this CPU in `dtype` as in float32.
+
+    Without bfloat16 or float16 instructions it is above 100 with PyTorch's own products, about 1 with oneDNN's on
+    AVX-512, and with instructions below 1.
+    """
+    a = torch.ones(128, 128)
+    low = a.to(dtype)
+    theirs, single = _fastest(lambda: F.linear(low, low), lambda: F.linear(a, a))
+    return theirs / single
+
+
+@torch.no_grad()
+def _fastest(*runs: Callable[[], object], rounds: int = 5) -> list[float]:
+    """Return the fewest seconds that each function took in alternating rounds, after one to warm up."""
+    best = [float("inf")] * len(runs)
+    for lap in range(rounds + 1):
+        for index, run in enumerate(runs):
+            start = time.perf_counter()
+            run()
+            if lap:
+                best[index] = min(best[index], time.perf_counter() - start)
+    return best
