@@ -31,7 +31,6 @@ import timm
 import torch
 from accelerate.utils import set_seed
 from timm.data import resolve_input_data_config
-from timm.optim import create_optimizer_v2
 from timm.scheduler import create_scheduler_v2
 from timm.utils import ModelEmaV3
 
@@ -40,6 +39,7 @@ from timm_coda import data, hub
 from timm_coda.errors import wrap_errors
 from timm_coda.evaluate import TrainingLocalisation
 from timm_coda.training import losses, map_penalty, runs, states, trackers
+from timm_coda.training.optimizers import create_optimizer
 from timm_coda.training.options import HelpFormatter, natural, parse_options, positive, run_options
 from timm_coda.training.updates import Updates
 
@@ -161,7 +161,7 @@ def train(args: argparse.Namespace, accelerator: Any, stop: list[int]) -> None:
     if batches == 0:
         raise states.RunError(f"--batch-size {args.batch_size} x {processes} processes exceeds {images_seen} images")
     with wrap_errors("--opt, --lr, --sched or a related option", states.RunError):
-        optimizer = create_optimizer_v2(network, **chosen("opt lr weight_decay"))
+        optimizer = create_optimizer(network, device, **chosen("opt lr weight_decay"))
         schedule = chosen("sched decay_epochs decay_rate warmup_epochs min_lr")
         schedule |= {"num_epochs": args.epochs, "updates_per_epoch": math.ceil(batches / args.grad_accum)}
         scheduler: Any = create_scheduler_v2(optimizer, step_on_epochs=False, **schedule)[0]

@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import os
+import platform
 import re
 import resource
 import shutil
@@ -445,3 +446,17 @@ def test_help_teaches(train, capsys):
     out = capsys.readouterr().out
     assert "python train.py --resume" in out
     assert "(default: 0.00025)" in " ".join(out.split())
+
+
+@pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="the variables are for x86")
+def test_bf16_is_float32_on_a_cpu_without_such_instructions(colours, tmp_path):
+    """The recipe's optimiser Muon, too, which orthogonalises in bfloat16."""
+    hidden = {"ONEDNN_MAX_CPU_ISA": "AVX2", "ATEN_CPU_CAPABILITY": "avx2"}
+    options = ["--data", colours, *SMALL, *QUIET, "--epochs", 1, "--opt", "muon", "--output", "out"]
+    run = start(*options, "--mixed-precision", "bf16", cwd=tmp_path, environment=hidden, fresh=True)
+    out = finish(run)
+    assert (
+        "this CPU has no bfloat16 instructions (products take" in out and "training in float32 instead of bf16" in out
+    )
+    summary = json.loads((tmp_path / "out/summary.json").read_text())
+    assert (summary["mixed_precision"], summary["options"]["mixed_precision"]) == ("no", "bf16")

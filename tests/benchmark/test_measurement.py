@@ -10,7 +10,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
 import timm_coda
-from timm_coda.benchmark import macs, measurement, memory
+from timm_coda.benchmark import benchmark_table, macs, measurement, memory
 from timm_coda.benchmark.measurement import BenchmarkError, Macs, Setup, count_macs, measure
 from timm_coda.layers import functional
 
@@ -150,7 +150,11 @@ def test_report(fast):
     assert json.loads(json.dumps(report, allow_nan=False))["setup"]["seed"] == 3
     assert torch.equal(torch.get_rng_state(), state)
     assert functional._backend == backend
-    assert "1 thread" in report["environment"]["cpu"]
+    assert f"{torch.backends.cpu.get_cpu_capability()}, 1 thread" in report["environment"]["cpu"]
+    assert report["cpu_slowdown"]["float32"] > 0 and "float32" not in report["emulated"]
+    slow = report | {"cpu_slowdown": {"bfloat16": 136.6}, "emulated": ["bfloat16"]}
+    line = "bfloat16 is emulated: this CPU takes 137 times as long as in float32"
+    assert line in benchmark_table(slow).splitlines() and "emulated" not in benchmark_table(slow | {"emulated": []})
     assert report["image"] == [3, 8, 8]
 
     rows = {(row["dtype"], row["backend"], row["operation"]): row for row in report["rows"]}

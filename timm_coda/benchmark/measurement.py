@@ -21,7 +21,7 @@ from tqdm import tqdm
 from ..errors import wrap_errors
 from ..explanation import explain
 from ..hub import create_model, environment
-from ..layers import BACKENDS, BEST_BACKEND, use_backend
+from ..layers import BACKENDS, BEST_BACKEND, cpu_slowdown, is_emulated, use_backend
 from .macs import SAMPLE_SECONDS, Call, GemmRate, Macs, count_macs, layer_calls, seconds
 from .memory import extra_memory, free_memory, peak_of
 
@@ -283,7 +283,9 @@ def measure(setup: Setup) -> dict[str, Any]:
       backend, the multiply-accumulates are those of the factorised form
     - `times_published`: time of the published formulation divided by this time, by the published formulation's dtype
 
-    `extra_bytes` is the peak memory beyond the model, its parameter gradients and the images (on a CPU: resident).
+    `cpu_slowdown` is the time of a small product in each dtype divided by that in float32, on a CPU. There are no
+    instructions for a dtype in `emulated`. `extra_bytes` is the peak memory beyond the model, its parameter gradients
+    and the images (on a CPU: resident).
 
     Raises:
         BenchmarkError: nothing could be measured.
@@ -302,6 +304,7 @@ def measure(setup: Setup) -> dict[str, Any]:
             if setup.memory and not cell.call and not cell.missing:
                 row |= cell.extra_memory()
         machine = environment()
+        slowdown = {name: cpu_slowdown(DTYPES[name]) for name in setup.dtypes if setup.device == "cpu"}
     problem = problems[0]
     return {
         "setup": asdict(setup),
@@ -309,6 +312,8 @@ def measure(setup: Setup) -> dict[str, Any]:
         "classes": problem.model.num_classes,
         "targets": problem.targets,
         "environment": machine,
+        "cpu_slowdown": slowdown,
+        "emulated": [name for name in slowdown if is_emulated(DTYPES[name])],
         "tf32": torch.backends.cudnn.allow_tf32,
         "macs_an_image": {"model": problem.macs.counts(problem.targets)}
         | {call.name: call.macs.counts(problem.targets) for call in problem.calls},

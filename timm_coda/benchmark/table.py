@@ -21,7 +21,11 @@ def benchmark_table(report: dict[str, Any]) -> str:
     for dtype, rates in report["gemm_macs_per_second"].items():
         unit, name = (1e12, "TFLOP/s") if rates["mm"]["median"] > 5e11 else (1e9, "GFLOP/s")
         reached = [f"{kind} {_with_quartiles(rate, 2 / unit)}" for kind, rate in rates.items()]
-        lines += ["", f"{dtype}; GEMM in {name}: {', '.join(reached)}"]
+        lines.append("")
+        if dtype in report["emulated"]:
+            factor = report["cpu_slowdown"][dtype]
+            lines.append(f"{dtype} is emulated: this CPU takes {factor:.0f} times as long as in float32")
+        lines.append(f"{dtype}; GEMM in {name}: {', '.join(reached)}")
         lines.append(_row("backend", "operation", "ms/batch", "images/s", "x published", "GEMM", "+ MB"))
         for row in (row for row in report["rows"] if row["dtype"] == dtype):
             lines.append(_benchmark_row(row))
@@ -138,4 +142,4 @@ def _with_quartiles(spread: dict[str, float], unit: float = 1, digits: int = 3) 
 
 def _short(number: float, digits: int = 3) -> str:
     """Format as an integer from 100, with 3 significant digits from 1, else with `digits` significant digits."""
-    return f"{number:.0f}" if number >= 100 else f"{number:#.3g}" if number >= 1 else f"{number:.{digits}g}"
+    return f"{number:.0f}" if number >= 99.95 else f"{number:#.3g}" if number >= 1 else f"{number:.{digits}g}"

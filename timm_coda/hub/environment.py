@@ -30,5 +30,6 @@ def environment() -> dict[str, str]:
         cpu = next(line.split(":")[1].strip() for line in info if line.startswith("model name"))
     gpus = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
     threads = torch.get_num_threads()
-    hardware = {"cpu": f"{cpu}, {threads} thread{'s' if threads > 1 else ''}", "gpus": ", ".join(gpus) or "none"}
+    cpu += f", {torch.backends.cpu.get_cpu_capability()}, {threads} thread{'s' if threads > 1 else ''}"
+    hardware = {"cpu": cpu, "gpus": ", ".join(gpus) or "none"}
     return {**versions, "platform": platform.platform(), **hardware}

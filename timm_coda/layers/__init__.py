@@ -17,6 +17,7 @@ from .functional import (
 from .gates import FrozenActivation, FrozenGate
 from .kernels.dau_torch import rescaling, squared_norm
 from .kernels.half import uses_float16, widened
+from .kernels.products import cpu_slowdown, is_emulated
 
 __all__ = [
     "BACKENDS",
@@ -40,9 +41,11 @@ __all__ = [
     "adapt_colours",
     "bcos_conv2d",
     "bcos_linear",
+    "cpu_slowdown",
     "dau_conv2d",
     "dau_linear",
     "freezable",
+    "is_emulated",
     "rescaling",
     "set_backend",
     "squared_norm",

@@ -21,6 +21,7 @@ from .kernels import bcos_alignment as alignment
 from .kernels import dau_cpu as cpu
 from .kernels import dau_torch as convolution
 from .kernels.half import uses_float16, widened
+from .kernels.products import warn_if_emulated
 from .kernels.transforms import needs_plain_torch
 
 __all__ = [
@@ -136,6 +137,7 @@ def dau_conv2d(
         return convolution.dau_conv2d(x, down, up, up_bias, stride, padding, dilation, activation, frozen)
     else:
         _check_dau(x, down, up, up_bias, padding, dilation, activation)
+        _warn_of_dtype(x)
         name = _backend
         if x.is_meta or needs_plain_torch():
             name = "torch"
@@ -224,6 +226,7 @@ def bcos_conv2d(
     """
     if not torch.jit.is_scripting():
         _check_image(x, weight.shape[1] * groups, weight.shape[2], weight.shape[3], padding, dilation)
+        _warn_of_dtype(x)
     if frozen:
         weight = weight.detach()
     if unit_norm:
@@ -285,3 +288,10 @@ def _check_image(
         seen = dilation[axis] * (kernel - 1) + 1
         if x.shape[2 + axis] + 2 * padding[axis] < seen:
             raise ValueError(f"input {list(x.shape)} is smaller than the {seen} pixels the kernel spans: enlarge it")
+
+
+def _warn_of_dtype(x: Tensor) -> None:
+    """Warn if the products of a layer with input `x` are in a dtype that this CPU has no instructions for."""
+    if x.is_cpu and not torch.compiler.is_compiling() and not torch.jit.is_tracing():
+        autocast = torch.is_autocast_enabled("cpu") and x.dtype != torch.float64
+        warn_if_emulated(torch.get_autocast_dtype("cpu") if autocast else x.dtype)

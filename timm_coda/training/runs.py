@@ -26,6 +26,7 @@ from tqdm import tqdm
 from ..errors import wrap_errors
 from ..explanation import save_figure
 from ..hub import PICTURE_KEY, RUNNING, SAVED, HubError, claimed, push_folder, write_text
+from ..layers import cpu_slowdown, is_emulated
 from .options import default_output
 from .states import Progress, RunError
 
@@ -45,13 +46,18 @@ class Stopped(Exception):
 def make_accelerator(*, mixed_precision: str | None, grad_accum: int, report_to: str) -> Accelerator:
     """Create the accelerator: device, processes, precision, tracker.
 
+    On a CPU without bfloat16 instructions, bf16 is replaced by float32, and a line says so.
+
     Raises:
         RunError: The precision is not supported here, the tracker is unknown, or parameters would be sharded.
     """
+    on_cpu = not torch.accelerator.is_available()
+    asked = mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    emulated = on_cpu and asked == "bf16" and is_emulated(torch.bfloat16)
     with wrap_errors(f"--mixed-precision {mixed_precision} or --report-to {report_to}", RunError):
         accelerator = Accelerator(
-            cpu=not torch.accelerator.is_available(),  # otherwise processes without a GPU would not connect
-            mixed_precision=mixed_precision,
+            cpu=on_cpu,  # otherwise processes without a GPU would not connect
+            mixed_precision="no" if emulated else mixed_precision,
             gradient_accumulation_steps=grad_accum,
             log_with=None if report_to == "none" else report_to,
             dataloader_config=DataLoaderConfiguration(even_batches=False),  # so that no test image counts twice
@@ -62,6 +68,9 @@ def make_accelerator(*, mixed_precision: str | None, grad_accum: int, report_to:
     if accelerator.mixed_precision != "no" and not accelerator.native_amp:  # Accelerate would train in float32
         asked, kind = accelerator.mixed_precision, accelerator.device.type
         raise RunError(f"--mixed-precision {asked} is not supported on a {kind}: use bf16 or no")
+    if emulated:
+        factor = f"products take {cpu_slowdown(torch.bfloat16):.0f} times as long as in float32"
+        accelerator.print(f"this CPU has no bfloat16 instructions ({factor}): training in float32 instead of bf16")
     return accelerator
 
 

@@ -1,5 +1,11 @@
 """The products of the CPU backend: equal with either library, and measured once."""
 
+import os
+import platform
+import re
+import subprocess
+import sys
+
 import pytest
 import torch
 
@@ -47,7 +53,32 @@ def test_slowdown_is_relative_to_float32(monkeypatch):
     products.cpu_slowdown.cache_clear()
 
 
+HIDDEN = {"ONEDNN_MAX_CPU_ISA": "AVX2", "ATEN_CPU_CAPABILITY": "avx2"}  # of PyTorch, instructions for bfloat16
+
+EMULATED = """
+import torch, timm_coda
+dau, bcos = timm_coda.DAUConv2d(2, 3, 3, rank=2), timm_coda.BcosConv2d(2, 3, 3)
+x = torch.rand(1, 2, 5, 5)
+dau(x), bcos(x)
+print("float32 is silent", flush=True)
+with torch.autocast("cpu", torch.bfloat16):
+    {first}(x), {first}(x)
+dau.bfloat16()(x.bfloat16()), bcos.bfloat16()(x.bfloat16())
+"""
+
+
+@pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="these variables are for x86")
+@pytest.mark.parametrize("first", ["dau", "bcos"])
+def test_emulated_bfloat16_warns_once(first):
+    program = [sys.executable, "-c", EMULATED.format(first=first)]
+    run = subprocess.run(program, env=os.environ | HIDDEN, stdout=-1, stderr=subprocess.STDOUT, text=True, check=True)
+    before, after = run.stdout.split("float32 is silent")
+    assert not before
+    warning = r"UserWarning: this CPU has no bfloat16 instructions: products take (\d+) times as long as in float32"
+    assert int(re.findall(warning, after)[0]) > 2 and after.count("UserWarning") == 1
+
+
 def test_fastest_of_alternating_rounds():
     calls = []
-    seconds = products._fastest(lambda: calls.append("a"), lambda: calls.append("b"), rounds=2)
+    seconds = products._fastest(lambda: calls.append("a"), lambda: calls.append("b"), rounds=2, enough=9)
     assert "".join(calls) == "ababab" and all(0 <= each < 1 for each in seconds)

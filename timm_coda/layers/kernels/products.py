@@ -4,19 +4,22 @@ Both are measured once per process, on products of about a millisecond.
 """
 
 import time
+import warnings
 from collections.abc import Callable
 from functools import lru_cache
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["add_product", "cpu_slowdown", "product", "takes_columns"]
+__all__ = ["add_product", "cpu_slowdown", "is_emulated", "product", "takes_columns", "warn_if_emulated"]
 
 _HAS_ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 # oneDNN's float32 product is twice as fast as MKL's on AMD CPUs with AVX-512, which MKL does not use there; elsewhere
 # it is slower, or at most a tenth faster. Far from both, all processes choose alike and have the same last bits.
 _CLEARLY_FASTER = 1.35
+# With instructions, bfloat16 is faster than float32. oneDNN's emulation on AVX-512 takes about as long, PyTorch's far
+# longer.
+_EMULATED = 2.0
 
 
 def product(left: Tensor, right: Tensor, out: Tensor | None = None) -> Tensor:
@@ -57,23 +60,51 @@ def _prefers_onednn() -> bool:
 def cpu_slowdown(dtype: torch.dtype) -> float:
     """Return how many times as long a matrix product takes on this CPU in `dtype` as in float32.
 
-    Without bfloat16 or float16 instructions it is above 100 with PyTorch's own products, about 1 with oneDNN's on
-    AVX-512, and with instructions below 1.
+    bfloat16 takes some 100 times as long on a CPU without AVX-512, and half as long or less with instructions for it.
     """
-    a = torch.ones(128, 128)
+    a = torch.ones(192, 192)
     low = a.to(dtype)
-    theirs, single = _fastest(lambda: F.linear(low, low), lambda: F.linear(a, a))
+    theirs, single = _fastest(lambda: torch.mm(low, low), lambda: torch.mm(a, a))
     return theirs / single
 
 
+def is_emulated(dtype: torch.dtype) -> bool:
+    """Return whether this CPU has no instructions for a dtype of 16 bits, so that it takes longer than float32."""
+    return dtype.itemsize == 2 and cpu_slowdown(dtype) > _EMULATED
+
+
+@lru_cache
+def warn_if_emulated(dtype: torch.dtype) -> None:
+    """Warn of a dtype that `is_emulated`, once per process."""
+    if is_emulated(dtype):
+        name = str(dtype).removeprefix("torch.")
+        warnings.warn(
+            f"this CPU has no {name} instructions: products take {cpu_slowdown(dtype):.0f} times as long as in "
+            "float32; use model.float(), and no autocast",
+            stacklevel=3,
+        )
+
+
 @torch.no_grad()
-def _fastest(*runs: Callable[[], object], rounds: int = 5) -> list[float]:
-    """Return the fewest seconds that each function took in alternating rounds, after one to warm up."""
-    best = [float("inf")] * len(runs)
-    for lap in range(rounds + 1):
-        for index, run in enumerate(runs):
-            start = time.perf_counter()
-            run()
-            if lap:
-                best[index] = min(best[index], time.perf_counter() - start)
+def _fastest(*runs: Callable[[], object], rounds: int = 5, enough: float = 0.05) -> list[float]:
+    """Return the fewest seconds that each function took in alternating rounds, after one to warm up.
+
+    One thread runs them: several would wait for each other on a busy machine. After `enough` seconds no round begins.
+    """
+    threads, best = torch.get_num_threads(), [float("inf")] * len(runs)
+    torch.set_num_threads(1)
+    try:
+        with torch.autocast("cpu", enabled=False):
+            for run in runs:
+                run()
+            begin = time.perf_counter()
+            for _ in range(rounds):
+                for index, run in enumerate(runs):
+                    start = time.perf_counter()
+                    run()
+                    best[index] = min(best[index], time.perf_counter() - start)
+                if time.perf_counter() - begin > enough:
+                    break
+    finally:
+        torch.set_num_threads(threads)
     return best
