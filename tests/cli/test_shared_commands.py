@@ -19,6 +19,7 @@ EVALUATE = ["evaluate", "--model", "coda_net_xs.digits", "--data", "digits", "--
 EVALUATE += ["--images", "5", "--batch-size", "2", "--explainers", "inherent", "deeplift", "--metrics"]
 EVALUATE += ["grid_localisation", "deletion", "idsds", "noise_sensitivity", "randomisation_cascading"]
 EVALUATE += ["randomisation_independent", "sparseness", "contrastive_localisation", "--output"]
+EXPORT = ["export", "any", "--format", "onnx", "--output", "x.pt"]  # refused before a model is loaded
 # Not in the launcher's way: no question, no warning, a free port.
 LAUNCH = ["--multi_gpu", "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
 LAUNCH += ["--main_process_port", "0"]
@@ -122,8 +123,13 @@ def photos(tmp_path_factory) -> Path:
     return folder
 
 
-def contents(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+def contents(folder: Path) -> dict[str, bytes | list[bytes]]:
+    """Files and what is in them, but of a film only its table (two runs of the encoder differ), and lines sorted."""
+    files = {path.name: path.read_bytes() for path in folder.iterdir()}
+    found: dict[str, bytes | list[bytes]] = {
+        name: b"" if name.endswith(".mp4") else content for name, content in files.items()
+    }
+    return found | {".explain.jsonl": sorted(files[".explain.jsonl"].splitlines())}
 
 
 def test_explain(photos, tmp_path):
@@ -134,7 +140,7 @@ def test_explain(photos, tmp_path):
     assert {"table.csv", "contact_sheet.png", ".explain.jsonl", "00.npz"} <= whole.keys()
     first, second, third = run(3, [*words, "three"], tmp_path, code=1)
     assert contents(tmp_path / "three") == whole
-    assert first == said.replace(" one\n", " three\n")
+    assert sorted(first.splitlines()) == sorted(said.replace(": one\n", ": three\n").splitlines())
     for rank, other in ((1, second), (2, third)):
         words_of_film = f"process {rank} of 3: videos are not shared: process 0 explains them\n"
         assert other == (words_of_film if (photos / "05-film.mp4").exists() else "")
@@ -143,20 +149,19 @@ def test_explain(photos, tmp_path):
     out, done = tmp_path / "stopped", {}
     for number, count in ((signal.SIGINT, 2), (signal.SIGKILL, 3)):
         programs = start_together(count, ["-c", MAIN, *words, "stopped"], cwd=tmp_path)
-        wait(programs, lambda: len(list(out.glob("[!.]*.npz"))) >= len(done) + 2)  # noqa: B023
+        before = len(list(out.glob("[!.]*.npz")))
+        wait(programs, lambda before=before: len(list(out.glob("[!.]*.npz"))) >= before + 2)
         ends = stop(programs, number)
         if number == signal.SIGINT:
             assert "run the same command to go on" in ends[0] and "Traceback" not in "".join(ends)
-            assert [program.returncode for program in programs] == [130] * count
+            assert [program.returncode for program in programs] == [130] + [0] * (count - 1)
         kept = [line for file in out.glob(".explain*.jsonl") for line in file.read_text().splitlines()]
         entries = [json.loads(line) for line in kept if '"files"' in line and line.endswith("}")]
         done = {name: (out / name).stat().st_mtime_ns for entry in entries for name in entry["files"]}
     assert done
     run(2, [*words, "stopped"], tmp_path, code=1)
     assert all((out / name).stat().st_mtime_ns == time for name, time in done.items()), "not explained again"
-    found = contents(out)
-    del found[".explain.jsonl"], whole[".explain.jsonl"]  # in the order of the work
-    assert found == whole
+    assert contents(out) == whole
 
 
 def test_errors_are_printed_once_and_end_all(photos, tmp_path):
@@ -167,10 +172,14 @@ def test_errors_are_printed_once_and_end_all(photos, tmp_path):
         ([*explain, "mine"], "timm-coda: error: mine: not a new or empty folder", ""),
         ([*EVALUATE, "mine"], "timm-coda: error: mine exists, but is not an evaluation", ""),
         (["evaluate", "--nope"], "the following arguments are required", ""),
-        (["export", "nowhere", "out"], "", "process 1 of 2: this command is not shared: process 0 does it\n"),
+        (
+            ["export", "any", "--format", "onnx", "--output", "x.pt"],
+            "use --output x.onnx",
+            "process 1 of 2: this command is not shared: process 0 does it\n",
+        ),
     ):
         first, second = run(2, words, tmp_path, code=2)
-        assert first.count(message) == 1 or not message
+        assert first.count(message) == 1, first
         assert second == others
     assert os.listdir(tmp_path / "mine") == ["thesis.tex"]
 
@@ -178,6 +187,10 @@ def test_errors_are_printed_once_and_end_all(photos, tmp_path):
 def test_a_launch_of_one_process_says_so(tmp_path):
     """Without --multi_gpu, Accelerate starts one process on a CPU, whatever --num_processes is."""
     command = "import os; os.environ |= {'ACCELERATE_MIXED_PRECISION': 'no', 'MASTER_PORT': '29500'}; " + MAIN
-    program = Program(["-c", command, "export", "nowhere", "out"], cwd=tmp_path, environment={**os.environ})
+    program = Program(
+        ["-c", command, *EXPORT],
+        cwd=tmp_path,
+        environment={**os.environ},
+    )
     _, said = program.communicate(timeout=60)
     assert said.startswith("note: Accelerate started one process: for several, add --multi_gpu, also on a CPU\n")
