@@ -102,6 +102,7 @@ def work(item):
     if item == 1:
         os._exit(7)
 
+processes.first(int)  # all are connected
 print(json.dumps([error_of(lambda: processes.share(range(6), work)), processes.end(4)]))
 """
     words = "another process of this run has ended: see its message"

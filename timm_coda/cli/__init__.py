@@ -41,7 +41,11 @@ def make_parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> int:
     """Run a command and return its exit code: 2 for errors that the user can fix, 130 for Ctrl-C."""
     argv = sys.argv[1:] if argv is None else argv
-    processes = join_launch()
+    try:
+        processes = join_launch()
+    except OSError as error:
+        print(f"timm-coda: error: {error}", file=sys.stderr)
+        return 2
     if processes.count == 1:
         if "ACCELERATE_MIXED_PRECISION" in os.environ and "MASTER_PORT" in os.environ:  # it was asked for several
             print("note: Accelerate started one process: for several, add --multi_gpu, also on a CPU", file=sys.stderr)

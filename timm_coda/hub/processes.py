@@ -193,6 +193,9 @@ def join_launch() -> Processes:
     """Return the processes that a launcher started together with this one; `ALONE` if there is no launcher.
 
     Accelerate connects them; all of them must call this function.
+
+    Raises:
+        ProcessError: another one has ended.
     """
     if all(os.environ.get(name, "1") in ("", "1") for name in _COUNTS):
         return ALONE
@@ -202,7 +205,8 @@ def join_launch() -> Processes:
     state = PartialState(cpu=True)  # messages are small, and not on GPUs
     if state.num_processes == 1:
         return ALONE
-    group = dist.new_group(backend="gloo", timeout=_WAIT)
+    with _noticing_ends():
+        group = dist.new_group(backend="gloo", timeout=_WAIT)
     return Processes(state.process_index, state.num_processes, state.local_process_index, group)
 
 
