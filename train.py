@@ -154,7 +154,8 @@ def train(args: argparse.Namespace, accelerator: Any, stop: list[int]) -> None:
     test_loader = data.create_loader(test_set, **chosen("batch_size workers"))
     examples = test_set.examples(args.explain_images)
     data.check_images(network, examples.images)
-    localisation = TrainingLocalisation(test_set, len(classes), every=args.eval_explanations if main else 0)
+    shared = hub.join_launch()
+    localisation = TrainingLocalisation(test_set, len(classes), every=args.eval_explanations, processes=shared)
 
     # Learning
     batches, images_seen = len(loader), len(source.train)
@@ -259,6 +260,7 @@ def train(args: argparse.Namespace, accelerator: Any, stop: list[int]) -> None:
                 save()
 
         means, speed = add_point(), seen / (time.perf_counter() - clock)
+        losses.share_buffers(published)
         loss, accuracy, unread = losses.evaluate(accelerator, published, test_loader, test_loss)
         progress.skip(unread)
         found = localisation.after_epoch(published, progress.epoch + 1)
@@ -275,13 +277,14 @@ def train(args: argparse.Namespace, accelerator: Any, stop: list[int]) -> None:
             explain(output / "explanations" / f"epoch-{progress.epoch:04}.png")
         save()
 
+    published = timm.create_model(f"local-dir:{output}", pretrained=True).to(device)  # as users load it
+    found = localisation.at_end(published)
     if main:
-        published = timm.create_model(f"local-dir:{output}", pretrained=True).to(device)  # as users load it
         explain(output / "explanation.png")
         facts = {"options": options, "parameters": parameters, "processes": processes, "label_names": classes}
         facts |= {"weights": hub.weights_fingerprint(published), "notes": notes, "files": source.account}
         facts |= {"device": device.type, "mixed_precision": accelerator.mixed_precision}  # as used
-        facts |= {"environment": environment, **localisation.at_end(published)}
+        facts |= {"environment": environment, **found}
         runs.save_summary(output, progress, facts | {"training_images": images_seen, "test_images": len(test_set)})
         print(runs.closing_words(output, progress, pictures=not silent))
     trackers.finish(accelerator)

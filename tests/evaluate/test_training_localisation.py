@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 
 import timm_coda  # noqa: F401
 from helpers import ROOT
-from helpers.processes import Program
+from helpers.processes import Program, start_together
 from timm_coda import data
 from timm_coda.evaluate.localisation import arrange, choose_grids
 from timm_coda.evaluate.training import TrainingLocalisation
@@ -129,6 +129,45 @@ def test_in_a_run(patches, tmp_path):
     assert "localisation" not in (tmp_path / "without/summary.json").read_text()
     weights = [load_file(tmp_path / name / "model.safetensors") for name in ("without", "with")]
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+
+
+MEASURE = """
+import json, sys
+from dataclasses import replace
+import timm, timm_coda, torch
+from timm_coda import data
+from timm_coda.evaluate import TrainingLocalisation
+from timm_coda.hub import join_launch
+
+torch.set_num_threads(1)
+processes = join_launch()
+model = timm.create_model("coda_net_xs.digits", pretrained=True).eval()
+calls = []
+model.register_forward_hook(lambda *_: calls.append(1))
+_, transform = data.create_transforms(timm.data.resolve_model_data_config(model))
+test = data.load_data("digits").test
+dataset = data.ImageDataset(replace(test, indices=test.indices[:120], labels=test.labels[:120]), transform)
+localisation = TrainingLocalisation(dataset, 10, every=1, processes=processes)
+found = localisation.after_epoch(model, 1)["localisation"]
+count = len(calls)
+if processes.rank == 1:  # as if this process alone had no memory left
+    model.register_forward_pre_hook(lambda *_: [][0])
+lost = [localisation.after_epoch(model, epoch)["localisation"] for epoch in (2, 3)] if processes.count > 1 else None
+print(json.dumps([found, count, lost]))
+"""
+
+
+def test_processes_share_a_measurement(tmp_path):
+    """The score is that of one process; a failure in one of them gives None in all, and training goes on."""
+    (one,), two = (
+        [p.communicate(timeout=60) for p in start_together(n, ["-c", MEASURE], cwd=tmp_path)] for n in (1, 2)
+    )
+    score, count, _ = json.loads(one[0])
+    shared = [json.loads(out.splitlines()[-1]) for out, _ in two]
+    assert [found for found, _, _ in shared] == [score] * 2 and 0 < score < 1
+    assert sum(calls for _, calls, _ in shared) <= count + 1 and min(calls for _, calls, _ in shared) > 1
+    assert [lost for _, _, lost in shared] == [[None, None]] * 2
+    assert [out.count("note: no localisation: IndexError") for out, _ in two] == [1, 0]
 
 
 @pytest.mark.slow

@@ -10,6 +10,7 @@ import os
 import runpy
 import shutil
 import signal
+import socket
 import sys
 import tempfile
 import weakref
@@ -96,3 +97,15 @@ def _run(arguments: list[str], cwd: str, environment: dict[str, str], paths: lis
         sys.argv = arguments
         sys.path.insert(0, str(Path(arguments[0]).parent))
         runpy.run_path(arguments[0], run_name="__main__")
+
+
+def start_together(count: int, arguments: list[str], *, cwd: Path) -> list[Program]:
+    """Start a program in several processes with the variables by which Accelerate connects those of a launch."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    shared = {"WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    shared |= {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": 1}
+    ranks = [{"RANK": rank, "LOCAL_RANK": rank} for rank in range(count)]
+    variables = [{name: str(value) for name, value in (shared | rank).items()} for rank in ranks]
+    return [Program(arguments, cwd=cwd, environment=os.environ | more) for more in variables]

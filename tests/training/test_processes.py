@@ -10,6 +10,7 @@ import pytest
 from safetensors.torch import load_file
 
 from helpers import relative_error
+from helpers.processes import start_together
 from helpers.train_cases import QUIET, SMALL, assert_same_run, finish, image_file, kill, start, wait_for_state
 
 SHARED = [*SMALL, *QUIET, "--epochs", 2, "--hflip", 0.5]
@@ -71,3 +72,23 @@ def test_a_streaming_run_that_is_killed_goes_on_bit_for_bit(shards, tmp_path):
     out = finish(start("--resume", "killed", "--workers", 0, cwd=tmp_path))
     assert "resuming killed after update" in out
     assert_same_run(tmp_path / "whole", tmp_path / "killed")
+
+
+def test_processes_test_the_same_buffers(tmp_path):
+    """Running means of batch norm, which each process updates with its own images: the first one's are saved."""
+    code = """
+import torch
+from accelerate import Accelerator
+from timm_coda.training import losses
+
+accelerator = Accelerator(cpu=True)
+norm = torch.nn.BatchNorm1d(3)
+norm.running_mean += accelerator.process_index
+norm.num_batches_tracked += 5 + accelerator.process_index
+losses.share_buffers(norm)
+print(norm.running_mean.tolist(), norm.num_batches_tracked.item())
+"""
+    for count in (1, 2):
+        programs = start_together(count, ["-c", code], cwd=tmp_path)
+        ends = [program.communicate(timeout=60) for program in programs]
+        assert [out for out, _ in ends] == ["[0.0, 0.0, 0.0] 5\n"] * count, ends

@@ -1,16 +1,28 @@
 """Helpers shared by the commands."""
 
 import argparse
+import os
 from collections.abc import Callable
 from typing import Any
+
+from ..hub import ALONE, Processes
 
 __all__ = ["choose_device", "new_command"]
 
 
 def new_command(
-    subcommands: Any, name: str, help: str, description: str, run: Callable[[argparse.Namespace], int]
+    subcommands: Any,
+    name: str,
+    help: str,
+    description: str,
+    run: Callable[[argparse.Namespace], int],
+    *,
+    shared: bool = False,
 ) -> argparse.ArgumentParser:
-    """Create a command's parser: `help` is its line in the list, `description` is not re-wrapped, `run` executes it."""
+    """Create a command's parser: `help` is its line in the list, `description` is not re-wrapped, `run` executes it.
+
+    If it is not `shared`, only the first of several processes runs it.
+    """
     parser = subcommands.add_parser(
         name,
         help=help,
@@ -18,12 +30,12 @@ def new_command(
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    parser.set_defaults(run=run)
+    parser.set_defaults(run=run, shared=shared)
     return parser
 
 
-def choose_device(name: str | None) -> str:
-    """Return the device named by --device; by default cuda if available, else cpu.
+def choose_device(name: str | None, processes: Processes = ALONE) -> str:
+    """Return the device named by --device; by default cuda if available, else cpu. "cuda" is one for each process.
 
     Raises:
         ValueError: the name is neither cpu nor cuda, or no CUDA device is available.
@@ -34,4 +46,8 @@ def choose_device(name: str | None) -> str:
         raise ValueError(f"--device {name}: choose cpu or cuda (CUDA_VISIBLE_DEVICES selects the GPU)")
     if name == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"--device cuda: PyTorch {torch.__version__} finds no CUDA device; choose cpu")
-    return name or ("cuda" if torch.cuda.is_available() else "cpu")
+    wanted = torch.cuda.is_available() and os.environ.get("ACCELERATE_USE_CPU", "").lower() not in ("true", "1")
+    name = name or ("cuda" if wanted else "cpu")
+    if name == "cuda" and processes.count > 1:
+        torch.cuda.set_device(processes.local_rank % torch.cuda.device_count())
+    return name

@@ -30,6 +30,11 @@ Finished work is saved in FOLDER/parts: after a kill or Ctrl-C, the same command
 resumes, as does one with more explainers or metrics. If a method fails on the
 model, its error is reported and the others continue.
 
+Several processes share the work, on GPUs or CPUs, with the same results; any
+number of them resumes it:
+
+  accelerate launch --multi_gpu --num_processes 2 -m timm_coda evaluate ...
+
 """
 
 
@@ -37,7 +42,9 @@ def add(subcommands: Any) -> None:
     from ..evaluate import DEFAULT_METRICS, EXPLAINERS, METRICS
 
     about = f"{_DESCRIPTION}{_list('Explainers', EXPLAINERS)}, or occlusion_N\n\n{_list('Metrics', METRICS)}\n"
-    parser = new_command(subcommands, "evaluate", "score explanations, and compare with other methods", about, _run)
+    parser = new_command(
+        subcommands, "evaluate", "score explanations, and compare with other methods", about, _run, shared=True
+    )
     add = parser.add_argument_group("input and output").add_argument
     add("--model", required=True, metavar="NAME", help="name in timm's registry, folder, or hf-hub:ID")
     hint = "digits, Hub dataset id, parquet files, or folder of these or of images"
@@ -75,7 +82,40 @@ def _positive(text: str) -> int:
 
 
 def _run(args: argparse.Namespace) -> int:
-    from ..evaluate import Setup, make_explainer, make_metric, results_table, run, write_report
+    from ..evaluate import results_table, run, write_report
+
+    processes = args.processes
+    setup, explainers, metrics = processes.in_turn(lambda: _choices(args))
+    try:
+        results = run(
+            setup,
+            explainers,
+            metrics,
+            args.output,
+            command=args.command_line,
+            overwrite=args.overwrite,
+            processes=processes,
+        )
+    except KeyboardInterrupt:
+        print(f"\nstopped; finished work is saved in {args.output}: run the same command to resume", file=sys.stderr)
+        return 130
+    if processes.rank:
+        return 0
+    print(results_table(results))
+    print(f"\n{args.output / 'results.json'}: every number")
+    try:
+        print(f"{write_report(args.output)}: maps, plots and tables on a page")
+    except ImportError as error:
+        print(f"no report: {error}")
+    done = any(
+        "error" not in entry for metric in results["metrics"].values() for entry in metric["explainers"].values()
+    )
+    return 0 if done else 1
+
+
+def _choices(args: argparse.Namespace) -> tuple[Any, list[Any], list[Any]]:
+    """Return the setup, the explainers and the metrics."""
+    from ..evaluate import Setup, make_explainer, make_metric
 
     explainers = [make_explainer(name, batch_size=args.batch_size, seed=args.seed) for name in args.explainers]
     metrics = [make_metric(name, grids=args.grids, grid_size=args.grid_size) for name in args.metrics]
@@ -91,22 +131,6 @@ def _run(args: argparse.Namespace) -> int:
         images=args.images,
         seed=args.seed,
         batch_size=args.batch_size,
-        device=choose_device(args.device),
+        device=choose_device(args.device, args.processes),
     )
-    try:
-        results = run(
-            setup, explainers, metrics, args.output, command=args.command_line, overwrite=args.overwrite, say=print
-        )
-    except KeyboardInterrupt:
-        print(f"\nstopped; finished work is saved in {args.output}: run the same command to resume", file=sys.stderr)
-        return 130
-    print(results_table(results))
-    print(f"\n{args.output / 'results.json'}: every number")
-    try:
-        print(f"{write_report(args.output)}: maps, plots and tables on a page")
-    except ImportError as error:
-        print(f"no report: {error}")
-    done = any(
-        "error" not in entry for metric in results["metrics"].values() for entry in metric["explainers"].values()
-    )
-    return 0 if done else 1
+    return setup, explainers, metrics

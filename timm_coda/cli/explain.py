@@ -11,7 +11,7 @@ from ._command import choose_device, new_command
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from ..gallery import Gallery, Source
+    from ..gallery import Gallery, Row, Source
 
 _DESCRIPTION = """\
 Explain images and videos: which pixels are evidence for and against a class.
@@ -45,12 +45,22 @@ explained.
 
 After Ctrl-C, the table has what was explained, and the same command goes on
 where it stopped; it also explains files that were added or changed.
+
+Several processes share the batches of images, on GPUs or CPUs, with the same
+results; any number of them goes on. The first one explains the videos.
+
+  accelerate launch --multi_gpu --num_processes 2 -m timm_coda explain ...
 """
 
 
 def add(subcommands: Any) -> None:
     parser = new_command(
-        subcommands, "explain", "show which pixels of images and videos are evidence for a class", _DESCRIPTION, _run
+        subcommands,
+        "explain",
+        "show which pixels of images and videos are evidence for a class",
+        _DESCRIPTION,
+        _run,
+        shared=True,
     )
     add = parser.add_argument
     add("inputs", nargs="+", metavar="INPUT", help="image, video, folder of these, or URL (http, https)")
@@ -70,9 +80,50 @@ def add(subcommands: Any) -> None:
 
 
 def _run(args: argparse.Namespace) -> int:
+    from ..gallery import VIDEO_SUFFIXES, Gallery
+    from ..hub import claimed
+
+    sources, model, choices = args.processes.in_turn(lambda: _prepare(args))
+    with args.processes.held_by_first(claimed(args.output)):
+        gallery = Gallery(
+            model,
+            args.output,
+            sources,
+            **choices,
+            top=args.top,
+            batch_size=args.batch_size,
+            suffix=f".{args.figure}",
+            overwrite=args.overwrite,
+            processes=args.processes,
+            show=_show,
+        )
+        if any(source.suffix not in VIDEO_SUFFIXES for source in sources):
+            print(f"{'':26} most probable classes (sigmoid)")
+        try:
+            _explain(sources, gallery)
+        except BaseException as error:
+            gallery.stop()
+            done = f"{gallery.explained} of {len(sources)} explained: {args.output}"
+            print(f"\nstopped; {done}; run the same command to go on", file=sys.stderr)
+            if not isinstance(error, KeyboardInterrupt):
+                raise
+            return 130
+    if args.processes.rank:
+        return 0
+    before = f" ({gallery.reused} before)" if gallery.reused else ""
+    print(f"\n{gallery.explained} of {len(sources)} explained{before}: {args.output}")
+    if gallery.skipped:
+        print(f"\n{len(gallery.skipped)} skipped:", file=sys.stderr)
+        for line in gallery.skipped:
+            print(textwrap.fill(line, 79, initial_indent="  ", subsequent_indent="    "), file=sys.stderr)
+    return 2 if gallery.explained == 0 else 1 if gallery.skipped else 0
+
+
+def _prepare(args: argparse.Namespace) -> "tuple[list[Source], Any, dict[str, Any]]":
+    """Return the inputs, the model, and the names of its classes with those to explain."""
     from ..explanation import Classes, letters, training_data
-    from ..gallery import VIDEO_SUFFIXES, Gallery, find_sources
-    from ..hub import claimed, load_model
+    from ..gallery import find_sources
+    from ..hub import load_model
 
     if args.batch_size < 1:
         raise ValueError(f"--batch-size {args.batch_size}: must be at least 1")
@@ -83,7 +134,7 @@ def _run(args: argparse.Namespace) -> int:
     except ImportError as error:
         raise ValueError(error) from error
     sources = find_sources(args.inputs, args.output)
-    model = load_model(args.model).to(choose_device(args.device))
+    model = load_model(args.model).to(choose_device(args.device, args.processes))
     if not hasattr(model, "explain"):
         kind = type(model).__name__
         raise ValueError(f"--model {args.model}: {kind} cannot explain itself: use a timm_coda model")
@@ -95,63 +146,46 @@ def _run(args: argparse.Namespace) -> int:
     print(f"{args.model}: {len(names)} classes; {len(sources)} file{'s' * (len(sources) > 1)} to explain\n")
     if about := training_data(model):
         print(f"The model was trained on {about}.\n")
-    with claimed(args.output):
-        gallery = Gallery(
-            model,
-            args.output,
-            names=names,
-            targets=targets,
-            versus=versus,
-            top=args.top,
-            batch_size=args.batch_size,
-            suffix=f".{args.figure}",
-            overwrite=args.overwrite,
-        )
-        if any(Path(source.name).suffix.lower() not in VIDEO_SUFFIXES for source in sources):
-            print(f"{'':26} most probable classes (sigmoid)")
-        try:
-            _explain(sources, gallery)
-        except BaseException as error:
-            gallery.stop()
-            done = f"{gallery.explained} of {len(sources)} explained: {args.output}"
-            print(f"\nstopped; {done}; run the same command to go on", file=sys.stderr)
-            if not isinstance(error, KeyboardInterrupt):
-                raise
-            return 130
-    before = f" ({gallery.reused} before)" if gallery.reused else ""
-    print(f"\n{gallery.explained} of {len(sources)} explained{before}: {args.output}")
-    if gallery.skipped:
-        print(f"\n{len(gallery.skipped)} skipped:", file=sys.stderr)
-        for line in gallery.skipped:
-            print(textwrap.fill(line, 79, initial_indent="  ", subsequent_indent="    "), file=sys.stderr)
-    return 2 if gallery.explained == 0 else 1 if gallery.skipped else 0
+    return sources, model, {"names": names, "targets": targets, "versus": versus}
 
 
 def _explain(sources: "Sequence[Source]", gallery: "Gallery") -> None:
-    """Explain all sources that were not explained before."""
+    """Explain all sources that were not explained before, in order: a batch of images when it is full."""
     from tqdm import tqdm
 
-    from ..gallery import VIDEO_SUFFIXES, InputError, VideoError, digest_of, fetched, is_fatal
-    from ..images import ImageError, read_image
+    from ..gallery import VIDEO_SUFFIXES
 
-    for source in tqdm(sources, "explaining", unit="file", disable=None, leave=False):
-        path = Path(source.place)
-        try:
-            with fetched(source) as path:
-                digest = digest_of(path)
-                if path.suffix.lower() in VIDEO_SUFFIXES:
-                    _add_video(source, path, gallery, digest)
-                else:
-                    for row in gallery.add(source, read_image(path, name=source.name), digest):
-                        tqdm.write(_line(row.name, row.top, row.note))
-        except (ImageError, VideoError, InputError) as error:
-            gallery.skip(source, str(error).removeprefix(f"{source.name}: ").removeprefix(f"{path}: "))
-        except OSError as error:
-            if is_fatal(error):
-                raise
-            gallery.skip(source, error.strerror or str(error))
-    for row in gallery.finish():
-        print(_line(row.name, row.top, row.note))
+    processes, size = gallery.processes, gallery.batch_size
+    images = [place for place, source in enumerate(sources) if source.suffix not in VIDEO_SUFFIXES]
+    batches = [images[start : start + size] for start in range(0, len(images), size)]
+    rounds = [batches[start : start + processes.count] for start in range(0, len(batches), processes.count)]
+    videos = [[[place]] for place in sorted(set(range(len(sources))) - set(images))]
+    if videos and processes.rank:
+        processes.say("videos are not shared: process 0 explains them")
+    with tqdm(total=len(sources), desc="explaining", unit="file", disable=None, leave=False) as bar:
+        for unit in sorted(rounds + videos, key=lambda unit: unit[-1][-1]):
+            files = [[sources[place] for place in batch] for batch in unit]
+            if unit not in videos:
+                gallery.explain(files)
+            elif processes.rank == 0:
+                _explain_video(files[0][0], gallery)
+            bar.update(sum(map(len, unit)))
+    for source in gallery.videos:
+        _explain_video(source, gallery)
+    gallery.finish()
+
+
+def _explain_video(source: "Source", gallery: "Gallery") -> None:
+    from ..gallery import InputError, VideoError, digest_of, fetched, reason_of
+
+    path = Path(source.place)
+    try:
+        with fetched(source) as path:
+            _add_video(source, path, gallery, digest_of(path))
+    except (VideoError, InputError) as error:
+        gallery.skip(source, str(error).removeprefix(f"{source.name}: ").removeprefix(f"{path}: "))
+    except OSError as error:
+        gallery.skip(source, reason_of(error))
 
 
 def _add_video(source: "Source", path: Path, gallery: "Gallery", digest: str) -> None:
@@ -179,6 +213,12 @@ def _add_video(source: "Source", path: Path, gallery: "Gallery", digest: str) ->
     gallery.record.add(source, digest, [output, output.with_suffix(".csv")])
     seen = f"{found.frames} frames, {100 * found.predicted / found.frames:.0f} % of them {gallery.names[found.target]}"
     tqdm.write(f"{_short(source.name, 26):26} {_short(seen, 52)}" + (f"\n  ({found.note})" if found.note else ""))
+
+
+def _show(row: "Row") -> None:
+    from tqdm import tqdm
+
+    tqdm.write(_line(row.name, row.top, row.note))
 
 
 def _line(name: str, top: list[tuple[str, float]], note: str) -> str:

@@ -7,6 +7,7 @@ each other: each metric works with each explainer, and a new one is a single fun
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from ..hub import replacing
+from ..hub import ALONE, Processes, replacing
 
 __all__ = [
     "Baseline",
@@ -100,7 +101,9 @@ class Explainer:
 class Subject:
     """A model and the labelled images on which it is evaluated, loaded `batch_size` at a time.
 
-    Metrics for single images use the first `count` images and explain their true classes: see `batches` and `maps`.
+    Metrics for single images use the first `count` images and explain their true classes: see `batches`,
+    `for_batches` and `maps`. Processes that share the work have equal subjects, and score by the same metric and
+    explainer at the same time; batches are the same for any number of them, so that scores are as well.
     """
 
     model: Any
@@ -118,32 +121,41 @@ class Subject:
     seed: int = 42
     folder: Path | None = None
     """Cache of finished maps, `maps_NAME.npy`, for other metrics and for a resumed evaluation."""
+    processes: Processes = ALONE
+    """The processes that share the work."""
     _maps: dict[str, np.ndarray] = field(default_factory=dict, init=False, repr=False)
 
-    def batches(self, title: str = "") -> Iterator[tuple[slice, Tensor, Tensor]]:
-        """Yield (slice, images (B, C, H, W), true classes (B,)) of the first `count` images.
+    def batches(self) -> Iterator[tuple[slice, Tensor, Tensor]]:
+        """Yield (slice, images (B, C, H, W), true classes (B,)) of the first `count` images, all in this process."""
+        return map(self._batch, range(0, self.count, self.batch_size))
 
-        If there is a title, show a progress bar.
-        """
-        starts = range(0, self.count, self.batch_size)
-        for start in progress_bar(starts, title) if title else starts:
-            place = slice(start, min(start + self.batch_size, self.count))
-            labels = torch.from_numpy(self.labels[place])
-            yield place, self.load(range(place.start, place.stop)), labels
+    def for_batches(self, work: Callable[[slice, Tensor, Tensor], Any], title: str, **how: Any) -> Any:
+        """Call `work` for each of the `batches`, and return the list of its values; see `share`."""
+        return self.share(range(0, self.count, self.batch_size), lambda start: work(*self._batch(start)), title, **how)
+
+    def share(self, items: Sequence[Any], work: Callable[[Any], Any], title: str, **how: Any) -> Any:
+        """Call `work` for each item in one of the processes, and show a progress bar: see `Processes.share`."""
+        return self.processes.share(items, work, bar=partial(progress_bar, title=title), **how)
+
+    def _batch(self, start: int) -> tuple[slice, Tensor, Tensor]:
+        place = slice(start, min(start + self.batch_size, self.count))
+        return place, self.load(range(place.start, place.stop)), torch.from_numpy(self.labels[place])
 
     def maps(self, explainer: Explainer) -> np.ndarray:
         """Return maps of the first `count` images for their true classes, (count, H, W) float32; computed only once."""
         if explainer.name not in self._maps:
-            path = self.folder / f"maps_{explainer.name}.npy" if self.folder else None
-            if path is None or not path.exists():
-                made = [explainer(self.model, *batch) for _, *batch in self.batches(f"{explainer.label}: maps")]
-                maps = torch.cat(made).numpy()
-                if path is None:
-                    self._maps[explainer.name] = maps
-                    return maps
-                with replacing(path) as stream:
-                    np.save(stream, maps)
-            self._maps[explainer.name] = np.load(path, mmap_mode="r")
+            title = f"{explainer.label}: maps"
+
+            def explain(place: slice, images: Tensor, labels: Tensor) -> np.ndarray:
+                return explainer(self.model, images, labels).numpy()
+
+            if self.folder is None:
+                self._maps[explainer.name] = self.for_batches(explain, title, join=np.concatenate)
+            else:
+                path = self.folder / f"maps_{explainer.name}.npy"
+                if not self.processes.first(path.exists):
+                    self.for_batches(explain, title, join=lambda maps: _save(path, np.concatenate(maps)))
+                self._maps[explainer.name] = np.load(path, mmap_mode="r")
         return self._maps[explainer.name]
 
 
@@ -223,6 +235,11 @@ class Metric(Protocol):
             ExplainerError: this explainer does not apply to the model.
         """
         ...
+
+
+def _save(path: Path, array: np.ndarray) -> None:
+    with replacing(path) as stream:
+        np.save(stream, array)
 
 
 def progress_bar(items: Any, title: str) -> Any:

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .base import Baseline, EvaluationError, Explainer, Scores, Subject, progress_bar
+from .base import Baseline, EvaluationError, Explainer, Scores, Subject
 
 __all__ = ["BoxEnergy", "GridLocalisation", "PointingGame", "arrange", "check_size", "choose_grids", "share_in_cells"]
 
@@ -54,12 +54,14 @@ class GridLocalisation:
     def __call__(self, subject: Subject, explainer: Explainer) -> Scores:
         grids = self.choose(subject)
         step = max(1, subject.batch_size // self.size**2)
-        scores = []
-        for start in progress_bar(range(0, len(grids), step), f"{explainer.label}: grids"):
+
+        def score(start: int) -> Tensor:
             images, targets = self.make(subject, grids[start : start + step])
             if start == 0:
                 check_size(subject, images)
-            scores.append(share_in_cells(explainer(subject.model, images, targets), self.size))
+            return share_in_cells(explainer(subject.model, images, targets), self.size)
+
+        scores = subject.share(range(0, len(grids), step), score, f"{explainer.label}: grids")
         return Scores(torch.cat(scores).double().numpy())
 
     def choose(self, subject: Subject) -> np.ndarray:

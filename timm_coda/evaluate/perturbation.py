@@ -44,22 +44,24 @@ class Removal:
     def baseline(self, subject: Subject) -> Baseline | None:
         return None
 
-    @torch.no_grad()
     def __call__(self, subject: Subject, explainer: Explainer) -> Scores:
         model, parameter = subject.model, next(subject.model.parameters())
-        maps, curves = torch.from_numpy(np.array(subject.maps(explainer))), []
-        x = np.linspace(0, self.last, self.steps + 1)
-        for place, images, labels in subject.batches(f"{explainer.label}: {self.label}"):
+        maps, x = subject.maps(explainer), np.linspace(0, self.last, self.steps + 1)
+
+        @torch.no_grad()
+        def curves(place: slice, images: Tensor, labels: Tensor) -> Tensor:
             encoded = encode(model, images.to(parameter.device, parameter.dtype))
+            now = torch.from_numpy(np.array(maps[place]))
             # Inserting the most important pixels first is removing the least important first, in reverse.
-            ranks = removal_ranks(maps[place], self.most_first != self.insert, subject.seed).to(encoded.device)
+            ranks = removal_ranks(now, self.most_first != self.insert, subject.seed).to(encoded.device)
             labels = labels.to(encoded.device)[:, None]
             curve = []
             for share in 1 - x if self.insert else x:
                 seen = remove(encoded, ranks, round(float(share) * ranks[0].numel()), self.fill)
                 curve.append(model(seen).gather(1, labels).float().sigmoid())
-            curves.append(torch.cat(curve, 1).double().cpu())
-        y = torch.cat(curves).numpy()
+            return torch.cat(curve, 1).double().cpu()
+
+        y = torch.cat(subject.for_batches(curves, f"{explainer.label}: {self.label}")).numpy()
         done = "inserted" if self.insert else "removed"
         return Scores(y.mean(1), Curve(x, y, f"share of pixels {done}", _PROBABILITY))
 
@@ -107,18 +109,20 @@ class IDSDS:
     def baseline(self, subject: Subject) -> Baseline:
         return Baseline(0.0, "random order")
 
-    @torch.no_grad()
     def __call__(self, subject: Subject, explainer: Explainer) -> Scores:
         model, parameter = subject.model, next(subject.model.parameters())
-        maps, n, scores = subject.maps(explainer), self.patches, []
+        maps, n = subject.maps(explainer), self.patches
         rows, columns = (torch.arange(size) * n // size for size in maps.shape[1:])
         patch = rows[:, None] * n + columns  # of each pixel, (H, W)
         masks = torch.stack([patch == k for k in range(n * n)])
-        for place, images, labels in subject.batches(f"{explainer.label}: {self.label}"):
+
+        @torch.no_grad()
+        def correlations(place: slice, images: Tensor, labels: Tensor) -> np.ndarray:
             encoded = encode(model, images.to(parameter.device, parameter.dtype))
             labels = labels.to(encoded.device)[:, None]
             gone = [model(encoded * ~mask.to(encoded.device)).gather(1, labels) for mask in masks]
             falls = model(encoded).gather(1, labels) - torch.cat(gone, 1)
             sums = np.einsum("nhw,khw->nk", np.array(maps[place], np.float64), masks.numpy().astype(np.float64))
-            scores.append(spearman(sums, falls.double().cpu().numpy()))
-        return Scores(np.concatenate(scores))
+            return spearman(sums, falls.double().cpu().numpy())
+
+        return Scores(np.concatenate(subject.for_batches(correlations, f"{explainer.label}: {self.label}")))

@@ -4,6 +4,7 @@ import json
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +13,12 @@ import torch
 from timm.data import resolve_model_data_config
 from tqdm import tqdm
 
-from ..data import ImageDataset, create_transforms, data_changes, describe_data, load_data
+from ..data import ImageData, ImageDataset, create_transforms, data_changes, describe_data, load_data
 from ..explanation import Classes
 from ..hub import (
+    ALONE,
     RUNNING,
+    Processes,
     __version__,
     claimed,
     environment,
@@ -64,6 +67,7 @@ def run(
     command: str,
     overwrite: bool = False,
     say: Callable[[str], None] = print,
+    processes: Processes = ALONE,
 ) -> dict[str, Any]:
     """Load model and data, then call `evaluate` and return its results.
 
@@ -74,12 +78,50 @@ def run(
         command: command line to show to readers
         overwrite: delete the evaluation in the folder and start again
         say: called with notes for the user
+        processes: the processes that share the work; the first one writes all files except examples of maps
 
     Raises:
         EvaluationError: the model cannot explain itself or does not fit the data, or the folder has other content.
         DataError: the data cannot be used.
         HubError: the model cannot be loaded, or another process evaluates into the folder.
     """
+    model, data, settings = processes.in_turn(lambda: _load(setup))
+    with processes.held_by_first(claimed(folder)):
+        processes.first(lambda: open_folder(folder, settings, overwrite=overwrite))
+        for note in data.notes:
+            say(note)
+        _, transform = create_transforms(resolve_model_data_config(model))
+        images = ImageDataset(data.test, transform)
+        model = model.to(setup.device)
+        found = processes.first(lambda: kept(folder / PARTS / "predictions.npz"))
+        if found is None:
+            readable, logits, unread = predict(model, images, setup.batch_size, processes)
+            found = {
+                "readable": readable,
+                "logits": logits,
+                "unread": np.array([": ".join(one) for one in unread], str),
+            }
+            processes.first(partial(keep, folder / PARTS / "predictions.npz", found))
+        for reason in found["unread"].tolist():
+            say(f"skipped {reason}")
+        subject = make_subject(
+            model,
+            images,
+            found["readable"],
+            found["logits"],
+            count=setup.images,
+            label_names=data.label_names,
+            batch_size=setup.batch_size,
+            seed=setup.seed,
+            processes=processes,
+        )
+        facts = {"command": command, "model": setup.model, "data": list(setup.data), "settings": asdict(setup)}
+        facts |= {name: settings[name] for name in ("weights", "dataset")} | {"notes": list(data.notes)}
+        return evaluate(subject, explainers, metrics, folder, facts=facts)
+
+
+def _load(setup: Setup) -> tuple[Any, ImageData, dict[str, Any]]:
+    """Return the model, the data, and the settings with the hashes of both."""
     model = load_model(setup.model)
     if not hasattr(model, "explain"):
         raise EvaluationError(f"{type(model).__name__} cannot explain itself: use a timm_coda model")
@@ -94,38 +136,7 @@ def run(
     settings = {key: value for key, value in asdict(setup).items() if key not in _FREE}
     settings |= {"data": list(setup.data), "weights": weights_fingerprint(model), "timm_coda": __version__}
     settings["dataset"] = describe_data(data, ["test"])
-    data = data.matched(Classes.of(model))
-    with claimed(folder):
-        open_folder(folder, settings, overwrite=overwrite)
-        for note in data.notes:
-            say(note)
-        _, transform = create_transforms(resolve_model_data_config(model))
-        images = ImageDataset(data.test, transform)
-        model = model.to(setup.device)
-        found = kept(folder / PARTS / "predictions.npz")
-        if found is None:
-            readable, logits, unread = predict(model, images, setup.batch_size)
-            found = {
-                "readable": readable,
-                "logits": logits,
-                "unread": np.array([": ".join(one) for one in unread], str),
-            }
-            keep(folder / PARTS / "predictions.npz", found)
-        for reason in found["unread"].tolist():
-            say(f"skipped {reason}")
-        subject = make_subject(
-            model,
-            images,
-            found["readable"],
-            found["logits"],
-            count=setup.images,
-            label_names=data.label_names,
-            batch_size=setup.batch_size,
-            seed=setup.seed,
-        )
-        facts = {"command": command, "model": setup.model, "data": list(setup.data), "settings": asdict(setup)}
-        facts |= {name: settings[name] for name in ("weights", "dataset")} | {"notes": list(data.notes)}
-        return evaluate(subject, explainers, metrics, folder, facts=facts)
+    return model, data.matched(Classes.of(model)), settings
 
 
 def open_folder(folder: Path, settings: dict[str, Any], *, overwrite: bool = False) -> None:
@@ -190,7 +201,7 @@ def evaluate(
         for metric, explainer in bar:
             entries = found[metric.name]["explainers"]
             path = parts / f"{metric.name}.{explainer.name}.npz"
-            part = kept(path)
+            part = subject.processes.first(partial(kept, path))
             if part is None:
                 part = _score(subject, metric, explainer, found[metric.name].get("error"))
                 if "error" in part:
@@ -198,7 +209,7 @@ def evaluate(
                     if part.get("hopeless"):
                         found[metric.name]["error"] = part["error"]
                     continue
-                keep(path, part)
+                subject.processes.first(partial(keep, path, part))
             entries[explainer.name] = summarise(_as_scores(part), metric.statistic, seed=subject.seed)
             entries[explainer.name]["seconds"] = float(part["seconds"])
             seconds += float(part["seconds"])
@@ -215,7 +226,8 @@ def evaluate(
             explainer.name: {"label": explainer.label, "about": explainer.about} for explainer in explainers
         },
     }
-    write_text(folder / RESULTS, json.dumps(results, indent=1, allow_nan=False) + "\n")
+    text = json.dumps(results, indent=1, allow_nan=False) + "\n"
+    subject.processes.first(lambda: write_text(folder / RESULTS, text))
     return results
 
 
@@ -272,7 +284,8 @@ def _write_examples(subject: Subject, explainers: Sequence[Explainer], metrics: 
             except EvaluationError:  # the table already has this error
                 continue
             grids = {"image": image[0].numpy(), "labels": classes[0].numpy()}
-    for explainer in explainers:
+
+    def explain(explainer: Explainer) -> dict[str, np.ndarray]:
         path = folder / PARTS / f"examples.{explainer.name}.npz"
         part = kept(path) or {}
         try:
@@ -286,14 +299,21 @@ def _write_examples(subject: Subject, explainers: Sequence[Explainer], metrics: 
         except OSError:
             raise
         except Exception:  # the table has this error, if a metric needed the same maps
-            continue
-        examples[f"maps_{explainer.name}"] = part["maps"]
+            return {}
+        return part
+
+    def write(parts: list[dict[str, np.ndarray]]) -> None:
+        for explainer, part in zip(explainers, parts, strict=True):
+            if part:
+                examples[f"maps_{explainer.name}"] = part["maps"]
+            if part and grids:
+                grids[f"maps_{explainer.name}"] = part["grid"]
+        (folder / ARRAYS).mkdir(exist_ok=True)
+        keep(folder / ARRAYS / "examples.npz", examples)
         if grids:
-            grids[f"maps_{explainer.name}"] = part["grid"]
-    (folder / ARRAYS).mkdir(exist_ok=True)
-    keep(folder / ARRAYS / "examples.npz", examples)
-    if grids:
-        keep(folder / ARRAYS / "grid.npz", grids)
+            keep(folder / ARRAYS / "grid.npz", grids)
+
+    subject.processes.share(explainers, explain, join=write)
 
 
 def keep(path: Path, arrays: dict[str, Any]) -> None:

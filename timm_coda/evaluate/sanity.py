@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..data import derive_seed
-from .base import Baseline, Curve, EvaluationError, Explainer, Scores, Subject, progress_bar
+from .base import Baseline, Curve, EvaluationError, Explainer, Scores, Subject
 from .localisation import GridLocalisation, check_size
 from .statistics import spearman
 
@@ -49,8 +49,8 @@ class NoiseSensitivity:
 
     def __call__(self, subject: Subject, explainer: Explainer) -> Scores:
         few = replace(subject, count=min(self.images, subject.count))
-        scores = []
-        for place, images, labels in few.batches(f"{explainer.label}: noise"):
+
+        def largest_change(place: slice, images: Tensor, labels: Tensor) -> Tensor:
             maps = explainer(subject.model, images, labels)
             noise = torch.stack(
                 [self._noise(image, subject.seed, place.start + i) for i, image in enumerate(images)], 1
@@ -59,8 +59,9 @@ class NoiseSensitivity:
             for one in noise:
                 changed = explainer(subject.model, (images + one).clamp(0, 1), labels)
                 changes.append(_norm(changed - maps) / _norm(maps).where(_norm(maps) > 0, 1))
-            scores.append(torch.stack(changes).amax(0))
-        return Scores(torch.cat(scores).numpy())
+            return torch.stack(changes).amax(0)
+
+        return Scores(torch.cat(few.for_batches(largest_change, f"{explainer.label}: noise")).numpy())
 
     def _noise(self, image: Tensor, seed: int, number: int) -> Tensor:
         """Draw noise (draws, C, H, W), the same for an image in any batch and for any explainer."""
@@ -112,19 +113,28 @@ class Randomisation:
     def __call__(self, subject: Subject, explainer: Explainer) -> Scores:
         few = replace(subject, count=min(self.images, subject.count))
         batches = [(images, labels) for _, images, labels in few.batches()]
-        maps = torch.cat([explainer(subject.model, *batch) for batch in batches])
         parts = layer_groups(subject.model, self.steps)
         model, original = copy.deepcopy(subject.model), subject.model.state_dict()
-        scores = [torch.ones(len(maps))]
-        for step, part in enumerate(progress_bar(parts, f"{explainer.label}: {self.order}")):
+        explained: list[Tensor] = []  # by the trained network, in each process
+        reset = 0  # parts of `model` that this process has reinitialised, or passed
+
+        def similarity(step: int) -> Tensor:
+            nonlocal reset
+            if not explained:
+                explained.append(torch.cat([explainer(subject.model, *batch) for batch in batches]))
             if self.order == "independent":
                 model.load_state_dict(original)
-            reset_layers(model, part, derive_seed(subject.seed, step))
+                reset = step
+            for number in range(reset, step + 1):
+                reset_layers(model, parts[number], derive_seed(subject.seed, number))
+            reset = step + 1
             changed = torch.cat([explainer(model, *batch) for batch in batches])
-            scores.append(self.similarity(maps, changed).abs())
-        curve = torch.stack(scores, 1).numpy()
+            return self.similarity(explained[0], changed).abs()
+
+        scores = few.share(range(len(parts)), similarity, f"{explainer.label}: {self.order}")
+        curve = torch.stack([torch.ones(few.count), *scores], 1).numpy()
         label = "parts initialised anew" if self.order == "cascading" else "part initialised anew"
-        return Scores(curve[:, 1:].mean(1), Curve(np.arange(len(scores)), curve, label, self.unit))
+        return Scores(curve[:, 1:].mean(1), Curve(np.arange(len(parts) + 1), curve, label, self.unit))
 
 
 class Sparseness:
@@ -181,12 +191,14 @@ class ContrastiveLocalisation:
     def __call__(self, subject: Subject, explainer: Explainer) -> Scores:
         grids, size = self.grids.choose(subject), self.grids.size
         step = max(1, subject.batch_size // size**2)
-        scores = []
-        for start in progress_bar(range(0, len(grids), step), f"{explainer.label}: contrasts"):
+
+        def score(start: int) -> Tensor:
             images, targets = self.grids.make(subject, grids[start : start + step])
             if start == 0:
                 check_size(subject, images)
-            scores.append(contrast_in_cells(explainer(subject.model, images, targets), size))
+            return contrast_in_cells(explainer(subject.model, images, targets), size)
+
+        scores = subject.share(range(0, len(grids), step), score, f"{explainer.label}: contrasts")
         return Scores(torch.cat(scores).numpy())
 
 

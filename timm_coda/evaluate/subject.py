@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from ..data import ImageDataset, Skipped, check_images, collate
 from ..explanation import check_finite
+from ..hub import ALONE, Processes
 from .base import EvaluationError, Subject, progress_bar
 
 __all__ = ["make_subject", "predict"]
@@ -40,8 +42,10 @@ class _Images:
         return image
 
 
-def predict(model: Any, dataset: ImageDataset, batch_size: int) -> tuple[np.ndarray, np.ndarray, list[Skipped]]:
-    """Predict a dataset.
+def predict(
+    model: Any, dataset: ImageDataset, batch_size: int, processes: Processes = ALONE
+) -> tuple[np.ndarray, np.ndarray, list[Skipped]]:
+    """Predict a dataset, whose batches are dealt out to the processes.
 
     Returns:
         Indices of the readable images (N,), their logits (N, classes), and the skipped images.
@@ -51,26 +55,33 @@ def predict(model: Any, dataset: ImageDataset, batch_size: int) -> tuple[np.ndar
         EvaluationError: a logit is NaN or infinite; the message gives the cause.
     """
     parameter = next(model.parameters())
-    readable, logits, unread = [], [], []
-    for start in progress_bar(range(0, len(dataset), batch_size), "predictions"):
+    checked = False
+
+    def one_batch(start: int) -> tuple[list[int], list[Skipped], np.ndarray | None]:
+        nonlocal checked
         places = range(start, min(start + batch_size, len(dataset)))
         samples = [dataset[place] for place in places]
         numbers = [place for place, sample in zip(places, samples, strict=True) if not isinstance(sample, Skipped)]
-        readable += numbers
         batch = collate(samples)
-        unread += batch.skipped
         if len(batch.labels) == 0:
-            continue
+            return numbers, batch.skipped, None
         images = batch.images.to(parameter.device, parameter.dtype)
-        if not logits:
+        if not checked:
             check_images(model, images)
+        checked = True
         with torch.no_grad():
             found = model(images).float()
         check_finite(model, images, found, numbers=numbers, error=EvaluationError)
-        logits.append(found.cpu())
+        return numbers, batch.skipped, found.cpu().numpy()
+
+    starts, bar = range(0, len(dataset), batch_size), partial(progress_bar, title="predictions")
+    batches = processes.share(starts, one_batch, bar=bar)
+    logits = [found for _, _, found in batches if found is not None]
     if not logits:
         check_images(model, torch.empty(0))
-    return np.array(readable), torch.cat(logits).numpy(), unread
+    readable = [number for numbers, _, _ in batches for number in numbers]
+    unread = [skipped for _, skips, _ in batches for skipped in skips]
+    return np.array(readable), np.concatenate(logits), unread
 
 
 def make_subject(
@@ -83,6 +94,7 @@ def make_subject(
     label_names: Sequence[str] = (),
     batch_size: int = 64,
     seed: int = 42,
+    processes: Processes = ALONE,
 ) -> Subject:
     """Create a subject from a dataset and its predictions.
 
@@ -94,6 +106,7 @@ def make_subject(
         label_names: class names
         batch_size: images per batch
         seed: seed of the evaluation
+        processes: the processes that share the work
 
     Raises:
         EvaluationError: the dataset has more classes than the model, or logits are NaN or infinite.
@@ -109,4 +122,4 @@ def make_subject(
         raise EvaluationError(f"the model gives NaN or infinite logits for {bad} of {len(logits)} images")
     images = _Images(dataset, readable)
     count = min(count, len(labels))
-    return Subject(model, images, labels, logits, count, tuple(label_names), batch_size, seed)
+    return Subject(model, images, labels, logits, count, tuple(label_names), batch_size, seed, processes=processes)

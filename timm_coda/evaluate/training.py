@@ -9,6 +9,7 @@ from tqdm import tqdm
 
 from ..data import ImageDataset, Skipped, collate
 from ..explanation import check_finite
+from ..hub import ALONE, Processes
 from .base import EvaluationError, Subject
 from .explainers import make_explainer
 from .localisation import GridLocalisation
@@ -26,9 +27,11 @@ class TrainingLocalisation:
         dataset: Test images, preprocessed for the model; up to 1000, evenly spaced, are used.
         classes: Number of classes. Grids have 3 x 3 images for 9 or more classes, else 2 x 2.
         every: Epochs between measurements; 0 disables them.
+        processes: The processes that share a measurement, with equal models. All make the same calls.
     """
 
-    def __init__(self, dataset: ImageDataset, classes: int, *, every: int):
+    def __init__(self, dataset: ImageDataset, classes: int, *, every: int, processes: Processes = ALONE):
+        self._processes = processes
         self._dataset, self._classes, self._every, self._said = dataset, classes, every, set()
         self._metric = GridLocalisation(grids=_GRIDS, size=3 if classes >= 9 else 2)
 
@@ -50,7 +53,7 @@ class TrainingLocalisation:
             return float(np.median(scores))
         except Exception as error:  # such as out of memory: must not stop hours of training
             words = str(error) if isinstance(error, EvaluationError) else f"{type(error).__name__}: {error}"
-            if words not in self._said:
+            if words not in self._said and self._processes.rank == 0:
                 tqdm.write(f"note: no localisation: {words}")
             self._said.add(words)
             return None
@@ -68,21 +71,22 @@ class TrainingLocalisation:
             raise EvaluationError(f"there are {self._classes} classes, but grids need {need}")
         count = len(self._dataset)
         places = np.linspace(0, count - 1, min(count, _IMAGES)).round().astype(int).tolist()
-        known, labels, logits = [], [], []
-        for start in range(0, len(places), _BATCH):
+
+        def predict(start: int) -> tuple[list[int], np.ndarray, np.ndarray | None]:
             part = places[start : start + _BATCH]
             samples = [self._dataset[place] for place in part]
-            known += [place for place, one in zip(part, samples, strict=True) if not isinstance(one, Skipped)]
+            readable = [place for place, one in zip(part, samples, strict=True) if not isinstance(one, Skipped)]
             batch = collate(samples)
-            if len(batch.labels):
-                labels.append(batch.labels.numpy())
-                logits.append(_logits(model, batch.images))
+            return readable, batch.labels.numpy(), _logits(model, batch.images) if readable else None
+
+        parts = self._processes.share(range(0, len(places), _BATCH), predict)
+        known = [place for readable, _, _ in parts for place in readable]
 
         def load(numbers: Any) -> Tensor:
             return collate([self._dataset[known[number]] for number in numbers]).images
 
-        known_labels, known_logits = np.concatenate(labels), np.concatenate(logits)
-        subject = Subject(model, load, known_labels, known_logits, count=len(known), batch_size=_BATCH)
+        labels, logits = (np.concatenate([part[k] for part in parts if part[0]]) for k in (1, 2))
+        subject = Subject(model, load, labels, logits, count=len(known), batch_size=_BATCH, processes=self._processes)
         try:
             self._metric.choose(subject)
         except EvaluationError as error:

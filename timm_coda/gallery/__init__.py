@@ -1,6 +1,6 @@
 """Explain many images and videos: resolve inputs, write figures, tables and contact sheets to a folder."""
 
-from .gallery import Gallery, is_fatal
+from .gallery import Gallery, Row, reason_of
 from .inputs import InputError, Source, fetched, find_sources
 from .record import digest_of
 from .video import VIDEO_SUFFIXES, VideoError, explain_video
@@ -9,11 +9,12 @@ __all__ = [
     "VIDEO_SUFFIXES",
     "Gallery",
     "InputError",
+    "Row",
     "Source",
     "VideoError",
     "digest_of",
     "explain_video",
     "fetched",
     "find_sources",
-    "is_fatal",
+    "reason_of",
 ]

@@ -6,7 +6,7 @@ import errno
 import io
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,13 +17,14 @@ from PIL import Image
 from timm.data import resolve_model_data_config
 
 from ..explanation import GAP, GREY, Explanation, Page, color_limit, save_figure, save_image
-from ..hub import __version__, replacing, weights_fingerprint
-from ..images import to_rgb
-from .inputs import Source
+from ..hub import ALONE, Processes, __version__, replacing, weights_fingerprint
+from ..images import ImageError, read_image, to_rgb
+from .inputs import InputError, Source, fetched
 from .placement import eval_transform, overlay_whole, seen_box
-from .record import Record
+from .record import Record, digest_of
+from .video import VIDEO_SUFFIXES
 
-__all__ = ["Gallery", "Row", "contact_sheet", "is_fatal"]
+__all__ = ["Gallery", "Row", "contact_sheet", "reason_of"]
 
 COLUMNS = (
     *("image", "prediction", "probability", "target", "target_probability", "versus", "value", "bias"),
@@ -56,14 +57,25 @@ class Tile(NamedTuple):
 
 
 @dataclass(frozen=True)
-class _Waiting:
+class _Read:
     source: Source
     digest: str
     entry: dict[str, Any] | None  # what the record has of it, if it was explained before
-    place: int  # position in the order of the inputs
     seen: torch.Tensor  # model input (C, H, W)
     shown: Image.Image
     note: str
+
+
+@dataclass(frozen=True)
+class _Done:
+    """What became of an input; the first process collects it."""
+
+    source: Source
+    reason: str = ""  # why it was skipped
+    entry: dict[str, Any] | None = None
+    tile: Tile | None = None
+    row: Row | None = None  # None if it was explained before
+    video: bool = False
 
 
 class Gallery:
@@ -74,11 +86,16 @@ class Gallery:
     than one image contact_sheet.png, contact_sheet-2.png, ... with 48 images each. What is finished is recorded in the
     folder; a gallery with the same settings does not explain it again.
 
-    An image whose files cannot be written is skipped, with the reason in the table.
+    An image that cannot be read, or whose files cannot be written, is skipped, with the reason in the table.
+
+    If several processes share the work, each has a gallery with the same arguments. A batch is explained by one of
+    them, and is the same for any number of them, so that contributions are as well; the first process writes the table
+    and the contact sheets.
 
     Args:
         model: a timm_coda model in eval mode.
-        output: output folder, which exists and is claimed by this process.
+        output: output folder, which exists and is claimed by the first process.
+        sources: all inputs, in the order of the table.
         names: a name for each class.
         targets: classes to explain; None for the `top` most probable classes.
         versus: classes to contrast with, one or as many as `targets`.
@@ -86,6 +103,8 @@ class Gallery:
         batch_size: images per forward pass.
         suffix: file type of the figures: .png, .svg or .pdf.
         overwrite: explain everything again, also in a folder with other files.
+        processes: the processes that share the work.
+        show: called in the first process with the row of each image that is explained.
 
     Raises:
         InputError: the folder has results with other settings, or other files.
@@ -95,6 +114,7 @@ class Gallery:
         self,
         model: Any,
         output: Path,
+        sources: Sequence[Source],
         *,
         names: Sequence[str],
         targets: Sequence[int] | None = None,
@@ -103,52 +123,64 @@ class Gallery:
         batch_size: int = 16,
         suffix: str = ".png",
         overwrite: bool = False,
+        processes: Processes = ALONE,
+        show: Callable[[Row], None] = lambda row: None,
     ) -> None:
         self.model, self.output, self.names = model, output, tuple(names)
+        self.processes, self._show = processes, show
         self.targets, self.versus, self.top = targets, versus, top
         self.batch_size, self.suffix = batch_size, suffix
         self.explained = self.reused = 0  # inputs; those that were explained before are in both
         self.skipped: list[str] = []  # "NAME: REASON"
-        self._count = 0
+        self.videos: list[Source] = []  # URLs given as images that turned out to be videos
         self._config = resolve_model_data_config(model)
         settings = {"timm_coda": __version__, "weights": weights_fingerprint(model), "label_names": self.names}
         settings |= {"target": targets, "versus": versus, "top": top, "figure": suffix, "preprocessing": self._config}
-        self.record = Record(output, settings, overwrite=overwrite)
+        self.record = Record(output, settings, overwrite=overwrite, processes=processes)
         self._transform = eval_transform(model)
-        self._waiting: list[_Waiting] = []
+        self._places = {source.stem: place for place, source in enumerate(sources)}
         self._table: dict[int, list[dict[str, str]]] = {}
         self._tiles: list[Tile] = []
         self._sheets = 0
 
-    def add(self, source: Source, image: Image.Image, digest: str) -> list[Row]:
-        """Queue the image of a file with this digest. Explain the queue once it fills a batch; return its rows."""
-        self._count += 1
-        image = to_rgb(image)
-        note, entry = image.info.get("note", ""), self.record.find(source, digest)
-        seen, shown = self._transform(image), _resized(image)
-        self._waiting.append(_Waiting(source, digest, entry, self._count, seen, shown, note))
-        return self._explain() if len(self._waiting) == self.batch_size else []
+    def explain(self, batches: Sequence[Sequence[Source]]) -> None:
+        """Explain batches of images, one in each process."""
+        if self.processes.count == 1:
+            for batch in batches:
+                for done in self._explain(batch):
+                    self._take(done)
+            return
 
-    def skip(self, source: Source, reason: str, *, place: int | None = None) -> None:
-        """Record in the table that an input was skipped, and why; by default, it is the next input."""
-        if place is None:
-            self._count += 1
-        self._table[place or self._count] = [{"image": source.name, "skipped": reason}]
+        def take(batches: list[list[_Done]]) -> None:
+            for done in (done for batch in batches for done in batch):
+                self._take(done)
+
+        self.processes.share(batches, lambda batch: list(self._explain(batch)), join=take)
+
+    def skip(self, source: Source, reason: str) -> None:
+        """Record in the table that an input was skipped, and why."""
+        self._table[self._places[source.stem]] = [{"image": source.name, "skipped": reason}]
         self.skipped.append(f"{source.name}: {reason}")
 
-    def finish(self) -> list[Row]:
-        """Explain the queued images, write the table and the last contact sheet, and return the images' rows."""
-        rows = self._explain()
-        self._write_table()
-        if self._tiles and (self._sheets or len(self._tiles) > 1):
-            self._write_sheet()
-        return rows
+    def finish(self) -> None:
+        """Write the table and the last contact sheet, in the first process."""
+
+        def finish() -> None:
+            self._finish()
+            self.record.close()
+
+        self.processes.first(finish)
 
     def stop(self) -> None:
         """After an error or Ctrl-C: write the table and the contact sheet of what is explained, as far as possible."""
-        self._waiting = [one for one in self._waiting if one.entry]
-        with contextlib.suppress(OSError):  # the error before is the one to show
-            self.finish()
+        if self.processes.rank == 0:
+            with contextlib.suppress(OSError):  # the error before is the one to show
+                self._finish()
+
+    def _finish(self) -> None:
+        self._write_table()
+        if self._tiles and (self._sheets or len(self._tiles) > 1):
+            self._write_sheet()
 
     def _write_table(self) -> None:
         if not self._table:  # all inputs were videos
@@ -161,23 +193,61 @@ class Gallery:
         with replacing(self.output / "table.csv") as stream:
             stream.write(text.getvalue().encode())
 
-    def _explain(self) -> list[Row]:
-        waiting, self._waiting = self._waiting, []
-        new = [one for one in waiting if not one.entry]
-        explanations = iter(self._explanations(torch.stack([one.seen for one in new])) if new else ())
-        rows = []
-        for one in waiting:
-            found = None if one.entry else next(explanations)
+    def _explain(self, batch: Sequence[Source]) -> Iterator[_Done]:
+        """Explain a batch of images and write their files; yield what became of each.
+
+        Those that were explained before are explained with the others, if there are any, but not written: the numbers
+        of an image depend, in their last digits, on the number of images in its batch.
+        """
+        ready: list[_Read] = []
+        for source in batch:
+            path = Path(source.place)
             try:
-                if found is None:
-                    self._reuse(one)
-                else:
-                    rows.append(self._write(one, found))
+                with fetched(source) as path:
+                    if path.suffix.lower() in VIDEO_SUFFIXES:
+                        yield _Done(source, video=True)
+                        continue
+                    ready.append(self._read(source, path))
+            except (ImageError, InputError) as error:
+                yield _Done(source, str(error).removeprefix(f"{source.name}: ").removeprefix(f"{path}: "))
             except OSError as error:
-                if is_fatal(error):
-                    raise
-                self.skip(one.source, _reason(error), place=one.place)
-        return rows
+                yield _Done(source, reason_of(error))
+        explanations = None
+        if not all(one.entry for one in ready):
+            explanations = self._explanations(torch.stack([one.seen for one in ready]))
+        for number, one in enumerate(ready):
+            try:
+                if one.entry:
+                    yield self._reuse(one, one.entry)
+                else:
+                    assert explanations is not None
+                    yield self._write(one, explanations[number])
+            except OSError as error:
+                yield _Done(one.source, reason_of(error))
+
+    def _read(self, source: Source, path: Path) -> _Read:
+        digest = digest_of(path)
+        image = to_rgb(read_image(path, name=source.name))
+        entry, note = self.record.find(source, digest), image.info.get("note", "")
+        return _Read(source, digest, entry, self._transform(image), _resized(image), note)
+
+    def _take(self, done: _Done) -> None:
+        """Add what became of an image to the table, the record and the contact sheet."""
+        if done.video:
+            self.videos.append(done.source)
+            return
+        if done.entry is None or done.tile is None:
+            self.skip(done.source, done.reason)
+            return
+        self.record.take(done.entry)
+        self._table[self._places[done.source.stem]] = done.entry["rows"]
+        self._tiles.append(done.tile)
+        self.explained += 1
+        self.reused += done.row is None
+        if len(self._tiles) == _TILES:
+            self._write_sheet()
+        if done.row is not None:
+            self._show(done.row)
 
     def _explanations(self, images: torch.Tensor) -> Explanation:
         targets = None if self.targets is None else torch.tensor(self.targets).expand(len(images), -1)
@@ -188,15 +258,13 @@ class Gallery:
         found = self.model.explain(images, targets, top=top, versus=versus)
         return replace(found, label_names=self.names)
 
-    def _reuse(self, one: _Waiting) -> None:
+    def _reuse(self, one: _Read, entry: dict[str, Any]) -> _Done:
         """Take an image that was explained before into the table and onto the contact sheet."""
-        assert one.entry
-        with Image.open(self.output / one.entry["overlay"]) as overlay:
+        with Image.open(self.output / entry["overlay"]) as overlay:
             drawn = np.asarray(overlay.convert("RGB"))
-        self._finish_image(one, one.entry["rows"], one.entry["caption"], drawn)
-        self.reused += 1
+        return _Done(one.source, entry=entry, tile=_tile(one, entry["caption"], drawn))
 
-    def _write(self, one: _Waiting, found: Explanation) -> Row:
+    def _write(self, one: _Read, found: Explanation) -> _Done:
         stem = self.output / one.source.stem
         files = [_with_ending(stem, ".npz"), _with_ending(stem, f".figure{self.suffix}")]
         found.save(files[0])
@@ -218,17 +286,8 @@ class Gallery:
             other = "" if found.versus is None else f", not {self.names[int(found.versus[0, 0])]}"
             caption += f"; shown: {explained}{other}"
         rows, overlay = self._table_rows(row, found, probabilities), os.path.relpath(files[2], self.output)
-        self.record.add(one.source, one.digest, files, rows=rows, caption=caption, overlay=overlay)
-        self._finish_image(one, rows, caption, drawn[0])
-        return row
-
-    def _finish_image(self, one: _Waiting, rows: list[dict[str, str]], caption: str, drawn: np.ndarray) -> None:
-        self._table[one.place] = rows
-        tile = [np.asarray(_shrunk(Image.fromarray(pixels))) for pixels in (np.asarray(one.shown), drawn)]
-        self._tiles.append(Tile("/".join(Path(one.source.name).parts[-2:]), caption, *tile))
-        self.explained += 1
-        if len(self._tiles) == _TILES:
-            self._write_sheet()
+        entry = self.record.add(one.source, one.digest, files, rows=rows, caption=caption, overlay=overlay)
+        return _Done(one.source, entry=entry, tile=_tile(one, caption, drawn[0]), row=row)
 
     def _table_rows(self, row: Row, found: Explanation, probabilities: torch.Tensor) -> list[dict[str, str]]:
         (prediction, probability), numbers = row.top[0], found.arrays()
@@ -257,18 +316,19 @@ class Gallery:
         try:
             save_figure(contact_sheet(tiles), self.output / name)
         except OSError as error:
-            if is_fatal(error):
-                raise
-            self.skipped.append(f"{name}: {_reason(error)}")
+            self.skipped.append(f"{name}: {reason_of(error)}")
 
 
-def is_fatal(error: OSError) -> bool:
-    """Return True if an error with one file will happen with the others as well, such as on a full disk."""
-    return error.errno in _FATAL
-
-
-def _reason(error: OSError) -> str:
+def reason_of(error: OSError) -> str:
+    """Return why one file is skipped; raise the error if the others will meet it as well, such as on a full disk."""
+    if error.errno in _FATAL:
+        raise error
     return error.strerror or str(error)
+
+
+def _tile(one: _Read, caption: str, drawn: np.ndarray) -> Tile:
+    pictures = [np.asarray(_shrunk(Image.fromarray(pixels))) for pixels in (np.asarray(one.shown), drawn)]
+    return Tile("/".join(Path(one.source.name).parts[-2:]), caption, *pictures)
 
 
 def contact_sheet(tiles: Sequence[Tile]) -> Any:

@@ -43,6 +43,12 @@ class Source:
     stem: str
     """Unique path of its results, relative to the output folder and without suffix."""
 
+    @property
+    def suffix(self) -> str:
+        """Suffix of the file or of the URL's path, in lower case; "" for a URL without one."""
+        path = urllib.parse.urlsplit(self.place).path if _is_link(self.place) else self.place
+        return PurePosixPath(path).suffix.lower()
+
 
 def find_sources(words: Sequence[str], output: Path) -> list[Source]:
     """Resolve files, folders and URLs to sources, in order.

@@ -14,6 +14,7 @@ from .environment import __version__, environment
 from .factory import HubMixin, create_model, load_model
 from .fingerprint import PICTURE_KEY, weights_fingerprint
 from .folder import SAVED, between_saves, check_folder, model_config, read_config, save_model
+from .processes import ALONE, ProcessError, Processes, join_launch
 from .remote import (
     card_of_folder,
     check_access,
@@ -26,12 +27,15 @@ from .remote import (
 from .writing import RUNNING, HubError, SaveError, claimed, replacing, temporary_folder, write_text
 
 __all__ = [
+    "ALONE",
     "PICTURE_KEY",
     "RUNNING",
     "SAVED",
     "ConvertError",
     "HubError",
     "HubMixin",
+    "ProcessError",
+    "Processes",
     "SaveError",
     "__version__",
     "between_saves",
@@ -49,6 +53,7 @@ __all__ = [
     "files_to_push",
     "from_bcos_v2",
     "is_cached",
+    "join_launch",
     "load_model",
     "make_card",
     "model_config",

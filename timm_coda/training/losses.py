@@ -5,13 +5,14 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from accelerate.utils import broadcast
 from timm.data import Mixup
 from timm.loss import BinaryCrossEntropy
 from torch import Tensor, nn
 
 from ..data import Batch
 
-__all__ = ["LOSSES", "SCHEDULES", "Mixing", "evaluate", "make_loss", "tally"]
+__all__ = ["LOSSES", "SCHEDULES", "Mixing", "evaluate", "make_loss", "share_buffers", "tally"]
 
 LOSSES = ("bce", "bce-uniform", "ce")
 SCHEDULES = ("cosine", "step", "poly", "tanh", "wsd", "constant")
@@ -70,6 +71,12 @@ def tally(loss: Tensor, logits: Tensor, labels: Tensor) -> Tensor:
     """Return sums over the images as a tensor (3,): loss, correct predictions, number of images."""
     right = (logits.argmax(1) == labels).sum()
     return torch.stack([loss.detach() * len(labels), right, torch.full_like(right, len(labels))])
+
+
+def share_buffers(model: nn.Module) -> None:
+    """Give all processes the buffers of the first, such as running means, which each updates with its own images."""
+    for buffer in model.buffers():
+        broadcast(buffer)
 
 
 @torch.no_grad()
