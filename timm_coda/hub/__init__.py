@@ -14,6 +14,13 @@ from .environment import __version__, environment
 from .factory import HubMixin, create_model, load_model
 from .fingerprint import PICTURE_KEY, weights_fingerprint
 from .folder import SAVED, between_saves, check_folder, model_config, read_config, save_model
+from .record import (
+    get_model_args,
+    get_model_input_config,
+    loadable,
+    register_model,
+    resolve_input_data_config,
+)
 from .remote import (
     card_of_folder,
     check_access,
@@ -48,13 +55,18 @@ __all__ = [
     "fetch",
     "files_to_push",
     "from_bcos_v2",
+    "get_model_args",
+    "get_model_input_config",
     "is_cached",
     "load_model",
+    "loadable",
     "make_card",
     "model_config",
     "push_folder",
     "read_config",
+    "register_model",
     "replacing",
+    "resolve_input_data_config",
     "resolve_weights",
     "save_model",
     "temporary_folder",
