@@ -43,7 +43,7 @@ def test_a_saved_folder_is_the_same_model_bit_for_bit(tmp_path):
         assert torch.equal(again(images), model(images))
         assert torch.equal(again.explain(images).contributions, model.explain(images).contributions)
         assert again.pretrained_cfg["label_names"] == names
-        assert timm.data.resolve_model_data_config(again)["input_size"] == (1, 12, 20)
+        assert tuple(timm.data.resolve_model_data_config(again)["input_size"]) == (1, 12, 20)
     config = json.loads((made / "config.json").read_text())
     assert config["num_classes"] == 3 and "num_classes" not in config["model_args"]
     assert config["model_args"]["rank"] == 2 and config["model_args"]["logit_temperature"] == 70.0
