@@ -237,6 +237,19 @@ def test_bcos_models_too(tmp_path):
         CodaNet.from_pretrained(tmp_path)
 
 
+def test_arguments_of_timms_own_models_are_saved_or_missed(tmp_path):
+    hub.save_model(timm.create_model("resnet10t", num_classes=2), tmp_path)
+    model = timm.create_model("resnet10t", num_classes=2, stem_width=16).eval()
+    if not hasattr(model, "_model_args"):  # timm before 1.0.31
+        with pytest.raises(hub.HubError, match=r"does not record the arguments of its own models.*timm 1\.0\.31"):
+            hub.save_model(model, tmp_path)
+        assert hub.load_model(str(tmp_path)).conv1[0].out_channels == 32, "what was there is unchanged"
+        return
+    hub.save_model(model, tmp_path)
+    images = torch.rand(1, 3, 64, 64)
+    assert torch.equal(hub.load_model(str(tmp_path))(images), model(images))
+
+
 def test_models_of_another_class(tmp_path):
     hub.save_model(timm.create_model("resnet10t", num_classes=2), tmp_path)
     with pytest.raises(hub.HubError, match="is a ResNet, not a CodaNet"):

@@ -134,8 +134,9 @@ def _codes(file: str, index: int) -> "array[int]":
     """The characters of a font, sorted."""
     from matplotlib.ft2font import FT2Font
 
+    options: dict[str, Any] = {"face_index": index} if index else {}
     try:
-        return array("I", sorted(FT2Font(file, **({"face_index": index} if index else {})).get_charmap()))
+        return array("I", sorted(FT2Font(file, **options).get_charmap()))
     except (OSError, RuntimeError):  # removed, or damaged
         return array("I")
 

@@ -4,6 +4,9 @@ With older timm, this module records both for this package's models, and reads t
 before 1.0.25 takes for a pickle. When timm 1.0.31 is the oldest supported, this module goes: it is then timm's.
 """
 
+# pyright: reportArgumentType=false, reportAssignmentType=false
+# It compares the two versions' signatures.
+
 import dataclasses
 import functools
 import json
@@ -12,6 +15,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import timm
+import torch
 from timm.data import resolve_data_config
 from timm.models import PretrainedCfg
 from timm.models._hub import load_model_config_from_path
@@ -66,7 +70,10 @@ except ImportError:
         names = (getattr(pool, "pool_type", pool) for pool in pools)
         found["global_pool"] = next((name for name in names if isinstance(name, str)), None)
         found["img_size"] = _image_size(model)
-        return {name: value for name, value in found.items() if value is not None}
+        found = {name: value for name, value in found.items() if value is not None}
+        if not hasattr(model, "_model_args"):  # one of timm's own models
+            _check_default(model, found)
+        return found
 
     def get_model_input_config(model: Any) -> dict[str, Any]:
         """Return the shape of a model's images, whether it is fixed, and the layer that they go into."""
@@ -133,6 +140,17 @@ except ImportError:
 
     def _recorded(model: Any) -> dict[str, Any]:
         return getattr(model, "_model_args", {})
+
+    def _check_default(model: Any, arguments: dict[str, Any]) -> None:
+        """Raise ValueError if these arguments do not give a model with weights of the same names and shapes."""
+        with torch.device("meta"):
+            plain = timm.create_model(model.pretrained_cfg["architecture"], **arguments)
+        shapes = [{name: value.shape for name, value in net.state_dict().items()} for net in (plain, model)]
+        if shapes[0] != shapes[1]:
+            raise ValueError(
+                f"timm {timm.__version__} does not record the arguments of its own models, and this one has others "
+                "than the default: install timm 1.0.31 or newer"
+            )
 
     def _pair(size: Any) -> tuple[int, int]:
         return (size, size) if isinstance(size, int) else tuple(size)
