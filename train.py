@@ -30,7 +30,6 @@ os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # before torch: longer spinning
 import timm
 import torch
 from accelerate.utils import set_seed
-from timm.data import resolve_input_data_config
 from timm.scheduler import create_scheduler_v2
 from timm.utils import ModelEmaV3
 
@@ -144,7 +143,7 @@ def train(args: argparse.Namespace, accelerator: Any, stop: list[int]) -> None:
     with wrap_errors("--grad-checkpointing", states.RunError):
         network.set_grad_checkpointing(args.grad_checkpointing)
     with wrap_errors("--img-size, --interpolation, --crop-pct or an augmentation", states.RunError):
-        config = resolve_input_data_config(network, chosen("img_size interpolation crop_pct"))
+        config = hub.resolve_input_data_config(network, chosen("img_size interpolation crop_pct"))
         changes = chosen("crop_padding scale ratio hflip color_jitter auto_augment erase")
         transform, test_transform = data.create_transforms(config, **changes)
     how = chosen("batch_size seed workers streaming data_on_device") | {"config": config, "changes": changes}

@@ -136,7 +136,12 @@ class Functional(nn.Module):
 
 
 @pytest.mark.parametrize(
-    "layer", [nn.Dropout, nn.Dropout2d, DropPath, DropBlock2d, Functional, lambda rate: nn.BatchNorm2d(6)]
+    "layer",
+    [
+        *(nn.Dropout, nn.Dropout2d, DropPath, Functional),
+        lambda rate: DropBlock2d(rate, block_size=3),
+        lambda rate: nn.BatchNorm2d(6),
+    ],
 )
 def test_layers_that_depend_on_chance_or_the_batch(layer):
     model = small()

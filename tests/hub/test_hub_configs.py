@@ -106,7 +106,7 @@ def test_recipe_is_what_train_py_takes(name, train_module, tmp_path, monkeypatch
             assert getattr(args, option.replace("-", "_")) == value, option
     with torch.device("meta"):
         model = hub.create_model(args.model, num_classes=args.num_classes or 10, model_args=args.model_args)
-    config = timm.data.resolve_input_data_config(model, {"img_size": args.img_size, "crop_pct": args.crop_pct})
+    config = hub.resolve_input_data_config(model, {"img_size": args.img_size, "crop_pct": args.crop_pct})
     published = timm.create_model(name, num_classes=model.num_classes, device="meta")
     assert str(model) == str(published)  # layers, temperature
     assert config["input_size"] == published.pretrained_cfg["input_size"]

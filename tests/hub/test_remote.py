@@ -12,7 +12,7 @@ import huggingface_hub
 import pytest
 import timm
 import torch
-from huggingface_hub import ModelCard, constants
+from huggingface_hub import ModelCard, constants, file_download
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -53,6 +53,7 @@ def server(monkeypatch, tmp_path):
         monkeypatch.setattr(constants, "ENDPOINT", server.endpoint)
         template = server.endpoint + "/{repo_id}/resolve/{revision}/{filename}"
         monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+        monkeypatch.setattr(file_download, "HUGGINGFACE_CO_URL_TEMPLATE", template, raising=False)  # before 1.0
         monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
         monkeypatch.setattr(constants, "HF_HUB_DISABLE_PROGRESS_BARS", True)
         monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
@@ -60,7 +61,8 @@ def server(monkeypatch, tmp_path):
         monkeypatch.setenv("HF_TOKEN", "hf_ada")
         monkeypatch.setattr(time, "sleep", lambda seconds: None)
         yield server
-        huggingface_hub.close_session()
+        close = getattr(huggingface_hub, "close_session", None) or huggingface_hub.utils.reset_sessions  # before 1.0
+        close()
 
 
 def push(*words: object) -> int:
@@ -216,7 +218,8 @@ def test_what_does_not_pass_changes_nothing_and_goes_on_later(server, run_folder
     assert push(run_folder, "ada/pets") == 2
     error = capsys.readouterr().err.splitlines()[-1]
     assert error.startswith(f"timm-coda: error: the Hub ({server.endpoint}) cannot be reached for ada/pets")
-    assert "503 switched on in the test" in error and "try again later" in error
+    # huggingface_hub before 1.0 drops the Hub's message for an upload of weights.
+    assert ("503 switched on in the test" in error or "503 Serv" in error) and "again later" in error
     assert server.head("ada/pets") is before
 
     server.faults.clear()
@@ -231,7 +234,7 @@ def test_what_does_not_pass_changes_nothing_and_goes_on_later(server, run_folder
 @pytest.mark.parametrize(
     ("words", "token", "message"),
     [
-        (["ada/pets"], "hf_wrong-token", "does not accept the token hf_wro... for ada/pets (401 Unauthorized): cr"),
+        (["ada/pets"], "hf_wrong-token", "does not accept the token hf_wro... for ada/pets (401 "),
         (["ada/pets"], None, "ada/pets: the token for the Hub"),
         (["bob/pets"], "hf_ada", "the token hf_ada... has no permission for this on bob/pets (403 You don't have the"),
         (["bob/taken"], "hf_ada", "the token hf_ada... has no permission for this on bob/taken (403 You don't have"),
@@ -344,7 +347,7 @@ def test_models_that_are_not_there(server, run_folder, monkeypatch, tmp_path):
             CodaNet.from_pretrained(name, **options)
         assert "\n" not in str(caught.value)
     server.fail("HEAD", "config.json", 503, times=NEVER)
-    with pytest.raises(hub.HubError, match=r"cannot be reached for ada/none, or responds with errors \(503 Service"):
+    with pytest.raises(hub.HubError, match=r"cannot be reached for ada/none, or responds with errors \(503 Serv"):
         CodaNet.from_pretrained("ada/none")
 
 

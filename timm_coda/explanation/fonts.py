@@ -106,7 +106,10 @@ def _family(letter: str, preferred: tuple[str, ...], count: int) -> str | None:
 
 @lru_cache(maxsize=1)
 def _faces(count: int) -> dict[str, list[tuple[str, int]]]:
-    """Of each family among the `count` fonts that matplotlib knows, the regular and the bold face: (file, number)."""
+    """Of each family among the `count` fonts that matplotlib knows, the regular and the bold face: (file, number).
+
+    The number of a face in a collection: matplotlib before 3.11 knows the first one only.
+    """
     from matplotlib import font_manager, get_data_path
 
     families: dict[str, list[Any]] = {}
@@ -116,7 +119,7 @@ def _faces(count: int) -> dict[str, list[tuple[str, int]]]:
         if usable and entry.style == "normal":
             families.setdefault(entry.name, []).append(entry)
     return {
-        name: [(face.fname, face.index) for face in (_nearest(faces, 400), _nearest(faces, 700))]
+        name: [(face.fname, getattr(face, "index", 0)) for face in (_nearest(faces, 400), _nearest(faces, 700))]
         # Last those without a regular face: matplotlib logs that it takes another.
         for name, faces in sorted(families.items(), key=lambda item: (_nearest(item[1], 400).weight != 400, item[0]))
     }
@@ -131,8 +134,9 @@ def _codes(file: str, index: int) -> "array[int]":
     """The characters of a font, sorted."""
     from matplotlib.ft2font import FT2Font
 
+    options: dict[str, Any] = {"face_index": index} if index else {}
     try:
-        return array("I", sorted(FT2Font(file, face_index=index).get_charmap()))
+        return array("I", sorted(FT2Font(file, **options).get_charmap()))
     except (OSError, RuntimeError):  # removed, or damaged
         return array("I")
 

@@ -15,6 +15,13 @@ from .factory import HubMixin, create_model, load_model
 from .fingerprint import PICTURE_KEY, weights_fingerprint
 from .folder import SAVED, between_saves, check_folder, model_config, read_config, save_model
 from .processes import ALONE, ProcessError, Processes, join_launch
+from .record import (
+    get_model_args,
+    get_model_input_config,
+    loadable,
+    register_model,
+    resolve_input_data_config,
+)
 from .remote import (
     card_of_folder,
     check_access,
@@ -52,14 +59,19 @@ __all__ = [
     "fetch",
     "files_to_push",
     "from_bcos_v2",
+    "get_model_args",
+    "get_model_input_config",
     "is_cached",
     "join_launch",
     "load_model",
+    "loadable",
     "make_card",
     "model_config",
     "push_folder",
     "read_config",
+    "register_model",
     "replacing",
+    "resolve_input_data_config",
     "resolve_weights",
     "save_model",
     "temporary_folder",

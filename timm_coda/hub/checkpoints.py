@@ -186,8 +186,11 @@ def read_checkpoint(file: str | os.PathLike) -> dict[str, Tensor]:
     except ConvertError:
         raise
     except Exception as error:  # readers raise almost any exception for damaged files
-        if isinstance(error.__cause__, pickle.UnpicklingError):
-            found = re.search(r"GLOBAL ([\w.]+)", str(error.__cause__))
+        refused = (
+            error if isinstance(error, pickle.UnpicklingError) else error.__cause__
+        )  # timm before 1.0.31 passes it
+        if isinstance(refused, pickle.UnpicklingError):
+            found = re.search(r"GLOBAL ([\w.]+)", str(refused))
             raise ConvertError(
                 f"{file} holds more than weights ({found[1] if found else 'or is damaged'}), and loading these "
                 "would run code in it: it was not loaded. Ask its authors for the weights alone, as safetensors"

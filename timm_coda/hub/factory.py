@@ -23,6 +23,7 @@ from ..errors import wrap_errors
 from ..explanation import Classes, ClassesError, forget_names, listed
 from .card import make_card
 from .folder import CONFIG, between_saves, check_folder, model_config, save_model
+from .record import create_from_folder
 from .remote import download_errors, fetch, push_folder
 from .writing import HubError
 
@@ -107,7 +108,7 @@ def _create(name: str, **arguments: Any) -> Any:
     """Call `timm.create_model`; a local folder is read as it is between two saves."""
     if not name.startswith("local-dir:"):
         return timm.create_model(name, **arguments)
-    return between_saves(name.removeprefix("local-dir:"), lambda: timm.create_model(name, **arguments))
+    return between_saves(name.removeprefix("local-dir:"), lambda: create_from_folder(name, **arguments))
 
 
 @torch.no_grad()

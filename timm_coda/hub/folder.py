@@ -19,10 +19,11 @@ import timm
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
-from timm.models._hub import load_model_config_from_path, save_config_for_hf
+from timm.models._hub import load_model_config_from_path
 
 from ..errors import wrap_errors
 from ..explanation import Classes, read_names
+from .record import save_config_for_hf
 from .writing import HubError, SaveError, locked, temporary_folder
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"

@@ -7,6 +7,7 @@ the problem. The environment variable HF_ENDPOINT selects the Hub.
 import contextlib
 import functools
 import hashlib
+import http.client
 import json
 import logging
 import os
@@ -14,17 +15,17 @@ import re
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeGuard, TypeVar
 
 from huggingface_hub import CommitInfo, CommitOperationAdd, HfApi, get_token, hf_hub_download
 from huggingface_hub.errors import (
+    EntryNotFoundError,
     GatedRepoError,
     HfHubHTTPError,
     HFValidationError,
     LocalEntryNotFoundError,
     LocalTokenNotFoundError,
     OfflineModeIsEnabled,
-    RemoteEntryNotFoundError,
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
@@ -39,8 +40,8 @@ from .writing import HubError
 _FILES = (CONFIG, WEIGHTS, CARD, PICTURE, SUMMARY, RECIPE)  # never checkpoints: they are for resuming, and pickles
 _BY_HAND = f"; or put {CONFIG} and {WEIGHTS} from another machine into a folder, and load local-dir:FOLDER"
 _WAITS = (1.0, 4.0)  # seconds before each retry of a request that huggingface_hub does not retry
-# Base error of huggingface_hub's HTTP client (httpx or httpx2), raised when there is no response.
-_ClientError: Any = HfHubHTTPError.__bases__[0]
+# Base error of huggingface_hub's HTTP client (requests, httpx or httpx2), raised when there is no response.
+_ClientError: Any = next(kind for kind in reversed(HfHubHTTPError.__mro__) if kind.__module__ != "builtins")
 _logger = logging.getLogger(__name__)
 _T = TypeVar("_T")
 
@@ -218,16 +219,9 @@ def fetch(
     check_repo_id(repo_id)
 
     def download(name: str, *, revision: str | None = revision, force_download: bool = force_download) -> Path:
-        path = hf_hub_download(
-            repo_id,
-            name,
-            revision=revision,
-            token=token,
-            cache_dir=cache_dir,
-            force_download=force_download,
-            local_files_only=local_files_only,
-        )
-        return Path(path)
+        options = {"revision": revision, "token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
+        call = functools.partial(hf_hub_download, repo_id, name, force_download=force_download, **options)
+        return Path(_patiently(f"downloading {name}", call))  # before 1.0, a transfer that breaks off is not retried
 
     with _one_line(repo_id, HfApi(token=token), revision, otherwise=_BY_HAND):
         config = download(CONFIG)
@@ -271,13 +265,20 @@ def _patiently(what: str, action: Callable[[], _T]) -> _T:
 
 
 def _may_pass(error: BaseException) -> bool:
+    if isinstance(error, LocalEntryNotFoundError):  # huggingface_hub has tried to reach the Hub
+        return False
     for cause in _causes(error):
-        if isinstance(cause, HfHubHTTPError):
+        if _answered(cause):
             status = cause.response.status_code
             return status >= 500 or status in (408, 409, 412, 429)
         if isinstance(cause, (_ClientError, json.JSONDecodeError)):  # JSONDecodeError: an error page instead of JSON
             return True
     return False
+
+
+def _answered(error: BaseException) -> TypeGuard[HfHubHTTPError]:
+    """Return whether the Hub responded. In huggingface_hub before 1.0, a file missing in the cache is such an error."""
+    return isinstance(error, HfHubHTTPError) and error.response is not None
 
 
 def _causes(error: BaseException) -> Iterator[BaseException]:
@@ -290,10 +291,9 @@ def _causes(error: BaseException) -> Iterator[BaseException]:
 def _reason(error: BaseException) -> str:
     """Return the reason in one line: the Hub's message, or else the library's."""
     for cause in _causes(error):
-        if isinstance(cause, HfHubHTTPError):
-            return " ".join(
-                f"{cause.response.status_code} {cause.server_message or cause.response.reason_phrase}".split()
-            )
+        if _answered(cause):
+            code = cause.response.status_code
+            return " ".join(f"{code} {cause.server_message or http.client.responses.get(code, '')}".split())
     *_, cause = _causes(error)
     return " ".join(f"{cause}".split()) or type(cause).__name__
 
@@ -328,7 +328,7 @@ def _one_line(repo_id: str, api: HfApi, revision: str | None = None, *, otherwis
 
 def _explain(error: BaseException, repo_id: str, api: HfApi, revision: str | None, otherwise: str = "") -> str:
     causes, hub = list(_causes(error)), f"the Hub ({api.endpoint})"
-    status = next((cause.response.status_code for cause in causes if isinstance(cause, HfHubHTTPError)), 0)
+    status = next((cause.response.status_code for cause in causes if _answered(cause)), 0)
     token: Any = get_token() if api.token is None else api.token
     login = f"create a token at {api.endpoint}/settings/tokens and pass it with `hf auth login`, HF_TOKEN or --token"
 
@@ -343,7 +343,7 @@ def _explain(error: BaseException, repo_id: str, api: HfApi, revision: str | Non
         return f"{repo_id}{missing} {why}: unset it{otherwise}"
     if is_any(RevisionNotFoundError):
         return f"{repo_id} has no revision {revision!r}: create it with `hf repos branch create {repo_id} {revision}`"
-    if is_any(RemoteEntryNotFoundError):
+    if is_any(EntryNotFoundError) and not is_any(LocalEntryNotFoundError):
         name = next((name for name in (CONFIG, WEIGHTS) if name in str(error)), "file")
         pickles = "; pickles such as pytorch_model.bin can run code and are not loaded" if name == WEIGHTS else ""
         return f"{repo_id} has no {name}{pickles}: push the model again with model.push_to_hub({repo_id!r})"

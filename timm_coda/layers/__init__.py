@@ -1,7 +1,7 @@
 """Layers that compute `W(x) x`: dynamic alignment units (DAUs), B-cos layers, and other layers of these networks."""
 
 from .attention import DynamicGroupNorm2d, DynamicLayerNorm, SinCosPositions, freezable
-from .base import DynamicLinear, GlobalPool, InverseEncoding, Logits, adapt_colours
+from .base import DynamicLinear, GlobalPool, InverseEncoding, Logits, adapt_colours, placement
 from .bcos import BatchNormUncentered2d, BcosConv2d, BcosLinear, EncodedBcosConv2d, PositionNorm2d
 from .dau import DAUConv2d, DAULinear
 from .functional import (
@@ -46,6 +46,7 @@ __all__ = [
     "dau_linear",
     "freezable",
     "is_emulated",
+    "placement",
     "rescaling",
     "set_backend",
     "squared_norm",

@@ -1,6 +1,7 @@
 """Parts of every dynamic-linear network: frozen mode of a layer, image encoding, pooling, and logits."""
 
 import threading
+from typing import Any
 
 import torch
 from timm.models import register_notrace_module
@@ -8,7 +9,7 @@ from torch import Tensor, nn
 
 from .kernels.half import widened
 
-__all__ = ["DynamicLinear", "FrozenDynamics", "GlobalPool", "InverseEncoding", "Logits", "adapt_colours"]
+__all__ = ["DynamicLinear", "FrozenDynamics", "GlobalPool", "InverseEncoding", "Logits", "adapt_colours", "placement"]
 
 _ACTIVE = "timm_coda.active_switches"
 
@@ -126,6 +127,12 @@ class InverseEncoding(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{self.in_chans}, min_size={self.min_size}"
+
+
+def placement(module: nn.Module) -> dict[str, Any]:
+    """Return the `device` and `dtype` of a module's parameters, as arguments for a new one; None without parameters."""
+    parameter = next(module.parameters(), None)
+    return {"device": getattr(parameter, "device", None), "dtype": getattr(parameter, "dtype", None)}
 
 
 def adapt_colours(weight: Tensor, in_chans: int) -> Tensor:

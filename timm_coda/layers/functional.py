@@ -11,7 +11,6 @@ p (K), with `down` B (r, K), unit d's rows A_d (r, K) of `up`, and its bias b_d 
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from importlib.util import find_spec
 
 import torch
 from torch import Tensor
@@ -62,7 +61,11 @@ BACKENDS = {
     "triton": _triton,  # CUDA kernels; fall back to 'torch' for other ranks and dtypes
 }
 BEST_BACKEND = {"cpu": "cpu", "cuda": "torch"}
-if find_spec("triton"):  # only with CUDA builds of PyTorch
+try:
+    import triton  # only with CUDA builds of PyTorch; 3.2, of torch 2.6, also needs setuptools
+except ImportError:
+    triton = None
+if triton is not None:
     from .kernels import dau_triton  # noqa: F401  # now, as a FlopCounterMode knows only the operators before it
 
     BEST_BACKEND["cuda"] = "triton"

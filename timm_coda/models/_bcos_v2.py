@@ -3,12 +3,11 @@
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from timm.layers import get_device_dtype
 from torch import Tensor, nn
 
 from ..explanation import ExplainMixin, forget_names
 from ..hub import HubMixin, check_fit, from_bcos_v2, unwrap
-from ..layers import GlobalPool
+from ..layers import GlobalPool, placement
 from ._bcosify import bcos_classifier, bcos_logits
 
 __all__ = ["LONG", "BcosHead", "v2_cfg", "v2_weights"]
@@ -32,7 +31,7 @@ class BcosHead(ExplainMixin, HubMixin):
         model.num_classes = num_classes
         if global_pool is not None:
             model.global_pool = GlobalPool(global_pool).train(model.training)
-        options: dict[str, Any] = model._head_args | get_device_dtype(model)
+        options: dict[str, Any] = model._head_args | placement(model)
         head = bcos_classifier(model.head_hidden_size, num_classes, **options)
         setattr(model, self.classifier_name, head.train(model.training))
         model.logits = bcos_logits(num_classes, *model._logit_args).train(model.training)

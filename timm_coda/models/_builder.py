@@ -7,7 +7,7 @@ from timm.models import build_model_with_cfg
 from torch import nn
 
 from ..explanation import forget_names
-from ..hub import download_errors, resolve_weights
+from ..hub import download_errors, loadable, resolve_weights
 
 __all__ = ["build_model"]
 
@@ -52,12 +52,13 @@ def build_model(
             model_cls,
             variant,
             pretrained,
-            pretrained_cfg=config,  # type: ignore[arg-type]  # timm passes a PretrainedCfg, too
+            pretrained_cfg=loadable(config, pretrained),  # type: ignore[arg-type]  # timm passes a PretrainedCfg, too
             pretrained_filter_fn=checkpoint_filter_fn,
             cache_dir=cache_dir,
             feature_cfg=dict(feature_cfg or {}),  # a copy, because timm removes keys from it
             **kwargs,
         )
+    model.pretrained_cfg["first_conv"] = config.first_conv
     if brought:
         model._model_args = {name: kwargs[name] for name in brought}  # timm adds the caller's arguments and saves all
     if not (pretrained and getattr(model, "num_classes", None) == config.num_classes):

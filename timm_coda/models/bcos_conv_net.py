@@ -18,10 +18,10 @@ from itertools import pairwise
 from math import log
 from typing import Any
 
-from timm.models import generate_default_cfgs, register_model
+from timm.models import generate_default_cfgs
 from torch import Tensor
 
-from ..hub import ConvertError, check_fit, unwrap
+from ..hub import ConvertError, check_fit, register_model, unwrap
 from ..layers import BcosConv2d, adapt_colours
 from ._builder import build_model
 from .conv_stack import STAGE_FEATURES, ConvStack

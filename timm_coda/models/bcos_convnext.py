@@ -13,11 +13,11 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from timm.models import generate_default_cfgs, register_model
+from timm.models import generate_default_cfgs
 from timm.models.convnext import ConvNeXt
 from torch import Tensor, nn
 
-from ..hub import unwrap
+from ..hub import register_model, unwrap
 from ..layers import BatchNormUncentered2d, GlobalPool, PositionNorm2d
 from ._bcos_v2 import LONG, BcosHead, v2_cfg, v2_weights
 from ._bcosify import bcos_classifier, bcos_logits, replace_modules

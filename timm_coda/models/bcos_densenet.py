@@ -11,10 +11,11 @@ The classifier is a 1x1 B-cos convolution before the pooling. logits = W(x) x + 
 from collections.abc import Mapping
 from typing import Any
 
-from timm.models import generate_default_cfgs, register_model
+from timm.models import generate_default_cfgs
 from timm.models.densenet import DenseNet
 from torch import Tensor
 
+from ..hub import register_model
 from ..layers import GlobalPool
 from ._bcos_v2 import LONG, BcosHead, v2_cfg, v2_weights
 from ._bcosify import bcos_classifier, bcos_logits, replace_modules

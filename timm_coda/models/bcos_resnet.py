@@ -18,10 +18,11 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch.nn.functional as F
-from timm.models import generate_default_cfgs, register_model
+from timm.models import generate_default_cfgs
 from timm.models.resnet import BasicBlock, Bottleneck, ResNet
 from torch import Tensor, nn
 
+from ..hub import register_model
 from ..layers import GlobalPool
 from ._bcos_v2 import LONG, BcosHead, v2_cfg, v2_weights
 from ._bcosify import bcos_classifier, bcos_logits, replace_modules

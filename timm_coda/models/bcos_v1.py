@@ -19,8 +19,8 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from timm.layers import ConvNormAct, get_device_dtype
-from timm.models import generate_default_cfgs, register_model
+from timm.layers import ConvNormAct
+from timm.models import generate_default_cfgs
 from timm.models._features import feature_take_indices
 from timm.models.densenet import DenseNet
 from timm.models.inception_v3 import InceptionB, InceptionD, InceptionV3
@@ -29,8 +29,8 @@ from timm.models.vgg import VGG, cfgs
 from torch import Tensor, nn
 
 from ..explanation import ExplainMixin, forget_names
-from ..hub import HubMixin, check_fit, unwrap
-from ..layers import BcosConv2d, EncodedBcosConv2d, GlobalPool, Logits, adapt_colours
+from ..hub import HubMixin, check_fit, register_model, unwrap
+from ..layers import BcosConv2d, EncodedBcosConv2d, GlobalPool, Logits, adapt_colours, placement
 from ._builder import build_model
 
 __all__ = ["BcosV1DenseNet", "BcosV1InceptionV3", "BcosV1ResNet", "BcosV1VGG"]
@@ -132,7 +132,7 @@ class _BcosV1(ExplainMixin, HubMixin, nn.Module):
         self.num_classes = num_classes
         if global_pool is not None:
             self.global_pool = GlobalPool(global_pool).train(self.training)
-        self.fc = self._make_classifier(**get_device_dtype(self)).train(self.training)
+        self.fc = self._make_classifier(**placement(self)).train(self.training)
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         return self._vote(x, pre_logits)

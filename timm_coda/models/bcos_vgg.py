@@ -13,11 +13,12 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from timm.models import generate_default_cfgs, register_model
+from timm.models import generate_default_cfgs
 from timm.models._features import feature_take_indices
 from timm.models.vgg import VGG, cfgs
 from torch import Tensor, nn
 
+from ..hub import register_model
 from ..layers import GlobalPool
 from ._bcos_v2 import BcosHead, v2_cfg, v2_weights
 from ._bcosify import bcos_classifier, bcos_logits, replace_modules

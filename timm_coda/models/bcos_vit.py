@@ -22,13 +22,13 @@ import re
 from functools import partial
 from typing import Any
 
-from timm.layers import Format, HybridEmbed, PatchEmbed, _assert, get_device_dtype, to_2tuple
-from timm.models import generate_default_cfgs, register_model
+from timm.layers import Format, HybridEmbed, PatchEmbed, _assert, to_2tuple
+from timm.models import generate_default_cfgs
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from ..explanation import ExplainMixin, forget_names
-from ..hub import from_bcos_v2
+from ..hub import from_bcos_v2, register_model
 from ..layers import (
     BcosConv2d,
     BcosLinear,
@@ -37,6 +37,7 @@ from ..layers import (
     EncodedBcosConv2d,
     SinCosPositions,
     freezable,
+    placement,
 )
 from ._bcosify import bcos_logits
 from ._builder import build_model
@@ -202,7 +203,7 @@ class BcosVisionTransformer(ExplainMixin, VisionTransformer):
             self.global_pool = _pooling(global_pool)
         head = nn.Identity()
         if num_classes > 0:
-            head = BcosLinear(self.num_features, num_classes, **self._head_args, **get_device_dtype(self))
+            head = BcosLinear(self.num_features, num_classes, **self._head_args, **placement(self))
         self.head = head.train(self.training)
         self.logits = bcos_logits(num_classes, *self._logit_args).train(self.training)
 

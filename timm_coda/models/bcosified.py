@@ -19,15 +19,13 @@ import timm
 import torch
 import torch.nn.functional as F
 from timm.data import resolve_model_data_config
-from timm.layers import get_device_dtype
-from timm.models import adapt_input_conv, generate_default_cfgs, register_model
-from timm.models._input import get_model_args, get_model_input_config
+from timm.models import adapt_input_conv, generate_default_cfgs
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..explanation import Classes, ExplainMixin, explanation_mode, forget_names
-from ..hub import HubMixin
-from ..layers import BatchNormUncentered2d, DynamicLinear, GlobalPool, InverseEncoding
+from ..hub import HubMixin, get_model_args, get_model_input_config, register_model
+from ..layers import BatchNormUncentered2d, DynamicLinear, GlobalPool, InverseEncoding, placement
 from ._bcosify import bcos_classifier, bcos_logits, replace_modules
 from ._builder import build_model
 
@@ -159,7 +157,7 @@ class Bcosified(ExplainMixin, HubMixin, nn.Module):
         self.num_classes = num_classes
         if global_pool is not None:
             self.global_pool = GlobalPool(global_pool).train(self.training)
-        head = bcos_classifier(self.head_hidden_size, num_classes, **self._head_args, **get_device_dtype(self))
+        head = bcos_classifier(self.head_hidden_size, num_classes, **self._head_args, **placement(self))
         self.head = head.train(self.training)
         self.logits = bcos_logits(num_classes, *self._logit_args).train(self.training)
 
@@ -277,7 +275,7 @@ def bcosify(
         num_classes=classes,
         in_chans=original.in_chans,
         img_size=size,
-        **get_device_dtype(original),
+        **placement(original),
     )
     if from_pretrained:
         _carry_over(original, created)
@@ -328,7 +326,7 @@ def _see_encoded(conv: nn.Conv2d, mean: Tensor, std: Tensor) -> nn.Conv2d:
         conv.dilation,  # pyright: ignore[reportArgumentType]
         bias=False,
         padding_mode=conv.padding_mode,
-        **get_device_dtype(conv),
+        **placement(conv),
     )
     mean, std = (values.to(conv.weight)[:, None, None] for values in (mean, std))
     scaled = conv.weight / std
@@ -355,7 +353,7 @@ def _check_linear(model: Bcosified) -> None:
 
 def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: Bcosified) -> dict[str, Tensor]:
     """Adapt weights to another number of colour channels, by timm's rule for each half of the encoding."""
-    name = f"{model.pretrained_cfg['first_conv']}.weight"  # pyright: ignore[reportIndexIssue]
+    name = f"body.{model.body.pretrained_cfg['first_conv']}.weight"
     weight = state_dict.get(name)
     if weight is None or weight.shape[1] != 6 or model.in_chans == 3:
         return state_dict

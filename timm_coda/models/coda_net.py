@@ -20,11 +20,11 @@ from pathlib import Path
 from typing import Any
 
 from timm.data import ImageNetInfo
-from timm.models import generate_default_cfgs, register_model
+from timm.models import generate_default_cfgs
 from torch import Tensor
 
 from ..errors import wrap_errors
-from ..hub import ConvertError, check_fit, unwrap
+from ..hub import ConvertError, check_fit, register_model, unwrap
 from ..layers import DAUConv2d, adapt_colours
 from ._builder import build_model
 from .conv_stack import STAGE_FEATURES, ConvStack

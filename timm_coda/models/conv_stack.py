@@ -9,14 +9,13 @@ from math import prod
 from typing import Any
 
 import torch
-from timm.layers import get_device_dtype
 from timm.models import checkpoint_seq
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
 from ..explanation import ExplainMixin, forget_names
 from ..hub import HubMixin
-from ..layers import DynamicLinear, GlobalPool, InverseEncoding, Logits
+from ..layers import DynamicLinear, GlobalPool, InverseEncoding, Logits, placement
 
 __all__ = ["STAGE_FEATURES", "ConvStack"]
 
@@ -128,7 +127,7 @@ class ConvStack(ExplainMixin, HubMixin, nn.Module):
         self.num_classes = num_classes
         if global_pool is not None:
             self.global_pool = GlobalPool(global_pool).train(self.training)
-        self.head = self._make_head(**get_device_dtype(self)).train(self.training)
+        self.head = self._make_head(**placement(self)).train(self.training)
 
     def forward_intermediates(
         self,

@@ -1,5 +1,6 @@
 """Register a backend's three functions as operators that support autograd, torch.compile, torch.export and vmap."""
 
+import typing
 from collections.abc import Callable
 from math import prod
 
@@ -12,6 +13,8 @@ from . import dau_torch as convolution
 from .patches import memory_format, output_size
 
 __all__ = ["make_operator"]
+
+_Ints = typing.Sequence[int]  # torch 2.6 reads no other spelling from a signature
 
 
 def _flops(z: tuple, up: tuple, up_bias: tuple) -> tuple[int, int, int, int]:
@@ -53,9 +56,9 @@ def make_operator(
         down: Tensor,
         up: Tensor,
         up_bias: Tensor,
-        stride: list[int],
-        padding: list[int],
-        dilation: list[int],
+        stride: _Ints,
+        padding: _Ints,
+        dilation: _Ints,
         activation: str,
         frozen: bool,
         keep: bool,
@@ -80,9 +83,9 @@ def make_operator(
         up_bias: Tensor,
         z: Tensor,
         s: Tensor,
-        stride: list[int],
-        padding: list[int],
-        dilation: list[int],
+        stride: _Ints,
+        padding: _Ints,
+        dilation: _Ints,
         activation: str,
     ) -> Tensor:
         with torch.autocast(x.device.type, enabled=False):
@@ -110,9 +113,9 @@ def make_operator(
         num: Tensor,
         s: Tensor,
         u: Tensor,
-        stride: list[int],
-        padding: list[int],
-        dilation: list[int],
+        stride: _Ints,
+        padding: _Ints,
+        dilation: _Ints,
         activation: str,
         wants_dx: bool,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
