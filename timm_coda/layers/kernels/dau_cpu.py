@@ -51,7 +51,7 @@ def _forward(x, down, up, up_bias, stride, padding, dilation, activation, keep):
         tile = product(p, a.t(), u[now] if keep else None)
         z[now] = low
         torch.add(_contract(tile, low), plain, out=num[now])
-        torch.add(product(packed, pairs(z[now].t().contiguous())).t(), terms.square, out=s[now])
+        torch.addmm(terms.square, pairs(z[now]), packed.t(), out=s[now])
         torch.mul(num[now], rescaling(s[now], activation), out=y[now])
     y = y.view(x.shape[0], g.rows, g.columns, units).permute(0, 3, 1, 2)
     return y.contiguous(memory_format=memory_format(x)), z, num, s, u
@@ -92,14 +92,13 @@ def _backward(grad, x, down, up, up_bias, z, num, s, u, stride, padding, dilatio
         zeroth += beta.sum(0)
         dz = beta @ terms.cross
         alpha, beta, zs = (t.to(low) for t in (alpha, beta, z[now]))
-        columns_z = zs.t().contiguous()
         dz.add_(_contract_units(alpha, tile)).add_(_norm_slope(beta, zs, gram))
-        add_product(dnorm, beta.t(), pairs(columns_z).t())
+        add_product(dnorm, beta.t(), pairs(zs))
         columns = p.new_empty(len(dweights), len(p))  # for the gradients of A, B and b
         outer, rest = columns.split([units * rank, rank + units])
         both = torch.cat([dz.to(low), alpha], 1)
         rest.copy_(both.t())
-        torch.mul(rest[rank:].unsqueeze(1), columns_z, out=outer.view(units, rank, -1))
+        torch.mul(rest[rank:].unsqueeze(1), zs.t().contiguous(), out=outer.view(units, rank, -1))
         add_product(dweights, columns, p)
         if wants_dx:
             dp = product(outer.t() if takes_columns(low) else _outer(alpha, zs), a)

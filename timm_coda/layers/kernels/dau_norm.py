@@ -31,18 +31,18 @@ def norm_terms(up: Tensor, up_bias: Tensor, exact: torch.dtype) -> NormTerms:
 
 
 def pairs(z: Tensor) -> Tensor:
-    """Return each z_i z_j once (z_i z_(i + r/2) twice), then each z_i: columns (r, n) to ((r//2 + 2) r, n).
+    """Return each z_i z_j once (z_i z_(i + r/2) twice), then each z_i: (n, r) to (n, (r//2 + 2) r).
 
-    Row k < r//2 + 1 of the first axis, taken as two, holds z_i z_(i + k), with indices modulo r. These are half of the
-    products in the full square.
+    Row k < r//2 + 1 of the second axis holds z_i z_(i + k), with indices modulo r. These are long runs of adjacent
+    numbers, and half of the products in the full square.
     """
-    rank, positions = z.shape
+    rank = z.shape[1]
     rows = rank // 2 + 1
-    out = z.new_empty(rows + 1, rank, positions)
-    shifted = torch.cat([z, z[: rank // 2]]).unfold(0, rank, 1).transpose(1, 2)  # (rows, r, n)
-    torch.mul(z, shifted, out=out[:rows])
-    out[rows] = z
-    return out.flatten(0, 1)
+    out = z.new_empty(len(z), rows + 1, rank)
+    shifted = torch.cat([z, z[:, : rank // 2]], 1).unfold(1, rank, 1)  # (n, rows, r)
+    torch.mul(z.unsqueeze(1), shifted, out=out[:, :rows])
+    out[:, rows] = z
+    return out.flatten(1)
 
 
 def for_pairs(terms: NormTerms) -> Tensor:
