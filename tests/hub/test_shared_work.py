@@ -70,6 +70,9 @@ def downloaded():
 
 found["in turn"] = processes.in_turn(downloaded)
 found["second fails"] = error_of(lambda: processes.in_turn(lambda: 1 / (rank != 1)))
+found["one apart"] = error_of(lambda: processes.together(lambda: 1 / 0 if rank == 1 else processes.share([3, 0], work)))
+found["apart at the end"] = error_of(lambda: processes.together(lambda: [processes.share([], work), 1 / (2 - rank)]))
+found["together"] = processes.together(lambda: (rank, processes.share([3, 0], work)))
 found["end"] = processes.end(3 * (rank == 2))
 print(json.dumps([found, calls]))
 """
@@ -84,6 +87,9 @@ print(json.dumps([found, calls]))
         assert one["join fails"] == ["ZeroDivisionError", "division by zero", True]
         assert one["in turn"] == f"by {rank}"
         assert one["second fails"] == ["ZeroDivisionError", "division by zero", True]
+        for apart in ("one apart", "apart at the end"):
+            assert one[apart] == ["ZeroDivisionError", "division by zero", True]
+        assert one["together"] == [rank, [[3, 0], [0, 1]]], "all go on at the same call"
         assert one["end"] == 3, "the code of the process that has one"
 
 
@@ -112,10 +118,26 @@ print(json.dumps([error_of(lambda: processes.share(range(6), work)), processes.e
     assert found[1] is None and found[0] == [["ProcessError", words, False], 4] == found[2]
 
 
-@pytest.mark.parametrize("count", ["", "1"])
-def test_without_a_launch_nothing_is_shared(monkeypatch, count):
-    monkeypatch.setenv("WORLD_SIZE", count)
+@pytest.mark.parametrize(
+    "variables",
+    [
+        {"WORLD_SIZE": ""},
+        {"WORLD_SIZE": "1", "RANK": "0", "LOCAL_RANK": "0"},
+        {"WORLD_SIZE": "2"},
+        {"WORLD_SIZE": "2", "RANK": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"},
+        {"OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_RANK": "0"},
+    ],
+)
+def test_without_a_launch_nothing_is_shared(monkeypatch, capsys, variables):
+    """Also where variables of a whole job or container are set, but none that only a launcher sets."""
+    for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
     assert join_launch() is ALONE and ALONE.count == 1
+    size = next(iter(variables))
+    note = f"note: {size}=2, but no launcher has set LOCAL_RANK: this is a single process\n"
+    assert capsys.readouterr().err == (note if variables[size] == "2" else "")
     with pytest.raises(ZeroDivisionError):
         ALONE.share([1, 0], lambda item: 1 / item)
     assert Processes().share("abc", str.upper) == ["A", "B", "C"] and ALONE.end(5) == 5

@@ -69,8 +69,8 @@ def _run(argv: list[str], processes: Processes) -> int:
         args.command_line, args.processes = shlex.join(["timm-coda", *argv]), processes
         if processes.rank and not args.shared:
             processes.say("this command is not shared: process 0 does it")
-            return 0
-        return args.run(args)
+            args.run = lambda _: 0
+        return processes.together(lambda: args.run(args))
     except BrokenPipeError:  # as in `timm-coda ... | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1

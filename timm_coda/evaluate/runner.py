@@ -245,7 +245,7 @@ def _score(subject: Subject, metric: Metric, explainer: Explainer, error: str | 
         return {"error": error}
     start = time.perf_counter()
     try:
-        scores = metric(subject, explainer)
+        scores = subject.processes.together(lambda: metric(subject, explainer))
         if not np.isfinite(scores.values).all():
             raise ValueError(f"{metric.name} gives NaN or infinite scores")
     except OSError:  # such as a full disk: not a failure of the explainer

@@ -22,6 +22,9 @@ Found = TypeVar("Found")
 _WAIT = timedelta(days=30)  # for a process with a long piece of work; the end of a process is noticed at once
 # Variables with the number of processes: those that Accelerate reads, of torchrun and of MPI.
 _COUNTS = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
+# Variables with the number of a process on its machine. Only launchers set them; WORLD_SIZE and even RANK are also set
+# for whole containers and jobs, in whose shells no other process would ever connect.
+_LOCAL_RANKS = ("LOCAL_RANK", "MPI_LOCALRANKID", "OMPI_COMM_WORLD_LOCAL_RANK", "MV2_COMM_WORLD_LOCAL_RANK")
 
 
 class ProcessError(OSError):
@@ -72,13 +75,24 @@ class Processes:
             return work()
         values: list[Found] = []
         self.first(lambda: values.append(work()))
+        return self.together(lambda: work() if self.rank else values[0])
+
+    def together(self, work: Callable[[], Found]) -> Found:
+        """Call `work` in all processes and return its value in each; an error that one of them meets is raised in all.
+
+        `work` may share. So an error may be caught, and all go on, even if a single process met it between two calls.
+        """
+        if self.count == 1:
+            return work()
+        values: list[Found] = []
         failure = None
-        if self.rank:
-            try:
-                values.append(work())
-            except Exception as error:
-                failure = (self.rank, error)
-        self._meet(None, failure, lambda _: None)
+        try:
+            values.append(work())
+        except Exception as error:
+            if self.told(error) or isinstance(error, ProcessError):
+                raise
+            failure = (self.rank, error)
+        self._meet(None, failure, lambda _: None)  # others may still be at an earlier call: it raises the error there
         return values[0]
 
     def share(
@@ -128,7 +142,7 @@ class Processes:
 
         So what another process prints is complete: a launcher kills all when one of them ends with an error.
         """
-        with contextlib.suppress(ProcessError):
+        with contextlib.suppress(ProcessError, KeyboardInterrupt):
             while self.count > 1 and not self._apart:  # others may still share work; they are told, and end as well
                 answer = self._exchange(_End(code, self.rank), lambda _: None)
                 if isinstance(answer, _End) and answer.everywhere:
@@ -197,7 +211,12 @@ def join_launch() -> Processes:
     Raises:
         ProcessError: another one has ended.
     """
-    if all(os.environ.get(name, "1") in ("", "1") for name in _COUNTS):
+    counts = {name: os.environ[name] for name in _COUNTS if os.environ.get(name, "1") not in ("", "1")}
+    if not counts:
+        return ALONE
+    if not any(os.environ.get(name) for name in _LOCAL_RANKS):
+        name, count = counts.popitem()
+        print(f"note: {name}={count}, but no launcher has set LOCAL_RANK: this is a single process", file=sys.stderr)
         return ALONE
     import torch.distributed as dist
     from accelerate import PartialState
