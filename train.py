@@ -56,7 +56,11 @@ def make_parser() -> argparse.ArgumentParser:
     add("--overwrite", action=switch, default=False, help="replace the run in the output folder")
     add("--resume", nargs="?", const="auto", help="run folder to resume; auto (no value): --output, if it has a run")
     add("--seed", type=natural, default=0, help="random seed; the same seed gives the same weights for any --workers")
-    add("--mixed-precision", choices=["no", "bf16", "fp16"], help="precision; a CPU without bf16 instructions takes no (default: accelerate launch's, else no)")
+    add(
+        "--mixed-precision",
+        choices=["no", "bf16", "fp16"],
+        help="precision; a CPU without bf16 instructions takes no (default: accelerate launch's, else no)",
+    )
     add("--save-every", type=natural, default=0, help="updates between checkpoints in an epoch; 0: only after an epoch")
     add("--keep", type=natural, default=0, help="number of best epochs whose models are also saved, in best/")
     add("--log-every", type=positive, default=10, help="updates between points of the loss curve")

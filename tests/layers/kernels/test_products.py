@@ -32,18 +32,26 @@ def test_product_of_any_layout(dtype, onednn, monkeypatch):
             assert relative_error(total, exact + 1) < bound
 
 
-def test_the_choice_is_made_once_with_a_margin(monkeypatch):
-    if not products._HAS_ONEDNN:
-        pytest.skip("PyTorch without oneDNN")
-    chosen = []
-    for seconds in ([1.0, 0.5], [1.0, 0.8], [0.5, 1.0]):  # torch.mm, oneDNN
-        products._prefers_onednn.cache_clear()
-        monkeypatch.setattr(products, "_fastest", lambda *runs, found=seconds: found)
-        chosen.append(products._prefers_onednn())
-        monkeypatch.setattr(products, "_fastest", lambda *runs: pytest.fail("measured again"))
-        assert products._prefers_onednn() is chosen[-1]
-    products._prefers_onednn.cache_clear()
-    assert chosen == [True, False, False]
+@pytest.mark.parametrize(
+    ("vendor", "capability", "mkl", "expected"),
+    [
+        ("vendor_id\t: AuthenticAMD", "AVX512", True, True),
+        ("vendor_id\t: AuthenticAMD", "AVX2", True, False),
+        ("vendor_id\t: GenuineIntel", "AVX512", True, False),
+        ("", "DEFAULT", False, True),  # ARM
+    ],
+)
+def test_the_choice_follows_from_the_cpu(vendor, capability, mkl, expected, monkeypatch):
+    monkeypatch.setattr(products, "_HAS_ONEDNN", True)
+    monkeypatch.setattr(products, "_cpu_vendor", lambda: vendor)
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: mkl)
+    assert products._prefers_onednn.__wrapped__() is expected
+
+
+def test_vendor():
+    if platform.system() == "Linux" and platform.machine() == "x86_64":
+        assert re.fullmatch(r"vendor_id\s*: \w+", products._cpu_vendor())
 
 
 def test_slowdown_is_relative_to_float32(monkeypatch):

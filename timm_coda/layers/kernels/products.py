@@ -1,12 +1,15 @@
 """Matrix products on a CPU: whose are the fastest here, and how slow a dtype is without instructions of its own.
 
-Both are measured once per process, on products of about a millisecond.
+The choices follow from the CPU, and not from times: these vary on a busy machine, and with the choice the last bits of
+a model's results would.
 """
 
+import os
 import time
 import warnings
 from collections.abc import Callable
 from functools import lru_cache
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -14,12 +17,6 @@ from torch import Tensor
 __all__ = ["add_product", "cpu_slowdown", "is_emulated", "product", "takes_columns", "warn_if_emulated"]
 
 _HAS_ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
-# oneDNN's float32 product is twice as fast as MKL's on AMD CPUs with AVX-512, which MKL does not use there; elsewhere
-# it is slower, or at most a tenth faster. Far from both, all processes choose alike and have the same last bits.
-_CLEARLY_FASTER = 1.35
-# With instructions, bfloat16 is faster than float32. oneDNN's emulation on AVX-512 takes about as long, PyTorch's far
-# longer.
-_EMULATED = 2.0
 
 
 def product(left: Tensor, right: Tensor, out: Tensor | None = None) -> Tensor:
@@ -49,11 +46,22 @@ def _onednn_product(left: Tensor, right: Tensor) -> Tensor:
 
 @lru_cache(maxsize=1)
 def _prefers_onednn() -> bool:
-    if not _HAS_ONEDNN:
-        return False
-    a = torch.ones(512, 512)
-    mm, onednn = _fastest(lambda: torch.mm(a, a), lambda: _onednn_product(a, a))
-    return mm > _CLEARLY_FASTER * onednn
+    """Return whether oneDNN has the faster float32 product.
+
+    It is twice as fast as MKL's on AMD CPUs with AVX-512, which MKL does not use there. On other CPUs, MKL's is as fast
+    or up to 1.3 times faster.
+    """
+    if not (_HAS_ONEDNN and torch.backends.mkl.is_available()):
+        return _HAS_ONEDNN
+    return torch.backends.cpu.get_cpu_capability() == "AVX512" and "AuthenticAMD" in _cpu_vendor()
+
+
+def _cpu_vendor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:  # not Linux
+        return os.environ.get("PROCESSOR_IDENTIFIER", "")  # of Windows
+    return next((line for line in lines if line.startswith("vendor_id")), "")
 
 
 @lru_cache
@@ -69,8 +77,16 @@ def cpu_slowdown(dtype: torch.dtype) -> float:
 
 
 def is_emulated(dtype: torch.dtype) -> bool:
-    """Return whether this CPU has no instructions for a dtype of 16 bits, so that it takes longer than float32."""
-    return dtype.itemsize == 2 and cpu_slowdown(dtype) > _EMULATED
+    """Return whether this CPU has no instructions for a dtype of 16 bits, so that it takes far longer than float32.
+
+    On AVX-512 without such instructions, oneDNN's emulation takes about as long as float32: this does not count.
+    """
+    if not dtype.is_floating_point or dtype.itemsize != 2:
+        return False
+    if not torch.backends.mkldnn.is_available():
+        return cpu_slowdown(dtype) > 4
+    name = "_is_mkldnn_bf16_supported" if dtype == torch.bfloat16 else "_is_mkldnn_fp16_supported"
+    return not getattr(torch.ops.mkldnn, name)()
 
 
 @lru_cache
