@@ -8,7 +8,8 @@
   accelerate launch --multi_gpu --num_processes 2 train.py  # GPUs or CPU
 
 Images are sorted into class folders, such as path/to/images/train/cat/1.png.
-A resumed run gives the same weights as one that was never interrupted.
+A resumed run gives the same weights as one that was never interrupted; on a GPU,
+up to the order of sums.
 
 The output folder holds the model of the best epoch, which timm loads after
 `import timm_coda`: timm.create_model("local-dir:FOLDER", pretrained=True).
@@ -55,7 +56,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--output", help="output folder (default: a new one, runs/NAME, runs/NAME-2, ...)")
     add("--overwrite", action=switch, default=False, help="replace the run in the output folder")
     add("--resume", nargs="?", const="auto", help="run folder to resume; auto (no value): --output, if it has a run")
-    add("--seed", type=natural, default=0, help="random seed; the same seed gives the same weights for any --workers")
+    add("--seed", type=natural, default=0, help="random seed; on a CPU, the same seed gives the same weights")
     add(
         "--mixed-precision",
         choices=["no", "bf16", "fp16"],
