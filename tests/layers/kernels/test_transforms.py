@@ -19,6 +19,9 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:Attempted to insert a get_attr Node:UserWarning"),
 ]
 
+# Before, PyTorch's group norm has no vmap, and dynamo takes all compiled code for an export: correct, but slower.
+RECENT = torch.__version__ >= "2.11"
+
 
 class Tokens(nn.Module):
     def forward(self, x):
@@ -46,7 +49,7 @@ def bcos_net():
         layers.BcosConv2d(4, 4, 1, b=1.5, max_out=2),
         layers.PositionNorm2d(4),
         layers.FrozenActivation(nn.GELU()),
-        layers.DynamicGroupNorm2d(4),
+        layers.DynamicGroupNorm2d(4) if RECENT else nn.Identity(),
         Tokens(),
         layers.BcosLinear(4, 4),
         layers.DAULinear(4, 3, rank=2),
@@ -210,4 +213,4 @@ def test_a_transform_is_compiled_and_compiled_code_has_the_fast_operator_without
     assert relative_error(forward(x), jvp(model, (x,), (x,))[1]) < 1e-10
     plain = torch.compile(model, backend=keep, fullgraph=True)
     assert relative_error(plain(x), model(x)) < 1e-12
-    assert ["timm_coda.dau_conv2d_cpu" in graph for graph in graphs] == [False, True]
+    assert ["timm_coda.dau_conv2d_cpu" in graph for graph in graphs] == [False, RECENT]
