@@ -186,9 +186,8 @@ def read_checkpoint(file: str | os.PathLike) -> dict[str, Tensor]:
     except ConvertError:
         raise
     except Exception as error:  # readers raise almost any exception for damaged files
-        refused = (
-            error if isinstance(error, pickle.UnpicklingError) else error.__cause__
-        )  # timm before 1.0.31 passes it
+        # timm before 1.0.31 raises it as it is.
+        refused = error if isinstance(error, pickle.UnpicklingError) else error.__cause__
         if isinstance(refused, pickle.UnpicklingError):
             found = re.search(r"GLOBAL ([\w.]+)", str(refused))
             raise ConvertError(

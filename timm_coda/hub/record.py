@@ -1,7 +1,7 @@
 """How a model was created and which images it takes, to save it and to load it again: timm's record, from 1.0.31 on.
 
 With older timm, this module records both for this package's models, and reads the safetensors in a folder, which timm
-before 1.0.25 takes for a pickle. When timm 1.0.31 is the oldest supported, this module goes: it is then timm's.
+1.0.24 and older take for a pickle. When timm 1.0.31 is the oldest supported, this module goes: it is then timm's.
 """
 
 # pyright: reportArgumentType=false, reportAssignmentType=false
