@@ -1,5 +1,6 @@
 """Fast backends against `reference.py`, and as operators: compile, export, vmap, double backward, autocast."""
 
+import json
 import os
 import subprocess
 import sys
@@ -11,7 +12,7 @@ import timm_coda
 from helpers import relative_error
 from helpers.dau_cases import CASES, problem
 from timm_coda.layers import functional, reference
-from timm_coda.layers.kernels import dau_cpu, dau_torch, products
+from timm_coda.layers.kernels import dau_cpu, dau_torch, products, tiles
 
 NAMES = ("x", "down", "up", "up_bias")
 FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
@@ -237,6 +238,7 @@ TRITON_CASES = {
     "odd": ((2, 6, 9, 7), 5, 16, 3, 1, 1, 1),
     "stride": ((1, 4, 11, 6), 3, 32, 3, 2, 1, 1),
     "1x1": ((3, 8, 5, 5), 10, 16, 1, 1, 0, 1),
+    "low_rank": ((2, 3, 7, 5), 19, 8, 3, 1, 1, 1),
     "one_unit_a_tile": ((1, 2, 5, 4), 2, 128, 3, 1, 1, 1),
     "dilated": ((1, 3, 9, 8), 4, 16, 3, 1, 2, 2),
     "one_position": ((1, 2, 3, 3), 1, 16, 3, 1, 0, 1),
@@ -294,36 +296,35 @@ def test_triton_leaves_odd_cases_to_convolutions(cuda_kernels, monkeypatch):
     assert called == [4, 6]
 
 
-def test_triton_kernels_compile(cuda_kernels):
-    """Compile every kernel for GPUs that need not be present, and check the shared memory per block."""
-    code = """
-import os
-os.environ["TRITON_INTERPRET"] = "0"  # so that all configurations exist; the second one is compiled
-import triton
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
-from timm_coda.layers.kernels import dau_triton as cuda
+@pytest.mark.parametrize(("capability", "ranks", "instruction"), [("9.0", "64", "wgmma"), ("8.0", "8,256", "mma")])
+def test_triton_kernels_compile(cuda_kernels, capability, ranks, instruction):
+    """For GPUs that need not be here, with every tile: tensor cores, no spilled register, and little shared memory."""
+    command = [sys.executable, "-W", "ignore", "-m", "helpers.compiled_kernels", capability, ranks, "2", "--json"]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(["tests", *sys.path])}
+    run = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+    assert run.returncode == 0, run.stderr[-3000:]
+    rows = json.loads(run.stdout)
+    assert {row["kernel"] for row in rows} == {"norm", "contract", "code", "data", "weight"}
+    for row in rows:
+        assert row[instruction] > 0 and row["spilled"] == 0, row
+        assert row["shared"] <= row["most_shared"], row
 
-low = {"p_ptr", "a_ptr", "y_ptr", "base_ptr", "right_ptr"}
-for architecture in (80, 90):
-    for kernel in (cuda._forward_kernel, cuda._data_kernel, cuda._code_kernel, cuda._weight_kernel):
-        for rank in (64, 256):
-            names, fitting = kernel.arg_names, 0
-            for config in kernel.configs[1:2]:
-                constants = config.kwargs | {"RANK": rank, "L2": False, "PRECISION": "tf32", "NORM_PRECISION": "tf32"}
-                constants = {(names.index(n),): v for n, v in constants.items() if n in names}
-                types = {
-                    n: "constexpr" if (i,) in constants else "i32" if n.isupper() else "*bf16" if n in low else "*fp32"
-                    for i, n in enumerate(names)
-                }
-                if kernel is cuda._data_kernel:
-                    types["out_ptr"] = "*bf16"
-                source = ASTSource(kernel.fn, types, constants)
-                options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
-                built = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options)
-                fitting += built.metadata.shared <= 160 * 1024
-            assert fitting, (kernel.fn.__name__, rank, built.metadata.shared)
-print("compiled")
-"""
-    run = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, check=False)
-    assert "compiled" in run.stdout, run.stderr[-3000:]
+
+@pytest.mark.parametrize("kernel", ["norm", "contract", "code", "data", "weight"])
+@pytest.mark.parametrize("capability", [(7, 5), (8, 0), (8, 9), (9, 0), (12, 0)])
+def test_every_gpu_has_a_tile(kernel, capability):
+    for rank in (8, 16, 32, 64, 128, 256):
+        for itemsize in (4,) if kernel == "norm" else (2, 4):
+            problem = tiles.Problem(kernel, 10, rank, 576, itemsize)
+            assert tiles.candidates(problem, capability), problem
+
+
+def test_a_tile_that_was_timed_is_taken(monkeypatch):
+    problem = tiles.Problem("contract", 10, 16, 54, 2)
+    cpu = torch.device("cpu")
+    usual = tiles.choose(problem, cpu)
+    timed = tiles.Tile(64, 64, 64, 4, 3)
+    assert usual == tiles.candidates(problem, (8, 0))[0] != timed
+    monkeypatch.setitem(tiles.found, problem, timed)
+    assert tiles.choose(problem, cpu) == timed
+    assert tiles.launch(problem, cpu, lambda tile: tile) == timed

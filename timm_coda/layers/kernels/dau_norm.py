@@ -47,7 +47,7 @@ def pairs(z: Tensor) -> Tensor:
 
 def for_pairs(terms: NormTerms) -> Tensor:
     """Return the coefficients of `pairs(z)` in z G z + 2 c z, (D, (r//2 + 2) r)."""
-    places, often, _ = _pair_places(terms.cross.shape[1])
+    places, often, _ = (t.to(terms.cross.device) for t in _pair_places(terms.cross.shape[1]))
     return torch.cat([terms.gram.flatten(1)[:, places] * often, 2 * terms.cross], 1)
 
 
