@@ -1,7 +1,7 @@
 """CUDA backend in Triton, which writes neither dynamic weights nor U to memory.
 
-Symbols as in `dau_cpu.py`. A tile is `BLOCK_N` positions by UNITS units, UNITS * r columns, and a product of (positions,
-D*r) is contracted tile by tile, where it was computed. Patches P (N, K) are written once per pass.
+Symbols as in `dau_cpu.py`. A tile is `BLOCK_N` positions by UNITS units, which are UNITS * r columns; U is contracted
+tile by tile, where it was computed. Patches P (N, K) are written once per pass.
 
     _norm_kernel         s = z G z + 2 c z + |b|^2, over half of G
     _contract_kernel     U z for U = P A^T -> num, y = num h(s);  in backward sum beta G z, with beta for P and G for A
@@ -12,8 +12,8 @@ D*r) is contracted tile by tile, where it was computed. Patches P (N, K) are wri
                          their sums added in a fixed order, so that the last bits do not vary from run to run
     _fold_kernel         sum of the patches' gradients at each pixel
 
-Products have the precision of the tensors and accumulate in float32. The norm has float32 or, where products have less,
-TF32.
+Products have the precision of the tensors and accumulate in float32. The norm has float32, or TF32 where they have
+less.
 """
 
 # pyright: reportArgumentType=false, reportAssignmentType=false, reportAttributeAccessIssue=false
@@ -483,7 +483,7 @@ def _backward(grad, x, down, up, up_bias, z, num, s, u, stride, padding, dilatio
         dx = _fold(g, _data(alpha, z, a, scaled_product(both, small)), x)
 
     dsmall = scaled_product(both.t(), p).float()
-    second = _weight(beta, z, z).view(units, rank, rank)
+    second = _weight(beta, z, z.to(low)).view(units, rank, rank)
     da, ddown, db = add_norm_gradient(
         a.view(units, rank, -1), b, _weight(alpha, z, p), dsmall, second, beta.t() @ z, beta.sum(0)
     )
