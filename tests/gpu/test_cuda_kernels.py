@@ -53,13 +53,13 @@ def tf32():
 def random_problem(shape, units, rank, kernel):
     generator = torch.Generator().manual_seed(0)
     inputs = shape[1] * kernel**2
-    sizes = {
-        shape: 1.0,
-        (rank, shape[1], kernel, kernel): inputs**-0.5,
-        (units * rank, shape[1], kernel, kernel): rank**-0.5,
-        (units, shape[1], kernel, kernel): 0.5,
-    }
-    return [scale * torch.randn(size, generator=generator) for size, scale in sizes.items()]
+    sizes = [
+        (shape, 1.0),
+        ((rank, shape[1], kernel, kernel), inputs**-0.5),
+        ((units * rank, shape[1], kernel, kernel), rank**-0.5),
+        ((units, shape[1], kernel, kernel), 0.5),
+    ]
+    return [scale * torch.randn(size, generator=generator) for size, scale in sizes]
 
 
 @pytest.mark.parametrize("activation", ["squash", "l2"])

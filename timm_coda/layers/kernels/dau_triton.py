@@ -449,7 +449,7 @@ def _forward(x, down, up, up_bias, stride, padding, dilation, activation, keep):
     units, rank = up_bias.shape[0], down.shape[0]
     g = geometry(x, up, stride, padding, dilation)
     terms = norm_terms(up, up_bias, torch.float32)
-    p = g.windows(g.padded(x)).reshape(g.positions, -1)
+    p = g.patches(x)
     z, plain = (_responses(p, g.flat(weight)) for weight in (down, up_bias))
     s = _norm(z, for_pairs(terms), terms.square, _precision(x.dtype))
     num, y = _contract(p, g.flat(up), z, plain, s, activation)
@@ -469,7 +469,7 @@ def _backward(grad, x, down, up, up_bias, z, num, s, u, stride, padding, dilatio
     a, b = g.flat(up), g.flat(up_bias)
     terms = norm_terms(up, up_bias, torch.float32)
     alpha, beta = _slopes(as_rows(grad), num, s, activation)
-    p = g.windows(g.padded(x)).reshape(g.positions, -1)
+    p = g.patches(x)
 
     # Sum beta G z is a contraction too: with beta for P, and for A the rows G_ij of all units.
     low = torch.float32 if x.dtype == torch.float16 else x.dtype  # beta leaves the range of float16

@@ -1,5 +1,6 @@
 """Geometry shared by the matrix-product backends: convert patches of a convolution to rows of a matrix and back."""
 
+import math
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
@@ -52,6 +53,11 @@ class Geometry(NamedTuple):
             (image, row * sh, column * sw, row * dh, column * dw, channel),
         )
         return view if self.channels_last else view.permute(0, 1, 2, 5, 3, 4)
+
+    def patches(self, x: Tensor) -> Tensor:
+        """Copy the patches of an image (B, C, H, W) to a matrix (N, K)."""
+        windows = self.windows(self.padded(x))
+        return windows.reshape(self.positions, math.prod(windows.shape[3:]))
 
     def fold(self, target: Tensor, patches: Tensor) -> None:
         """Add patches (n, K) to the padded image through `target`, a part of its `windows`."""
