@@ -172,12 +172,14 @@ def benchmark(args: argparse.Namespace, notes: Notebook) -> None:
     common = {"device": args.device, "repeats": 5, "memory": not args.tiny, "channels_last": True}
     ours = "cpu" if args.device == "cpu" else args.backend
     bf16, both = ("bfloat16",), ("bfloat16", "float32")
+    one = {"backends": (ours, "torch"), "dtypes": bf16}
+    against = {"backends": (ours, "torch", "reference"), "dtypes": both}
     plans = {
-        "coda_net_s, batch 1024": Setup(model="coda_net_s", batch_size=1024, backends=(ours,), layers=True, dtypes=bf16, **common),
-        "coda_net_s, batch 256": Setup(model="coda_net_s", batch_size=256, backends=(ours, "torch", "reference"), dtypes=both, **common),
-        "coda_net_xs, batch 1024": Setup(model="coda_net_xs", batch_size=1024, backends=(ours, "torch"), dtypes=bf16, **common),
-        "coda_net_l, batch 64": Setup(model="coda_net_l", batch_size=64, backends=(ours, "torch"), dtypes=bf16, **common),
-    }  # fmt: skip
+        "coda_net_s, batch 1024": one | {"layers": True},
+        "coda_net_s, batch 256": against,
+        "coda_net_xs, batch 1024": one,
+        "coda_net_l, batch 64": one,
+    }
     if args.tiny:
         tiny = common | {"model": "coda_net_xs", "batch_size": 2, "img_size": 8, "repeats": 2}
         plans = {
@@ -266,7 +268,7 @@ def train(args: argparse.Namespace, notes: Notebook) -> None:
 
 
 def explain(args: argparse.Namespace, notes: Notebook) -> None:
-    """Score the explanations of what was trained: grid localisation and removal, against other methods as time allows."""
+    """Score explanations of what was trained: grid localisation and removal, against other methods as time allows."""
     from_arrays()
     from timm_coda import cli
 
