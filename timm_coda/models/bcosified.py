@@ -273,7 +273,7 @@ def bcosify(
         logit_temperature=logit_temperature,
         logit_bias=logit_bias,
         num_classes=classes,
-        in_chans=original.in_chans,
+        in_chans=get_model_input_config(original)["input_size"][0],  # older timm's ResNets have no `in_chans`
         img_size=size,
         **placement(original),
     )
