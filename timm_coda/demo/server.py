@@ -6,6 +6,7 @@ import threading
 from collections.abc import Sequence
 from inspect import signature
 from pathlib import Path
+from typing import Any
 
 import gradio as gr
 
@@ -62,7 +63,8 @@ def serve(
 
 def _launch(app: gr.Blocks, host: str, port: int | None) -> str:
     """Start the server, without any contact to other machines; return the page's address."""
-    private = {"run_history": False} if "run_history" in signature(app.launch).parameters else {}  # older: never kept
+    # Older gradio keeps no history.
+    private: Any = {"run_history": False} if "run_history" in signature(app.launch).parameters else {}
     try:
         return app.launch(
             server_name=host,
