@@ -257,7 +257,7 @@ def test_what_cannot_be_made():
         timm.create_model("bcosified", base="resnet17")
     with pytest.raises(ValueError, match="Sequential has no architecture name"):
         timm_coda.bcosify(nn.Sequential(nn.Conv2d(3, 4, 3)))
-    with pytest.raises(ValueError, match="which cannot be saved as JSON|does not record the arguments"):
+    with pytest.raises(ValueError, match=r"which cannot be saved as JSON|does not record the arguments"):
         timm_coda.bcosify(timm.create_model("resnet18", act_layer=nn.SiLU))
     with pytest.raises(ValueError, match="give in_chans as a separate argument"):
         timm.create_model("bcosified", base_args={"in_chans": 3})
