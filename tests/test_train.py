@@ -155,6 +155,19 @@ def test_the_same_seed_gives_the_same_weights_whatever_the_workers(train, colour
     assert_same_run(Path("one"), Path("two"))
 
 
+def test_workers_that_are_spawned(train, colours, tmp_path):
+    """As on macOS and Windows: each worker is a new interpreter, which imports train.py but must not run it."""
+    code = "import multiprocessing; multiprocessing.set_start_method('spawn'); open('started', 'a').write('x')"
+    (tmp_path / "sitecustomize.py").write_text(code)
+    base = ["--data", colours, "--epochs", 1, *SMALL, *QUIET]
+    path = os.pathsep.join([str(tmp_path), *sys.path])
+    run = start(*base, "--output", "two", "--workers", 1, cwd=tmp_path, environment={"PYTHONPATH": path}, fresh=True)
+    assert train(*base, "--output", "one") == 0
+    finish(run)
+    assert len(Path("started").read_text()) >= 3, "the program, and a worker for each split"
+    assert_same_run(Path("one"), Path("two"))
+
+
 def test_killed_and_resumed_is_as_never_killed(colours, tmp_path):
     """SIGKILL twice, at random moments between and during saves; the number of workers differs before and after."""
     options = ["--data", colours, *SMALL, *QUIET, "--epochs", 5, "--save-every", 1, "--log-every", 4, "--grad-accum", 2]

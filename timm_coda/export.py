@@ -8,6 +8,7 @@ graph, so that running it needs neither autograd nor Python. The code uses the s
 import copy
 import json
 import os
+import warnings
 from collections.abc import Callable
 from math import inf, isnan
 from pathlib import Path
@@ -212,7 +213,9 @@ def _load(path: Path) -> tuple[Callable[[dict[str, Tensor]], dict[str, Tensor]],
     """Return a function from named inputs to named outputs, and the metadata."""
     if path.suffix == FORMATS["torch"]:
         extra = {"metadata.json": ""}
-        module = torch.export.load(path, extra_files=extra).module()
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "The given buffer is not writable")  # PyTorch 2.9 reads weights so
+            module = torch.export.load(path, extra_files=extra).module()
         return lambda inputs: module(*inputs.values()), json.loads(extra["metadata.json"])
     try:
         import onnxruntime

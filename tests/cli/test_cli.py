@@ -75,6 +75,7 @@ def test_version_and_help(capsys, monkeypatch):
         (["benchmark", "--help"], "timm-coda benchmark coda_net_s"),
         (["explain", "--help"], "timm-coda explain photo.jpg --model coda_net_xs.digits"),
         (["convert", "--help"], "timm-coda convert cifar.pt --model coda_net_s.mpi_t1000_cifar10 "),
+        (["evaluate", "--help"], "occlusion_N"),
         (["push", "--help"], "timm-coda push runs/coda_net_xs.digits me/digits"),
     ):
         with pytest.raises(SystemExit) as stop:
@@ -105,6 +106,24 @@ def test_errors(words, message, capsys):
     assert message in error
     assert error.startswith("timm-coda: error: ")
     assert error.count("\n") == 1
+
+
+def test_commands_that_read_no_datasets_work_without_the_library(monkeypatch, capsys):
+    parts = ("timm_coda.data", "timm_coda.evaluate")
+    for name in [name for name in sys.modules if name.startswith(parts)]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    for name in ("", "explain", "demo", "benchmark", "convert", "push", "export"):
+        with pytest.raises(SystemExit) as stop:
+            cli.main([*name.split(), "--help"])
+        assert stop.value.code == 0, name
+    assert cli.main(["benchmark", "coda_net_t"]) == 2
+    assert "no model 'coda_net_t'" in capsys.readouterr().err
+    for words in (["--help"], ["--model", "coda_net_xs.digits", "--data", "digits", "--output", "none"]):
+        assert cli.main(["evaluate", *words]) == 2
+        error = capsys.readouterr().err
+        assert error.startswith("timm-coda: error: ") and error.endswith("pip install datasets\n")
+        assert error.count("\n") == 1
 
 
 def test_no_command_and_unknown_options():

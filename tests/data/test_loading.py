@@ -12,6 +12,7 @@ import timm
 import torch
 
 from helpers import cifar10_folder
+from helpers.processes import not_forked
 from timm_coda import data
 from timm_coda.data import loading
 
@@ -25,6 +26,7 @@ CONFIG = {
 }
 PLAIN = {"crop_padding": 0, "scale": [1, 1], "ratio": [1, 1], "hflip": 0.0, "color_jitter": 0.0, "erase": 0.0}
 PLAIN |= {"auto_augment": None}
+STRING = datasets.Value("string")
 
 
 def make_loader(changes: dict, **options) -> loading.TrainLoader:
@@ -60,6 +62,29 @@ def test_batches_do_not_depend_on_workers_and_begin_anywhere():
         seen.append(list(loader.from_batch(7, len(loader) - 2)))
         assert loader.end_of_dataloader and len(seen[-1]) == 2
         assert not loader.gradient_state.in_dataloader
+    for one, other in zip(*seen, strict=True):
+        assert torch.equal(one.images, other.images) and torch.equal(one.labels, other.labels)
+
+
+@pytest.mark.parametrize("streaming", [None, 8])
+def test_workers_that_are_not_forked(tmp_path, streaming):
+    """Such workers get the images by pickle: the default from Python 3.14 on, and on macOS and Windows."""
+    digits = data.load_data("digits").train
+    rows = {"image": [digits.image(row) for row in range(20)], "label": [str(label) for label in digits.labels[:20]]}
+    for split in ("train", "test"):
+        table = datasets.Dataset.from_dict(rows, features=datasets.Features(image=datasets.Image(), label=STRING))
+        table.to_parquet(tmp_path / f"{split}.parquet")
+    changes = PLAIN | {"hflip": 0.5}
+    transform, _ = data.create_transforms(CONFIG, **changes)
+    same = {"changes": changes, "config": CONFIG, "batch_size": 4, "seed": 3, "streaming": streaming, "process": 0}
+    same |= {"data_on_device": False, "processes": 1, "device": torch.device("cpu")}
+    seen = []
+    with not_forked():
+        for workers in (0, 2):
+            split = (data.load_stream if streaming else data.load_data)([str(tmp_path)]).train
+            loader = loading.make_train_loader(split, transform, workers=workers, **same)
+            seen.append(list(loader.from_batch(0, 0)))
+    assert len(seen[0]) == len(seen[1]) == 5
     for one, other in zip(*seen, strict=True):
         assert torch.equal(one.images, other.images) and torch.equal(one.labels, other.labels)
 

@@ -9,7 +9,7 @@ import torch
 
 from helpers import relative_error
 from timm_coda import hub
-from timm_coda.explanation import Classes, ClassesError, read_names
+from timm_coda.explanation import Classes, ClassesError, read_names, training_data
 
 DIGITS = tuple("0123456789")
 NAMES = ("tench, Tinca tinca", "cat", "crane", "7", "crane", "sea crane, crane")
@@ -58,6 +58,15 @@ def test_imagenet_names_of_imagenet_weights_only():
     assert Classes.of(timm.create_model("bcos_resnet18.v2_in1k", device="meta")).labels == ()
     plain = timm.create_model("resnet18.a1_in1k", device="meta")
     assert Classes.of(plain).names[1] == "goldfish, Carassius auratus"
+
+
+def test_weights_from_a_file_may_be_of_anything(tmp_path):
+    shipped = timm.create_model("coda_net_xs.digits", pretrained=True)
+    assert training_data(shipped) == "handwritten digits, white on black"
+    shipped.save_pretrained(tmp_path)
+    assert training_data(timm.create_model(f"local-dir:{tmp_path}", pretrained=True)) == ""
+    file = {"source": "file", "file": str(tmp_path / "model.safetensors")}
+    assert training_data(timm.create_model("coda_net_xs.digits", pretrained=True, pretrained_cfg_overlay=file)) == ""
 
 
 def test_names_by_number_are_read_in_the_order_of_the_numbers(tmp_path):

@@ -14,7 +14,8 @@ import socket
 import sys
 import tempfile
 import weakref
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from multiprocessing import forkserver
 from pathlib import Path
 from subprocess import TimeoutExpired
@@ -61,6 +62,18 @@ class Program:
             raise TimeoutExpired(self.args, timeout, *(path.read_bytes() for path in self._paths))
         out, err = (path.read_text(encoding="utf-8") for path in self._paths)
         return out, err
+
+
+@contextmanager
+def not_forked() -> Iterator[None]:
+    """Context manager in which new processes, such as a loader's workers, have only what is sent to them by pickle."""
+    before = multiprocessing.get_start_method(allow_none=True)
+    _ensure_server()
+    multiprocessing.set_start_method("forkserver", force=True)
+    try:
+        yield
+    finally:
+        multiprocessing.set_start_method(before, force=True)
 
 
 def _clean_up(process: multiprocessing.Process, output: str) -> None:

@@ -36,6 +36,8 @@ both = pytest.mark.parametrize("from_pretrained", [False, True], ids=["scratch",
 
 def settled(architecture, from_pretrained=False, **arguments):
     """A B-cos version in float64 whose running statistics come from images, as after training."""
+    if ARCHITECTURES.get(architecture) and not hasattr(timm.models, "get_model_args"):
+        pytest.skip("timm before 1.0.31 does not record the arguments of its models, and bcosify says so")
     torch.manual_seed(0)
     original = timm.create_model(architecture, num_classes=4, **ARCHITECTURES.get(architecture, {}), **arguments)
     model = timm_coda.bcosify(original, from_pretrained=from_pretrained).double()
@@ -175,6 +177,16 @@ def test_same_model_by_name_and_by_registry():
     assert other.pretrained_cfg["mean"] == (0, 0, 0)
 
 
+def test_arguments_that_no_weight_shows_are_kept():
+    """Or missed aloud, by a timm that does not record them."""
+    try:
+        made = timm_coda.bcosify(timm.create_model("resnet18", output_stride=16))
+    except ValueError as error:
+        assert "does not record the arguments" in str(error) and not hasattr(timm.models, "get_model_args")
+    else:
+        assert made.forward_features(torch.rand(1, 3, 64, 64)).shape == (1, 512, 4, 4)
+
+
 @torch.no_grad()
 def test_first_convolution_takes_up_mean_and_standard_deviation():
     conv = nn.Conv2d(3, 5, 3, stride=2, padding=1, bias=False)
@@ -245,7 +257,7 @@ def test_what_cannot_be_made():
         timm.create_model("bcosified", base="resnet17")
     with pytest.raises(ValueError, match="Sequential has no architecture name"):
         timm_coda.bcosify(nn.Sequential(nn.Conv2d(3, 4, 3)))
-    with pytest.raises(ValueError, match="which cannot be saved as JSON"):
+    with pytest.raises(ValueError, match=r"which cannot be saved as JSON|does not record the arguments"):
         timm_coda.bcosify(timm.create_model("resnet18", act_layer=nn.SiLU))
     with pytest.raises(ValueError, match="give in_chans as a separate argument"):
         timm.create_model("bcosified", base_args={"in_chans": 3})

@@ -1,7 +1,8 @@
 """The `timm-coda` command: parse arguments, run a command, print its results.
 
 Each command is a module here with a function `add(subcommands)`, which defines its options and the function that runs
-it. That function imports what it needs itself, so that `--help` is fast, and returns the exit code.
+it. That function imports what it needs itself, so that `--help` is fast and a missing library stops only the commands
+that need it, and returns the exit code.
 
 A launcher such as `accelerate launch` starts the command in several processes, which share its work (`args.processes`).
 Only the first of them prints, except what the others do not know.
@@ -18,6 +19,7 @@ from typing import Any
 
 from ..hub import ALONE, Processes, __version__, join_launch
 from . import benchmark, convert, demo, evaluate, explain, export, push
+from ._command import CommandParser
 
 __all__ = ["main", "make_parser"]
 
@@ -32,7 +34,7 @@ def make_parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     parser.add_argument("--version", action="version", version=f"timm_coda {__version__}")
-    subcommands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    subcommands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True, parser_class=CommandParser)
     for command in _COMMANDS:
         command.add(subcommands)
     return parser
@@ -74,7 +76,7 @@ def _run(argv: list[str], processes: Processes) -> int:
     except BrokenPipeError:  # as in `timm-coda ... | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
-    except (ValueError, OSError) as error:  # our own errors name the problem and the remedy
+    except (ValueError, OSError, ImportError) as error:  # our own errors name the problem and the remedy
         if processes.rank == 0:
             print(f"timm-coda: error: {error}", file=sys.stderr)
         elif not processes.told(error):

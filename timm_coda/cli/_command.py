@@ -7,7 +7,19 @@ from typing import Any
 
 from ..hub import ALONE, Processes
 
-__all__ = ["choose_device", "new_command"]
+__all__ = ["CommandParser", "choose_device", "new_command"]
+
+
+class CommandParser(argparse.ArgumentParser):
+    """The parser of one command. It calls `define(parser)` when it is used: until then, options cost no slow import."""
+
+    define: Callable[["CommandParser"], None] | None = None
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        define, self.define = self.define, None
+        if define is not None:
+            define(self)
+        return super().parse_known_args(args, namespace)
 
 
 def new_command(
@@ -18,7 +30,7 @@ def new_command(
     run: Callable[[argparse.Namespace], int],
     *,
     shared: bool = False,
-) -> argparse.ArgumentParser:
+) -> CommandParser:
     """Create a command's parser: `help` is its line in the list, `description` is not re-wrapped, `run` executes it.
 
     If it is not `shared`, only the first of several processes runs it.

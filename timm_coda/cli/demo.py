@@ -41,19 +41,14 @@ def add(subcommands: Any) -> None:
 def _run(args: argparse.Namespace) -> int:
     if args.export is not None and (args.host or args.port or args.any_model is not None):
         raise ValueError("--export cannot be combined with --host, --port or --any-model: a Space sets its own")
-    try:
-        if args.export is not None:
-            from ..demo import export_space
+    if args.export is not None:
+        from ..demo import export_space
 
-            export_space(args.export, args.model, examples=args.examples)
-            print(f"{args.export}: a Space. Try it: python {args.export / 'app.py'}")
-            print(f"Publish it: hf upload USER/NAME {args.export} . --repo-type space")
-            return 0
-        from ..demo import serve
+        export_space(args.export, args.model, examples=args.examples)
+        print(f"{args.export}: a Space. Try it: python {args.export / 'app.py'}")
+        print(f"Publish it: hf upload USER/NAME {args.export} . --repo-type space")
+        return 0
+    from ..demo import serve
 
-        serve(
-            args.model, examples=args.examples, host=args.host or "127.0.0.1", port=args.port, any_model=args.any_model
-        )
-    except ImportError as error:
-        raise ValueError(error) from error
+    serve(args.model, examples=args.examples, host=args.host or "127.0.0.1", port=args.port, any_model=args.any_model)
     return 0

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ._command import choose_device, new_command
+from ._command import CommandParser, choose_device, new_command
 
 _DESCRIPTION = """\
 Score a model's own explanations, and those of common methods, on labelled
@@ -39,12 +39,15 @@ number of them resumes it:
 
 
 def add(subcommands: Any) -> None:
+    hint = "score explanations, and compare with other methods"
+    new_command(subcommands, "evaluate", hint, _DESCRIPTION, _run, shared=True).define = _define
+
+
+def _define(parser: CommandParser) -> None:
     from ..evaluate import DEFAULT_METRICS, EXPLAINERS, METRICS
 
-    about = f"{_DESCRIPTION}{_list('Explainers', EXPLAINERS)}, or occlusion_N\n\n{_list('Metrics', METRICS)}\n"
-    parser = new_command(
-        subcommands, "evaluate", "score explanations, and compare with other methods", about, _run, shared=True
-    )
+    names = f"{_list('Explainers', EXPLAINERS)}, or occlusion_N\n\n{_list('Metrics', METRICS)}\n"
+    parser.description = _DESCRIPTION + names
     add = parser.add_argument_group("input and output").add_argument
     add("--model", required=True, metavar="NAME", help="name in timm's registry, folder, or hf-hub:ID")
     hint = "digits, Hub dataset id, parquet files, or folder of these or of images"

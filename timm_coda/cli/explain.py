@@ -129,10 +129,7 @@ def _prepare(args: argparse.Namespace) -> "tuple[list[Source], Any, dict[str, An
         raise ValueError(f"--batch-size {args.batch_size}: must be at least 1")
     if args.output.is_file():
         raise ValueError(f"--output {args.output}: not a new or empty folder; name another")
-    try:
-        letters(12)  # fail before the first batch is explained, not after it
-    except ImportError as error:
-        raise ValueError(error) from error
+    letters(12)  # a missing library stops the command before the first batch is explained, not after it
     sources = find_sources(args.inputs, args.output)
     model = load_model(args.model).to(choose_device(args.device, args.processes))
     if not hasattr(model, "explain"):

@@ -56,11 +56,8 @@ def _run(args: argparse.Namespace) -> int:
     if args.format and args.output.suffix != export.FORMATS[args.format]:
         raise ValueError(f"--format {args.format}: use --output {args.output.with_suffix(export.FORMATS[args.format])}")
     model = hub.load_model(args.model, pretrained=args.pretrained)
-    try:
-        export.export_model(model, args.output, explain=args.explain, img_size=args.img_size)
-        found = export.largest_differences(args.output, model)
-    except ImportError as error:
-        raise ValueError(error) from error
+    export.export_model(model, args.output, explain=args.explain, img_size=args.img_size)
+    found = export.largest_differences(args.output, model)
     print(f"{args.output}: {args.output.stat().st_size / 1e6:.1f} MB")
     for name, difference in found.items():
         print(f"{name:14} largest relative difference to the model on random images {difference:.1e}")

@@ -1,5 +1,10 @@
 """Labelled image datasets (Hugging Face Hub, parquet files, image folders, built-in digits) as batches for training."""
 
+from importlib.util import find_spec
+
+if find_spec("datasets") is None:
+    raise ImportError("labelled images are read by the package datasets: pip install datasets")
+
 from .datasets import (
     Batch,
     ImageData,

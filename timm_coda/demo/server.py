@@ -4,7 +4,9 @@ import contextlib
 import tempfile
 import threading
 from collections.abc import Sequence
+from inspect import signature
 from pathlib import Path
+from typing import Any
 
 import gradio as gr
 
@@ -61,6 +63,8 @@ def serve(
 
 def _launch(app: gr.Blocks, host: str, port: int | None) -> str:
     """Start the server, without any contact to other machines; return the page's address."""
+    # Older gradio keeps no history.
+    private: Any = {"run_history": False} if "run_history" in signature(app.launch).parameters else {}
     try:
         return app.launch(
             server_name=host,
@@ -71,13 +75,13 @@ def _launch(app: gr.Blocks, host: str, port: int | None) -> str:
             css_paths=_STYLE,
             footer_links=[],
             share=False,
-            run_history=False,
             enable_monitoring=False,
             mcp_server=False,
             ssr_mode=False,
             pwa=False,
             quiet=True,
             prevent_thread_lock=True,
+            **private,
         )[1]
     except OSError as error:
         where = "from 7860 on" if port is None else port

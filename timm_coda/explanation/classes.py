@@ -183,7 +183,7 @@ def forget_names(model: Any) -> None:
 def training_data(model: Any) -> str:
     """Return what a published model was trained on, in a few words; "" if nobody knows."""
     config = getattr(model, "pretrained_cfg", None) or {}
-    if config.get("source") in ("local-dir", "hf-hub") or not Classes.of(model).labels:
+    if config.get("source") in ("local-dir", "hf-hub", "file") or not Classes.of(model).labels:
         return ""
     return _DATASETS.get((config.get("tag") or "").split("_")[-1], "")
 

@@ -16,6 +16,7 @@ from .fingerprint import PICTURE_KEY, weights_fingerprint
 from .folder import SAVED, between_saves, check_folder, model_config, read_config, save_model
 from .processes import ALONE, ProcessError, Processes, join_launch
 from .record import (
+    create_recorded,
     get_model_args,
     get_model_input_config,
     loadable,
@@ -54,6 +55,7 @@ __all__ = [
     "claimed",
     "convert_checkpoint",
     "create_model",
+    "create_recorded",
     "download_errors",
     "environment",
     "fetch",

@@ -10,12 +10,12 @@ With older timm, this module records both for this package's models, and reads t
 import dataclasses
 import functools
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
 import timm
-import torch
 from timm.data import resolve_data_config
 from timm.models import PretrainedCfg
 from timm.models._hub import load_model_config_from_path
@@ -25,6 +25,7 @@ from .writing import HubError
 
 __all__ = [
     "create_from_folder",
+    "create_recorded",
     "get_model_args",
     "get_model_input_config",
     "loadable",
@@ -41,7 +42,7 @@ try:
     from timm.models import get_model_args, get_model_input_config, register_model
 
     save_config_for_hf = save_config
-    create_from_folder = timm.create_model
+    create_from_folder = create_recorded = timm.create_model
 
     def loadable(config: PretrainedCfg, pretrained: bool) -> PretrainedCfg:
         """Return a config with which timm loads weights of the model's shape as they are."""
@@ -138,15 +139,21 @@ except ImportError:
         config = loadable(PretrainedCfg(**config), arguments.get("pretrained", False))
         return timm.create_model(name, pretrained_cfg=config, **{**saved, **arguments})
 
+    def create_recorded(name: str, *, pretrained: bool = False, **arguments: Any) -> Any:
+        """Create a model, which may be timm's own, as `timm.create_model` does, and record its arguments."""
+        model = timm.create_model(name, pretrained=pretrained, **arguments)
+        model._model_args = {**_recorded(model), **arguments}
+        return model
+
     def _recorded(model: Any) -> dict[str, Any]:
         return getattr(model, "_model_args", {})
 
     def _check_default(model: Any, arguments: dict[str, Any]) -> None:
-        """Raise ValueError if these arguments do not give a model with weights of the same names and shapes."""
-        with torch.device("meta"):
-            plain = timm.create_model(model.pretrained_cfg["architecture"], **arguments)
+        """Raise ValueError if these arguments do not give a model with the same layers and weights, up to dropout."""
+        plain = timm.create_model(model.pretrained_cfg["architecture"], **arguments)
         shapes = [{name: value.shape for name, value in net.state_dict().items()} for net in (plain, model)]
-        if shapes[0] != shapes[1]:
+        layers = [re.sub(r"Drop\w+\(.*\)|Identity\(\)", "", repr(net)) for net in (plain, model)]
+        if shapes[0] != shapes[1] or layers[0] != layers[1]:
             raise ValueError(
                 f"timm {timm.__version__} does not record the arguments of its own models, and this one has others "
                 "than the default: install timm 1.0.31 or newer"

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..explanation import Classes, ExplainMixin, explanation_mode, forget_names
-from ..hub import HubMixin, get_model_args, get_model_input_config, register_model
+from ..hub import HubMixin, create_recorded, get_model_args, get_model_input_config, register_model
 from ..layers import BatchNormUncentered2d, DynamicLinear, GlobalPool, InverseEncoding, placement
 from ._bcosify import bcos_classifier, bcos_logits, replace_modules
 from ._builder import build_model
@@ -246,7 +246,7 @@ def bcosify(
             that explanations cannot hold constant.
     """
     if isinstance(model, str):
-        original: Any = timm.create_model(model, pretrained=from_pretrained, **(base_args or {}))
+        original: Any = create_recorded(model, pretrained=from_pretrained, **(base_args or {}))
     elif base_args is not None:
         raise ValueError(f"base_args={base_args}: only for a model name; a created model already has its arguments")
     else:
@@ -273,7 +273,7 @@ def bcosify(
         logit_temperature=logit_temperature,
         logit_bias=logit_bias,
         num_classes=classes,
-        in_chans=original.in_chans,
+        in_chans=get_model_input_config(original)["input_size"][0],  # older timm's ResNets have no `in_chans`
         img_size=size,
         **placement(original),
     )
@@ -357,7 +357,7 @@ def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: Bcosified) -> dic
     weight = state_dict.get(name)
     if weight is None or weight.shape[1] != 6 or model.in_chans == 3:
         return state_dict
-    halves = [adapt_input_conv(model.in_chans, half, base_chans=3) for half in weight.chunk(2, 1)]
+    halves = [adapt_input_conv(model.in_chans, half) for half in weight.chunk(2, 1)]
     return state_dict | {name: torch.cat(halves, 1)}
 
 
