@@ -13,6 +13,7 @@ package `datasets` nor an installed timm_coda is needed.
 """
 
 import argparse
+import contextlib
 import json
 import os
 import signal
@@ -440,6 +441,8 @@ def run_part(name: str, limit: float, backend: str, args: argparse.Namespace) ->
                 process.send_signal(signal.SIGTERM)  # train.py saves, and ends
             if over > 15:
                 os.killpg(process.pid, signal.SIGKILL)
+        with contextlib.suppress(ProcessLookupError):  # what the part started and left
+            os.killpg(process.pid, signal.SIGKILL)
     if name == "train":
         save_weights(args)
     if asked:
