@@ -94,9 +94,9 @@ def rows(capability: tuple[int, int], ranks: list[int], itemsize: int) -> Iterat
     for kernel in KERNELS:
         for rank in ranks:
             problem = problems(kernel, rank, itemsize)
-            most = tiles._most_shared_memory(capability)
             for tile in tiles.candidates(problem, capability):
-                about = {"kernel": kernel, "rank": rank, "tile": "x".join(map(str, tile)), "most_shared": most}
+                about = {"kernel": kernel, "rank": rank, "tile": "x".join(map(str, tile))}
+                about |= {"most_shared": tiles._shared_memory(problem, tile)}
                 yield about | compiled(problem, tile, capability)
 
 

@@ -299,7 +299,7 @@ def test_triton_leaves_odd_cases_to_convolutions(cuda_kernels, monkeypatch):
 
 @pytest.mark.parametrize(("capability", "ranks", "instruction"), [("9.0", "64", "wgmma"), ("8.0", "8,256", "mma")])
 def test_triton_kernels_compile(cuda_kernels, capability, ranks, instruction):
-    """For GPUs that need not be here, with every tile: tensor cores, no spilled register, and little shared memory."""
+    """For GPUs that need not be here, with every tile: tensor cores, no spills, shared memory as foreseen."""
     command = [sys.executable, "-W", "ignore", "-m", "helpers.compiled_kernels", capability, ranks, "2", "--json"]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(["tests", *sys.path])}
     run = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)

@@ -48,7 +48,7 @@ _TILES = {
     (2, "contract"): [(128, 256, 64, 8, 3), (128, 128, 64, 8, 3), (64, 128, 64, 4, 3), (64, 64, 64, 4, 3)],
     (2, "code"): [(128, 128, 64, 8, 3), (64, 128, 64, 4, 3), (64, 64, 64, 4, 3)],
     (2, "data"): [(128, 64, 64, 8, 3), (64, 64, 64, 4, 3)],
-    (2, "weight"): [(64, 128, 128, 8, 3), (64, 128, 64, 8, 3), (64, 64, 64, 8, 3)],
+    (2, "weight"): [(64, 128, 128, 8, 3), (64, 128, 64, 8, 3), (64, 64, 64, 8, 3), (32, 64, 64, 4, 2)],
     (4, "contract"): [(128, 128, 32, 8, 3), (64, 128, 32, 4, 3), (64, 64, 32, 4, 3)],
     (4, "code"): [(32, 64, 32, 8, 3)],
     (4, "data"): [(64, 64, 32, 8, 3), (32, 64, 64, 8, 3)],
@@ -71,7 +71,7 @@ _TILES_OF_HIGH_RANK = {
     (4, "code"): [(16, 128, 32, 8, 3)],
     (4, "data"): [(32, 128, 32, 8, 2)],
     (4, "weight"): [(32, 128, 32, 8, 2)],
-    (4, "norm"): [(32, 32, 0, 8, 1), (32, 16, 0, 8, 1)],
+    (4, "norm"): [(32, 32, 0, 8, 1)],
 }
 
 found: dict[Problem, Tile] = {}
@@ -89,14 +89,16 @@ def candidates(problem: Problem, capability: tuple[int, int]) -> list[Tile]:
 
 
 def _shared_memory(problem: Problem, tile: Tile) -> int:
-    """Return an upper bound of the bytes of shared memory that a tile needs: for the operands of each stage."""
+    """Return an upper bound of the bytes of shared memory that a tile needs: for what each stage loads."""
     columns = max(tile.columns, problem.rank)
     if problem.kernel == "norm":
-        numbers = max(problem.rank, 16) * (tile.positions + tile.columns * tile.stages)
+        numbers = max(problem.rank, 16) * (tile.positions + tile.columns) * tile.stages
     elif problem.kernel == "data":
         numbers = columns * (tile.positions + tile.inputs * tile.stages)
     elif problem.kernel == "weight":
-        numbers = tile.positions * (columns + tile.inputs) * tile.stages
+        units = columns // problem.rank
+        codes = 4 * tile.positions * (problem.rank + units) * tile.stages  # z and alpha, float32
+        return codes + problem.itemsize * tile.positions * (tile.inputs * tile.stages + columns)
     else:
         numbers = tile.inputs * (tile.positions + columns) * tile.stages
     return problem.itemsize * numbers
