@@ -178,7 +178,7 @@ def test_same_model_by_name_and_by_registry():
 
 
 def test_arguments_that_no_weight_shows_are_kept():
-    """Or missed aloud, by a timm that does not record them."""
+    """Or refused with an error, by a timm that does not record them."""
     try:
         made = timm_coda.bcosify(timm.create_model("resnet18", output_stride=16))
     except ValueError as error:
