@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+import sys
 import threading
 
 import pytest
@@ -83,6 +84,10 @@ def test_frozen_state_is_each_threads_own_and_not_copied():
     assert not layer.frozen_dynamics
 
 
+@pytest.mark.skipif(
+    sys.version_info < (3, 12) and torch.__version__ < "2.11",
+    reason="PyTorch 2.8 to 2.10 under Python 3.11 reads a freed frame when several threads compile",
+)
 @pytest.mark.parametrize("first", ["free", "frozen"])
 @pytest.mark.parametrize("kind", ["coda", "bcos"])
 def test_compiled_code_follows_the_state_of_the_thread_that_runs_it(kind, first):
