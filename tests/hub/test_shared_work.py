@@ -118,6 +118,24 @@ print(json.dumps([error_of(lambda: processes.share(range(6), work)), processes.e
     assert found[1] is None and found[0] == [["ProcessError", words, False], 4] == found[2]
 
 
+def test_the_connection_is_closed_while_python_still_runs(tmp_path):
+    """A thread of gloo that frees the last message while Python shuts down would abort the process."""
+    code = """
+import atexit
+
+def threads():
+    names = [open(f"/proc/self/task/{task}/comm").read() for task in os.listdir("/proc/self/task")]
+    return sum(name.startswith("pt_gloo_run") for name in names)
+
+processes.share(range(3), lambda item: item)
+connected = threads()
+atexit._run_exitfuncs()
+print(json.dumps([connected, threads()]))
+"""
+    for connected, closed in run(code, tmp_path, count=2):
+        assert closed == connected / 2 > 0, "Accelerate's own, which sends no messages, stays"
+
+
 @pytest.mark.parametrize(
     "variables",
     [
