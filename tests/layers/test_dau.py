@@ -86,7 +86,7 @@ def test_frozen_state_is_each_threads_own_and_not_copied():
 
 @pytest.mark.skipif(
     sys.version_info < (3, 12) and torch.__version__ < "2.11",
-    reason="PyTorch 2.8 to 2.10 under Python 3.11 reads a freed frame when several threads compile",
+    reason="PyTorch before 2.11 can crash under Python 3.11 when several threads compile: it reads a freed frame",
 )
 @pytest.mark.parametrize("first", ["free", "frozen"])
 @pytest.mark.parametrize("kind", ["coda", "bcos"])

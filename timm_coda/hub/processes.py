@@ -153,7 +153,7 @@ class Processes:
     def leave(self) -> None:
         """Close the connection. A thread of gloo that frees a message while Python shuts down aborts the process."""
         group, self._group = self._group, None
-        if group is not None and not self._apart:  # it would wait for a message that may never come
+        if group is not None and not self._apart:  # apart, it would wait for a message that may never come
             import torch.distributed as dist
 
             with contextlib.suppress(ValueError):  # Accelerate has closed all connections
