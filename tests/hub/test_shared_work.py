@@ -118,6 +118,20 @@ print(json.dumps([error_of(lambda: processes.share(range(6), work)), processes.e
     assert found[1] is None and found[0] == [["ProcessError", words, False], 4] == found[2]
 
 
+def test_the_connection_is_closed_while_python_still_runs(tmp_path):
+    """A thread of gloo that frees the last message while Python shuts down would abort the process."""
+    code = """
+import atexit
+
+processes.share(range(3), lambda item: item)
+connected = len(os.listdir("/proc/self/task"))
+atexit._run_exitfuncs()
+print(json.dumps([connected, len(os.listdir("/proc/self/task"))]))
+"""
+    for connected, closed in run(code, tmp_path, count=2):
+        assert closed < connected, "threads"
+
+
 @pytest.mark.parametrize(
     "variables",
     [

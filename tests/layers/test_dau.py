@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+import sys
 import threading
 
 import pytest
@@ -83,6 +84,10 @@ def test_frozen_state_is_each_threads_own_and_not_copied():
     assert not layer.frozen_dynamics
 
 
+@pytest.mark.skipif(
+    sys.version_info < (3, 12) and torch.__version__ < "2.11",
+    reason="PyTorch before 2.11 can crash under Python 3.11 when several threads compile: it reads a freed frame",
+)
 @pytest.mark.parametrize("first", ["free", "frozen"])
 @pytest.mark.parametrize("kind", ["coda", "bcos"])
 def test_compiled_code_follows_the_state_of_the_thread_that_runs_it(kind, first):

@@ -5,6 +5,7 @@ meet: what one of them found, or the error that one of them met, is then known t
 that has failed, and no result depends on the number of processes.
 """
 
+import atexit
 import contextlib
 import os
 import pickle
@@ -149,6 +150,15 @@ class Processes:
                     return answer.code
         return code
 
+    def leave(self) -> None:
+        """Close the connection. A thread of gloo that frees a message while Python shuts down aborts the process."""
+        group, self._group = self._group, None
+        if group is not None and not self._apart:  # apart, it would wait for a message that may never come
+            import torch.distributed as dist
+
+            with contextlib.suppress(ValueError):  # Accelerate has closed all connections
+                dist.destroy_process_group(group)
+
     def told(self, error: BaseException) -> bool:
         """Return True if an error was raised in all processes, so that one of them is enough to print it."""
         return error is self._told
@@ -226,7 +236,9 @@ def join_launch() -> Processes:
         return ALONE
     with _noticing_ends():
         group = dist.new_group(backend="gloo", timeout=_WAIT)
-    return Processes(state.process_index, state.num_processes, state.local_process_index, group)
+    processes = Processes(state.process_index, state.num_processes, state.local_process_index, group)
+    atexit.register(processes.leave)
+    return processes
 
 
 @contextlib.contextmanager
