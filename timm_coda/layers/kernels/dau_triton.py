@@ -17,7 +17,7 @@ less.
 """
 
 # pyright: reportArgumentType=false, reportAssignmentType=false, reportAttributeAccessIssue=false
-# pyright: reportOperatorIssue=false
+# pyright: reportOperatorIssue=false, reportCallIssue=false
 # Triton's language has its own types, which pyright does not know.
 
 import torch
@@ -345,11 +345,11 @@ def _norm(z: Tensor, half: Tensor, square: Tensor, precision: str) -> Tensor:
 
 def _contract(
     p: Tensor, a: Tensor, z: Tensor, plain: Tensor, s: Tensor | None = None, activation: str = "none"
-) -> tuple[Tensor, Tensor | None]:
-    """Return num = (P A^T) z + plain, (N, D), and, if s is given, y = num h(s) in the dtype of P."""
+) -> tuple[Tensor, Tensor]:
+    """Return num = (P A^T) z + plain, (N, D), and y = num h(s) in the dtype of P, empty without s."""
     (positions, units), rank, inputs = plain.shape, z.shape[1], p.shape[1]
     num = torch.empty_like(plain)
-    y = None if s is None else p.new_empty(plain.shape)
+    y = p.new_empty(0 if s is None else plain.shape)
 
     def run(tile: Tile) -> None:
         _contract_kernel[(triton.cdiv(positions, tile.positions) * _across(tile, units, rank),)](
@@ -361,10 +361,10 @@ def _contract(
     return num, y
 
 
-def _slopes(grad: Tensor, num: Tensor | None, s: Tensor, activation: str) -> tuple[Tensor, Tensor | None]:
-    """Return alpha and, if `num` is given, beta."""
+def _slopes(grad: Tensor, num: Tensor | None, s: Tensor, activation: str) -> tuple[Tensor, Tensor]:
+    """Return alpha and beta, which is empty without `num`."""
     alpha = torch.empty_like(s)
-    beta = None if num is None else torch.empty_like(s)
+    beta = s.new_empty(0 if num is None else s.shape)
     _slope_kernel[(triton.cdiv(s.numel(), 1024),)](
         grad, num, s, alpha, beta, s.numel(), ACTIVATION=activation, BOTH=num is not None, BLOCK=1024
     )

@@ -10,7 +10,7 @@ import os
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 
@@ -122,7 +122,9 @@ def launch(problem: Problem, device: torch.device, run: Callable[[Tile], T]) -> 
         from triton.testing import do_bench
 
         tiles = candidates(problem, _capability(device))
-        times = [do_bench(lambda tile=tile: run(tile), warmup=2, rep=8, return_mode="median") for tile in tiles]
+        times: list[Any] = [
+            do_bench(lambda tile=tile: run(tile), warmup=2, rep=8, return_mode="median") for tile in tiles
+        ]
         found[problem] = tiles[times.index(min(times))]
     return run(choose(problem, device))
 
