@@ -35,13 +35,13 @@ from timm.scheduler import create_scheduler_v2
 from timm.utils import ModelEmaV3
 
 import timm_coda  # noqa: F401  # registers the models
-from timm_coda import data, hub
+from timm_coda import benchmark, data, hub
 from timm_coda.errors import wrap_errors
 from timm_coda.evaluate import TrainingLocalisation
 from timm_coda.training import losses, map_penalty, runs, states, trackers
 from timm_coda.training.optimizers import create_optimizer
 from timm_coda.training.options import HelpFormatter, natural, parse_options, positive, run_options
-from timm_coda.training.updates import Updates
+from timm_coda.training.updates import RecordedUpdates, Updates, can_record
 
 DEFAULT_RECIPE = Path(__file__).parent / "hub_configs/coda_net_xs.digits/recipe.yaml"
 
@@ -62,6 +62,7 @@ def make_parser() -> argparse.ArgumentParser:
         choices=["no", "bf16", "fp16"],
         help="precision; a CPU without bf16 instructions takes no (default: accelerate launch's, else no)",
     )
+    add("--cuda-graph", action=switch, default=True, help="on one GPU, replay updates without waiting for Python")
     add("--save-every", type=natural, default=0, help="updates between checkpoints in an epoch; 0: only after an epoch")
     add("--keep", type=natural, default=0, help="number of best epochs whose models are also saved, in best/")
     add("--log-every", type=positive, default=10, help="updates between points of the loss curve")
@@ -181,7 +182,6 @@ def train(args: argparse.Namespace, accelerator: Any, stop: list[int]) -> None:
         test_loader = list(test_loader)
     if ema is not None:
         accelerator.register_for_checkpointing(ema)
-    updates = Updates(accelerator, model, optimizer, norm=args.clip_grad, adaptive=args.agc)
     published: Any = network if ema is None else ema.module
 
     # Start or resume
@@ -200,6 +200,17 @@ def train(args: argparse.Namespace, accelerator: Any, stop: list[int]) -> None:
     accelerator.print(about, *(f"note: {note}" for note in (*notes, silent) if note), sep="\n")
     window = torch.tensor(progress.window[accelerator.process_index] if progress.window else [0.0] * 3, device=device)
     before = time.perf_counter() - progress.seconds
+
+    def compute_gradients(images: torch.Tensor, labels: torch.Tensor, targets: torch.Tensor, weight: float) -> None:
+        logits = model(images)
+        loss = (loss_function(logits, targets) + penalty(labels)) * weight
+        accelerator.backward(loss)
+        window.add_(torch.where(loss.isfinite(), weight * losses.tally(loss, logits, labels), 0))
+
+    recorded = args.cuda_graph and can_record(accelerator) and not args.grad_checkpointing
+    updates = (RecordedUpdates if recorded else Updates)(
+        accelerator, model, optimizer, compute_gradients, norm=args.clip_grad, adaptive=args.agc
+    )
 
     def explain(path: Path) -> None:
         """Save contribution maps of the examples for their two most likely classes."""
@@ -244,11 +255,7 @@ def train(args: argparse.Namespace, accelerator: Any, stop: list[int]) -> None:
                 images, labels = examples.images.to(device), examples.labels.to(device)
             images, labels, targets = mixing(images, labels)
             with accelerator.accumulate(model):
-                logits = model(images)
-                loss = (loss_function(logits, targets) + penalty(labels)) * weight
-                accelerator.backward(loss)
-                made = updates.step()
-            window += torch.where(loss.isfinite(), weight * losses.tally(loss, logits, labels), 0)
+                made = updates.step(images, labels, targets, weight)
             seen += len(labels) * processes
             if not accelerator.sync_gradients:
                 continue
@@ -293,6 +300,11 @@ def train(args: argparse.Namespace, accelerator: Any, stop: list[int]) -> None:
         print(runs.closing_words(output, progress, pictures=not silent))
     trackers.finish(accelerator)
     runs.publish(output, repo_id if main else None)
+    if main and device.type == "cuda":
+        dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(accelerator.mixed_precision, torch.float32)
+        speed, size = progress.history[-1]["images_per_second"] / processes, config["input_size"]
+        share = benchmark.share_of_products(network, size, speed, dtype=dtype, device="cuda")
+        print(f"{speed:.0f} images/s on a GPU, {share:.0%} of its rate of matrix products")
 
 
 def main() -> int:

@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import math
 import os
 import sys
 
@@ -279,3 +280,25 @@ def test_no_cuda():
 def test_report_on_cuda(fast):
     rows = measure(Setup(**{**SMALL, "memory": True}, device="cuda", dtypes=("float32", "bfloat16")))["rows"]
     assert all(row["extra_bytes"] > 0 for row in rows)
+
+
+@pytest.mark.parametrize("name", ["coda_net_xs", "bcos_resnet18", "resnet18"])
+def test_share_of_products_is_that_of_the_operations_counted(name, monkeypatch):
+    """By PyTorch's own count for networks of convolutions, by ours for CoDA-Nets; a training step is three passes."""
+    monkeypatch.setattr(macs.GemmRate, "best", property(lambda self: [1e9]))
+    monkeypatch.setattr(macs.GemmRate, "sample", lambda self: None)
+    model = timm.create_model(name, num_classes=3).eval()
+    size = (model.in_chans if name == "coda_net_xs" else 3, 32, 24)
+    share = macs.share_of_products(model, size, 7.0, dtype=torch.float32, device="cpu")
+    if name == "coda_net_xs":
+        right = sum(count_macs(model, (32, 24)).values(), Macs()).train
+    else:
+        right = 3 * flops(lambda: model(torch.rand(1, *size))) // 2
+    assert math.isclose(share, 7 * right / 1e9)
+    assert {weight.device.type for weight in model.parameters()} == {"cpu"}
+
+
+def test_share_of_products_of_a_real_rate():
+    model = timm.create_model("coda_net_xs", rank=2)
+    rates = [macs.share_of_products(model, (3, 8, 8), speed, dtype=torch.float32, device="cpu") for speed in (1, 1e3)]
+    assert 0 < rates[0] < rates[1]

@@ -1,7 +1,7 @@
 """Measure speed and memory: against the published formulation, against an ordinary model, and by image size."""
 
 from .comparison import compare
-from .macs import Macs, count_macs
+from .macs import Macs, count_macs, share_of_products
 from .measurement import BenchmarkError, Setup, measure
 from .scaling import measure_scaling
 from .table import benchmark_table, comparison_table, scaling_table
@@ -17,4 +17,5 @@ __all__ = [
     "measure",
     "measure_scaling",
     "scaling_table",
+    "share_of_products",
 ]

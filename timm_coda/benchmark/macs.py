@@ -5,16 +5,27 @@ import functools
 import math
 import random
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
-__all__ = ["SAMPLE_SECONDS", "Call", "GemmRate", "Macs", "count_macs", "layer_calls", "seconds", "seconds_in_rounds"]
+__all__ = [
+    "SAMPLE_SECONDS",
+    "Call",
+    "GemmRate",
+    "Macs",
+    "count_macs",
+    "layer_calls",
+    "seconds",
+    "seconds_in_rounds",
+    "share_of_products",
+]
 
 _Key = TypeVar("_Key")
 
@@ -99,16 +110,19 @@ def layer_calls(model: Any, image_size: int | tuple[int, int]) -> list[Call]:
             "with its ordinary counterpart (timm-coda benchmark bcos_resnet50 --against resnet50)"
         )
     try:
-        state = [*model.named_parameters(), *model.named_buffers()]
-        shapes = {name: torch.empty(tensor.shape, device="meta") for name, tensor in state}
         size = (image_size, image_size) if isinstance(image_size, int) else image_size
-        image = torch.empty(1, model.in_chans, *size, device="meta")
-        with torch.no_grad():
-            torch.func.functional_call(model, shapes, image)
+        _run_on_meta(model, (model.in_chans, *size))
     finally:
         for handle in handles:
             handle.remove()
     return calls
+
+
+@torch.no_grad()
+def _run_on_meta(model: nn.Module, input_size: Sequence[int]) -> None:
+    state = [*model.named_parameters(), *model.named_buffers()]
+    shapes = {name: torch.empty(tensor.shape, device="meta") for name, tensor in state}
+    torch.func.functional_call(model, shapes, torch.empty(1, *input_size, device="meta"))
 
 
 def count_macs(model: nn.Module, image_size: int | tuple[int, int]) -> dict[str, Macs]:
@@ -205,3 +219,29 @@ class GemmRate:
     def best(self) -> list[float]:
         """Rate of the faster kind of product, one sample per round."""
         return [max(rates) for rates in zip(*self.rates.values(), strict=True)]
+
+
+def share_of_products(
+    model: nn.Module, input_size: Sequence[int], images_per_second: float, *, dtype: torch.dtype, device: str
+) -> float:
+    """Return the multiply-accumulates of a training, as a fraction of those of matrix products on this device.
+
+    A model without dynamic alignment layers is counted by PyTorch's `FlopCounterMode`.
+
+    Args:
+        model: the model that is trained, on any device
+        input_size: channels, height and width of an image
+        images_per_second: speed of the training
+        dtype: of the products in the training
+        device: type of the device of the training
+    """
+    try:
+        height, width = input_size[1:]
+        macs = sum(count_macs(model, (height, width)).values(), Macs()).train
+    except ValueError:
+        with FlopCounterMode(display=False) as counter:
+            _run_on_meta(model, input_size)
+        macs = 3 * counter.get_total_flops() // 2
+    rate = GemmRate(dtype, device)
+    rate.sample()
+    return macs * images_per_second / rate.best[0]

@@ -56,15 +56,21 @@ class EpochOrder:
         """See `Order.seek`."""
         self.epoch, self.batch = epoch, batch
 
-    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+    def indices(self) -> np.ndarray:
+        """Return the dataset indices of the epoch's batches from the next one on, (batches, batch size)."""
         order = np.random.default_rng((self.seed, self.epoch)).permutation(self.length)
-        for batch in range(self.batch, len(self)):
-            start = (batch * self.processes + self.process) * self.batch_size
-            yield [(self.epoch, int(index)) for index in order[start : start + self.batch_size]]
+        whole = order[: len(self) * self.processes * self.batch_size].reshape(-1, self.processes, self.batch_size)
+        return whole[self.batch :, self.process]
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        for batch in self.indices():
+            yield [(self.epoch, int(index)) for index in batch]
 
 
 class TrainLoader(DataLoaderStateMixin):
-    """Batches of an order on the device. Tells Accelerate which batch is the last one, for gradient accumulation.
+    """Batches of an order on the device, on a GPU in channels_last order, in which its convolutions are faster.
+
+    Tells Accelerate which batch is the last one, for gradient accumulation.
 
     Args:
         order: the indices of each batch
@@ -74,6 +80,7 @@ class TrainLoader(DataLoaderStateMixin):
 
     def __init__(self, order: Order, batches: Iterable[Batch], device: torch.device) -> None:
         self.order, self.batches, self.device = order, batches, device
+        self.format = torch.channels_last if device.type == "cuda" else torch.preserve_format
         self.gradient_state = GradientState()
 
     def __len__(self) -> int:
@@ -87,7 +94,8 @@ class TrainLoader(DataLoaderStateMixin):
             for images, labels, skipped in self.batches:
                 batch += 1
                 self.end_of_dataloader = batch == len(self)
-                images, labels = (t.to(self.device, non_blocking=True) for t in (images, labels))
+                images = images.to(self.device, non_blocking=True, memory_format=self.format)
+                labels = labels.to(self.device, non_blocking=True)
                 yield Batch(images, labels, skipped)
         finally:
             self.end()
@@ -140,22 +148,20 @@ class DeviceImages:
         self.mean, self.std = (torch.tensor(value, device=device).view(-1, 1, 1) for value in (mean, std))
 
     def __iter__(self) -> Iterator[Batch]:
-        skipped, draws, drawn = self.skipped, np.empty(0), -1
-        for batch in self.order:
-            epoch = batch[0][0]
-            if epoch != drawn:
-                draws, drawn = np.random.default_rng((self.order.seed, epoch, 1)).random((len(self.labels), 3)), epoch
-            index = torch.tensor([index for _, index in batch])
-            yield Batch(self._change(index, torch.from_numpy(draws)[index]), self.labels[index], skipped)
+        # The whole epoch's at once: a batch waits for nothing from the CPU.
+        device, skipped = self.images.device, self.skipped
+        draws = np.random.default_rng((self.order.seed, self.order.epoch, 1)).random((len(self.labels), 3))
+        shifts = torch.from_numpy((draws[:, :2] * (2 * self.crop_padding + 1)).astype(np.int64)).to(device)
+        flips = torch.from_numpy(draws[:, 2] < self.hflip).to(device)
+        for index in torch.from_numpy(self.order.indices()).to(device):
+            yield Batch(self._change(index, shifts[index], flips[index]), self.labels[index], skipped)
             skipped = []
 
-    def _change(self, index: Tensor, draws: Tensor) -> Tensor:
-        """Shift and flip the images at `index` (B,) by the random numbers `draws` (B, 3) in [0, 1)."""
-        rows, columns = (draws[:, :2] * (2 * self.crop_padding + 1)).long().to(self.images.device).unbind(1)
-        flip = (draws[:, 2] < self.hflip).to(self.images.device)
+    def _change(self, index: Tensor, shift: Tensor, flip: Tensor) -> Tensor:
+        """Return the images at `index` (B,), cut out `shift` (B, 2) pixels down and right, flipped where `flip`."""
         height, width = self.size
         windows = self.images.unfold(2, height, 1).unfold(3, width, 1)  # (N, C, 2p+1, 2p+1, H, W), a view
-        images = windows[index.to(rows.device), :, rows, columns]
+        images = windows[index, :, shift[:, 0], shift[:, 1]]
         images = torch.where(flip[:, None, None, None], images.flip(3), images)
         return (images.float() / 255 - self.mean) / self.std
 

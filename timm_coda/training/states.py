@@ -23,7 +23,16 @@ from ..errors import wrap_errors
 from ..hub import SaveError, temporary_folder
 
 # Options that may change when a run is resumed, because they do not affect the weights.
-FREE_OPTIONS = {"workers", "keep", "save_every", "explain_every", "explain_images", "eval_explanations", "report_to"}
+FREE_OPTIONS = {
+    "workers",
+    "cuda_graph",
+    "keep",
+    "save_every",
+    "explain_every",
+    "explain_images",
+    "eval_explanations",
+    "report_to",
+}
 MOST_SKIPPED = 10  # consecutive updates: a rare image may cost one, but diverged weights cost all
 
 
