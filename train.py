@@ -79,6 +79,9 @@ def make_parser() -> argparse.ArgumentParser:
     add("--val-fraction", type=float, default=0.1, help="fraction of training images held out if no test split exists")
     add("--image-column", help="column of images (default: the only one, else image or img)")
     add("--label-column", help="column of labels (default: the class column, else label, class, category or target)")
+    add(
+        "--hold-out", type=natural, default=0, help="training images that choose the best epoch; 0: the test split does"
+    )
     add("--num-classes", type=positive, help="number of classes (default: the dataset's)")
     add("--workers", type=natural, default=2, help="processes that decode images; 0 is best for tiny images")
     buffer = {"type": positive, "nargs": "?", "const": 8192, "metavar": "IMAGES"}
@@ -141,7 +144,9 @@ def train(args: argparse.Namespace, accelerator: Any, stop: list[int]) -> None:
     # Data and model
     names = "subset image_column label_column train_split test_split val_fraction num_classes"
     source = (data.load_stream if args.streaming else data.load_data)(args.data, **chosen(names))
-    classes = source.label_names
+    classes, final = source.label_names, None
+    if args.hold_out:
+        final, source = source.test, source.held_out(args.hold_out)
     named = {"num_classes": len(classes), "label_names": classes}
     notes = list(source.notes)
     named |= {"say": notes.append}
@@ -289,15 +294,21 @@ def train(args: argparse.Namespace, accelerator: Any, stop: list[int]) -> None:
         save()
 
     published = timm.create_model(f"local-dir:{output}", pretrained=True).to(device)  # as users load it
-    found = localisation.at_end(published)
+    final_set = test_set if final is None else data.ImageDataset(final, test_transform)
+    found = localisation.at_end(published, final_set)
+    if final is not None:
+        batches = accelerator.prepare(data.create_loader(final_set, **chosen("batch_size workers")))
+        loss, accuracy, unread = losses.evaluate(accelerator, published, batches, test_loss)
+        progress.skip(unread)
+        found |= runs.tested(progress, loss, accuracy, held_out=len(test_set))
     if main:
         explain(output / "explanation.png")
         facts = {"options": options, "parameters": parameters, "processes": processes, "label_names": classes}
         facts |= {"weights": hub.weights_fingerprint(published), "notes": notes, "files": source.account}
         facts |= {"device": device.type, "mixed_precision": accelerator.mixed_precision}  # as used
         facts |= {"environment": environment, **found}
-        runs.save_summary(output, progress, facts | {"training_images": images_seen, "test_images": len(test_set)})
-        print(runs.closing_words(output, progress, pictures=not silent))
+        runs.save_summary(output, progress, facts | {"training_images": images_seen, "test_images": len(final_set)})
+        print(runs.closing_words(output, progress, found, pictures=not silent))
     trackers.finish(accelerator)
     runs.publish(output, repo_id if main else None)
     if main and device.type == "cuda":

@@ -35,7 +35,7 @@ from helpers.train_cases import (
     start,
     wait_for_state,
 )
-from timm_coda import hub
+from timm_coda import data, hub
 from timm_coda.training import states
 
 
@@ -103,6 +103,30 @@ def test_a_whole_run(train, colours, tmp_path, capsys):
     assert_same_run(Path("out"), Path("again"))
     assert train(*options, "--overwrite", "--seed", 1) == 0
     assert json.loads(Path("out/summary.json").read_text())["curve"] != summary["curve"]
+
+
+def test_held_out_images_choose_the_epoch(train, colours, capsys):
+    """The test images are used once, at the end; their accuracy is the run's, and the card's."""
+    options = ["--data", colours, "--epochs", 2, *SMALL, *QUIET, "--eval-explanations", 2]
+    assert train(*options, "--hold-out", 24, "--output", "out") == 0
+    out = capsys.readouterr().out
+    assert "48 training and 24 validation images of 3 classes" in out
+    assert "24 training images are held out and decide which epoch is the best (--hold-out); the 21 test images" in out
+    summary = json.loads(Path("out/summary.json").read_text())
+    best = max(summary["history"], key=lambda epoch: (epoch["accuracy"], -epoch["loss"]))
+    assert summary["validation"] == {"loss": best["loss"], "accuracy": best["accuracy"], "images": 24}
+    assert (summary["training_images"], summary["test_images"]) == (48, 21)
+    model, test = timm.create_model("local-dir:out", pretrained=True).eval(), data.load_data(colours).test
+    transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))
+    images = torch.stack([transform(test.image(place)) for place in range(21)])
+    with torch.no_grad():
+        right = (model(images).argmax(1) == torch.from_numpy(test.labels)).float().mean()
+    assert abs(summary["accuracy"] - float(right)) < 1e-6
+    assert f"accuracy {summary['accuracy']:.4f} of the test images, {best['accuracy']:.4f} of those held out" in out
+    card = hub.card_of_folder("out", "me/colours")
+    assert f"| accuracy | {summary['accuracy']:.2%} of 21 test images" in card
+    assert f"Epoch {summary['epoch']} of 2 was chosen by 24 training images held out" in card
+    assert "best on these test images" not in card
 
 
 def test_every_way_to_learn_at_once(train, colours):
@@ -404,6 +428,7 @@ def test_trackers_get_numbers_and_pictures(train, colours):
         (["--interpolation", "cubist"], "--interpolation.*cubist"),
         (["--auto-augment", "rand-x9"], "--crop-pct or an augmentation"),
         (["--data-on-device", "--erase", "0.5"], "--data-on-device only shifts and flips .* or leave out --erase 0.5"),
+        (["--hold-out", "72"], "--hold-out 72: there are only 72 training images"),
         (["--streaming"], "nothing found at .*: no parquet file"),
         (["--map-penalty", "1", "--mixup", "0.1"], "--map-penalty: it needs one class per image"),
         (["--report-to", "tensorboad"], "--report-to tensorboad"),

@@ -166,6 +166,21 @@ def test_image_folders(tmp_path):
     assert not set(loaded.test.indices) & set(loaded.train.indices)
 
 
+def test_held_out_training_images(tmp_path):
+    write_images(tmp_path / "train", count=10)
+    write_images(tmp_path / "test", count=2)
+    whole = data.load_data(tmp_path)
+    for count in (1, 6, 19):
+        loaded = whole.held_out(count)
+        assert (len(loaded.train), len(loaded.test), loaded.test.name) == (20 - count, count, "validation")
+        assert abs(np.diff(np.bincount(loaded.test.labels, minlength=2))[0]) <= 1
+        assert sorted([*loaded.train.indices, *loaded.test.indices]) == list(range(20))
+        assert np.array_equal(loaded.test.indices, whole.held_out(count).test.indices)
+        assert "the 4 test images are used once" in loaded.notes[-1]
+    with pytest.raises(data.DataError, match=r"--hold-out 20: there are only 20 training images"):
+        whole.held_out(20)
+
+
 def test_labels_of_every_kind(tmp_path):
     numbers = write_parquet(tmp_path / "n" / "train.parquet", [2, 0, 1, 2], kind=datasets.Value("int32"))
     words = write_parquet(tmp_path / "w" / "train.parquet", ["b", "a", "c", "b"], kind=datasets.Value("string"))

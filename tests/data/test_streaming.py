@@ -45,6 +45,8 @@ def rows_of(batch) -> list[int]:
 
 def test_labels_and_names_are_those_of_the_loaded_data_set(shards):
     streamed, loaded = streaming.load_stream([str(shards)]), data.load_data(shards)
+    with pytest.raises(data.DataError, match="--hold-out cannot be used with --streaming"):
+        streamed.held_out(1)
     assert streamed.label_names == loaded.label_names and len(streamed.test) == len(loaded.test) == 21
     assert np.array_equal(streamed.train.labels, loaded.train.labels)
     assert streamed.train.groups[:, 2].sum() == COUNT and len(streamed.train.groups) == 4 * 14

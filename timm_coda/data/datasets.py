@@ -69,6 +69,25 @@ class ImageData:
     label_kind: str = "declared"  # see `labels.LabelTable.kind`
     account: dict[str, Any] = field(default_factory=dict)  # of an image folder: what is used, and what not and why
 
+    def held_out(self, count: int) -> "ImageData":
+        """Return this dataset with `count` training images as the split to evaluate on, about as many of each class.
+
+        They are the same each time.
+
+        Raises:
+            DataError: The training images are streamed, or no more than `count`.
+        """
+        if not isinstance(self.train, Split):
+            raise DataError("--hold-out cannot be used with --streaming: give a validation split with --test-split")
+        if count >= len(self.train):
+            raise DataError(f"--hold-out {count}: there are only {len(self.train)} training images; hold out fewer")
+        train, held = _divide(self.train, count / len(self.train), 0)
+        note = (
+            f"{len(held):,} training images are held out and decide which epoch is the best (--hold-out); the "
+            f"{len(self.test):,} {self.test.name} images are used once, at the end"
+        )
+        return replace(self, train=train, test=held, notes=(*self.notes, note))
+
     def matched(self, classes: Classes) -> "ImageData":
         """Return this dataset with the class numbers and names of a model, whose classes are found by name.
 
@@ -406,7 +425,7 @@ def _divide(split: Split, fraction: float, seed: int) -> tuple[Split, Split]:
     """Hold out the same share of every class; the same seed holds out the same images."""
     order = np.random.default_rng(seed).permutation(len(split))
     order = order[np.argsort(split.labels[order], kind="stable")]
-    count = np.arange(len(split) + 1) * fraction
+    count = np.arange(len(split) + 1) * fraction + 1e-9  # rounding must not lose an image
     held = np.floor(count[1:]) > np.floor(count[:-1])  # every (1/fraction)-th image, sorted by class
     if held.all() or not held.any():
         raise DataError(

@@ -39,10 +39,16 @@ class TrainingLocalisation:
         """Return an epoch's entry `localisation`; empty if no measurement is due after this epoch (the first is 1)."""
         return {"localisation": self._measure(model)} if self._every and epoch % self._every == 0 else {}
 
-    def at_end(self, model: Any) -> dict[str, dict[str, float] | None]:
-        """Return the summary's entry `localisation`: the scores of the published model and of a uniform map."""
+    def at_end(self, model: Any, dataset: ImageDataset | None = None) -> dict[str, dict[str, float] | None]:
+        """Return the summary's entry `localisation`: the scores of the published model and of a uniform map.
+
+        Args:
+            model: the published model
+            dataset: test images, if not those of the measurements after epochs
+        """
         if not self._every:
             return {}
+        self._dataset = dataset or self._dataset
         size, score = self._metric.size, self._measure(model)
         named = {f"{size} x {size} grids": score, "uniform map": 1 / size**2}
         return {"localisation": None if score is None else named}

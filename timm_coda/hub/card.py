@@ -193,7 +193,11 @@ def _measured(summary: Mapping[str, Any]) -> str:
     for name, (score, low, high) in evaluation.get("scores", {}).items():
         rows.append(f"| {name} | {score:.3f} (95 % interval {low:.3f} to {high:.3f}) |")
     lines = ["## Measured", "", "| | |", "| --- | --- |", *rows]
-    if (epochs := len(summary.get("history", ()))) > 1:
+    if "validation" in summary:
+        held, epochs = summary["validation"], len(summary.get("history", ()))
+        chosen = f"Epoch {summary['epoch']} of {epochs} was chosen by {held['images']:,} training images held out from "
+        lines += ["", chosen + f"training ({held['accuracy']:.2%} of them); the test images were used once, for this."]
+    elif (epochs := len(summary.get("history", ()))) > 1:
         note = f"Epoch {summary['epoch']} of {epochs} was kept because it was the best on these test images, so expect "
         lines += ["", note + "slightly worse results on new ones."]
     if evaluation:

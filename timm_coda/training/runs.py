@@ -172,6 +172,12 @@ def progress_bar(batches: Iterable[Any], name: str, *, total: int, initial: int,
     return tqdm(batches, name, total, initial=initial, **look)
 
 
+def tested(progress: Progress, loss: float, accuracy: float, *, held_out: int) -> dict[str, Any]:
+    """Return the summary's entries of a run whose best epoch was chosen on `held_out` training images."""
+    chosen = {name: progress.best[name] for name in ("loss", "accuracy")}
+    return {"loss": loss, "accuracy": accuracy, "validation": {**chosen, "images": held_out}}
+
+
 def save_summary(folder: Path, progress: Progress, facts: dict[str, Any]) -> None:
     """Write `summary.json`: metrics of the best epoch, facts about the run, its history, and skipped images."""
     summary = {"command": shlex.join(sys.argv), **progress.best, "seconds": progress.seconds, **facts}
@@ -181,12 +187,21 @@ def save_summary(folder: Path, progress: Progress, facts: dict[str, Any]) -> Non
     write_text(folder / "summary.json", json.dumps(summary, indent=1) + "\n")
 
 
-def closing_words(folder: Path, progress: Progress, *, pictures: bool) -> str:
-    """Return the last message of a run: accuracy, time, path of the figure, code that loads the model."""
+def closing_words(folder: Path, progress: Progress, facts: dict[str, Any], *, pictures: bool) -> str:
+    """Return the last message of a run: accuracy, time, path of the figure, code that loads the model.
+
+    Args:
+        folder, progress: the run's
+        facts: those of `tested`, if there are any
+        pictures: whether there is a figure
+    """
     best, note = progress.best, f"; {len(progress.skipped)} images could not be read" if progress.skipped else ""
     note += f"; {progress.skipped_updates} updates were skipped" if progress.skipped_updates else ""
+    accuracy = f"{best['accuracy']:.4f}"
+    if "validation" in facts:
+        accuracy = f"{facts['accuracy']:.4f} of the test images, {accuracy} of those held out,"
     return (
-        f"\naccuracy {best['accuracy']:.4f} in epoch {best['epoch']}, {progress.seconds:.0f} s in total{note}\n"
+        f"\naccuracy {accuracy} in epoch {best['epoch']}, {progress.seconds:.0f} s in total{note}\n"
         + (f"explanations: {folder / 'explanation.png'}\n" if pictures else "")
         + f'\nimport timm, timm_coda\nmodel = timm.create_model("local-dir:{folder}", pretrained=True).eval()'
     )

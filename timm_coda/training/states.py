@@ -146,7 +146,8 @@ def load_state(accelerator: Accelerator, folder: Path, options: dict[str, Any], 
     now = options | {"processes": accelerator.num_processes}
     with wrap_errors(f"the checkpoint {states[-1]} cannot be read", RunError):
         record = json.loads((states[-1] / "record.json").read_text(encoding="utf-8"))
-        before = {name: record["options"].get(name) for name in now.keys() - FREE_OPTIONS}
+        # An option that is newer than the run has kept, by its default, what the run did.
+        before = {name: record["options"].get(name, now[name]) for name in now.keys() - FREE_OPTIONS}
     changed = [f"{name} was {was}, is {now[name]}" for name, was in sorted(before.items()) if now[name] != was]
     if changed:
         raise RunError(f"cannot resume with changed options, restore them: {'; '.join(changed)}")
