@@ -22,7 +22,17 @@ def environment() -> dict[str, str]:
     root = Path(__file__).parents[2]
     if (root / ".git").exists():  # a git clone, not an installed package
         with contextlib.suppress(OSError, subprocess.CalledProcessError):
-            ask = ["git", "--no-optional-locks", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+            ask = [
+                "git",
+                "--no-optional-locks",
+                "-C",
+                str(root),
+                "describe",
+                "--always",
+                "--dirty",
+                "--abbrev=40",
+                "--exclude=*",
+            ]
             versions["commit"] = subprocess.run(ask, capture_output=True, text=True, check=True).stdout.strip()
     cpu = platform.processor() or platform.machine()
     with contextlib.suppress(OSError, StopIteration):
