@@ -24,6 +24,7 @@ from accelerate.tracking import GeneralTracker, on_main_process
 from safetensors.torch import load_file
 
 import timm_coda  # noqa: F401
+from helpers import relative_error
 from helpers.train_cases import (
     QUIET,
     ROOT,
@@ -127,6 +128,29 @@ def test_held_out_images_choose_the_epoch(train, colours, capsys):
     assert f"| accuracy | {summary['accuracy']:.2%} of 21 test images" in card
     assert f"Epoch {summary['epoch']} of 2 was chosen by 24 training images held out" in card
     assert "best on these test images" not in card
+
+
+def test_a_compiled_run_is_the_usual_one(train, colours):
+    """Up to rounding, with the usual names of weights; it can be resumed."""
+    options = ["--data", colours, "--epochs", 2, *SMALL, *QUIET]
+    assert train(*options, "--output", "usual") == 0
+    assert train(*options, "--output", "compiled", "--compile") == 0
+    usual, compiled = (load_file(f"{name}/model.safetensors") for name in ("usual", "compiled"))
+    assert usual.keys() == compiled.keys()
+    for name, weight in usual.items():
+        assert relative_error(compiled[name], weight) < 1e-2, name
+    whole = json.loads(Path("compiled/summary.json").read_text())
+    Path("compiled/summary.json").unlink()  # as if it had been killed before its last words
+    assert train("--resume", "compiled") == 0
+    assert json.loads(Path("compiled/summary.json").read_text())["history"] == whole["history"]
+    assert_equal(load_file("compiled/model.safetensors"), compiled)
+
+
+def test_compiling_where_that_is_impossible(train, colours, capsys, monkeypatch):
+    monkeypatch.setattr(torch._inductor.config.cpp, "cxx", ("/no/compiler",))
+    torch._dynamo.reset()
+    assert train("--data", colours, *SMALL, *QUIET, "--compile", "--epochs", 1, "--output", "out") == 2
+    assert "train.py: error: --compile: " in capsys.readouterr().err
 
 
 def test_every_way_to_learn_at_once(train, colours):

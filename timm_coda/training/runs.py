@@ -21,6 +21,7 @@ import torch
 import yaml
 from accelerate import Accelerator, DataLoaderConfiguration
 from accelerate.utils import broadcast_object_list
+from torch import nn
 from tqdm import tqdm
 
 from ..errors import wrap_errors
@@ -170,6 +171,17 @@ def progress_bar(batches: Iterable[Any], name: str, *, total: int, initial: int,
     look = {"ncols": 80, "bar_format": "{desc} |{bar}| {n_fmt}/{total_fmt}{postfix}, {remaining} left"}
     look |= {"leave": False, "file": sys.stdout, "disable": not (shown and sys.stdout.isatty())}
     return tqdm(batches, name, total, initial=initial, **look)
+
+
+def compiled(model: nn.Module, device: torch.device) -> Any:
+    """Return `torch.compile(model)`.
+
+    Raises:
+        RunError: Nothing can be compiled for the device, for example because there is no C++ compiler.
+    """
+    with wrap_errors("--compile", RunError):
+        torch.compile(lambda x: x + 1)(torch.zeros(1, device=device))
+    return torch.compile(model)
 
 
 def tested(progress: Progress, loss: float, accuracy: float, *, held_out: int) -> dict[str, Any]:
