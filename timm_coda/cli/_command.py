@@ -7,7 +7,7 @@ from typing import Any
 
 from ..hub import ALONE, Processes
 
-__all__ = ["CommandParser", "choose_device", "new_command"]
+__all__ = ["CommandParser", "add_dataset_options", "choose_device", "new_command"]
 
 
 class CommandParser(argparse.ArgumentParser):
@@ -44,6 +44,16 @@ def new_command(
     )
     parser.set_defaults(run=run, shared=shared)
     return parser
+
+
+def add_dataset_options(group: Any) -> None:
+    """Add the options that say which images of a dataset to use."""
+    add = group.add_argument
+    add("--subset", help="configuration of a Hub dataset with several")
+    hint = "split to use (default: validation, else test, else a tenth of the training images)"
+    add("--test-split", metavar="NAME", help=hint)
+    add("--image-column", metavar="NAME", help="column of images (default: the only one)")
+    add("--label-column", metavar="NAME", help="column of classes (default: by its type, or named label)")
 
 
 def choose_device(name: str | None, processes: Processes = ALONE) -> str:
