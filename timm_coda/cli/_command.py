@@ -46,12 +46,11 @@ def new_command(
     return parser
 
 
-def add_dataset_options(group: Any) -> None:
-    """Add the options that say which images of a dataset to use."""
+def add_dataset_options(group: Any, *, otherwise: str) -> None:
+    """Add the options that say which images of a dataset to use; `otherwise` are those without a split to test on."""
     add = group.add_argument
     add("--subset", help="configuration of a Hub dataset with several")
-    hint = "split to use (default: validation, else test, else a tenth of the training images)"
-    add("--test-split", metavar="NAME", help=hint)
+    add("--test-split", metavar="NAME", help=f"split to use (default: validation, else test, else {otherwise})")
     add("--image-column", metavar="NAME", help="column of images (default: the only one)")
     add("--label-column", metavar="NAME", help="column of classes (default: by its type, or named label)")
 

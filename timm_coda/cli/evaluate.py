@@ -58,7 +58,7 @@ def _define(parser: CommandParser) -> None:
     hint = "new or empty folder, or folder of an evaluation to resume"
     add("--output", type=Path, required=True, metavar="FOLDER", help=hint)
     add("--overwrite", action="store_true", help="delete the evaluation in FOLDER and start again")
-    add_dataset_options(parser.add_argument_group("dataset"))
+    add_dataset_options(parser.add_argument_group("dataset"), otherwise="a tenth of the training images")
     add = parser.add_argument_group("settings").add_argument
     add("--grids", type=_positive, default=500, metavar="N", help="maximum number of grids (default: 500, the papers')")
     add("--grid-size", type=_positive, default=3, metavar="N", help="cells per side of a grid (default: 3)")

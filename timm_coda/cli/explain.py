@@ -90,7 +90,7 @@ def add(subcommands: Any) -> None:
     hint = "digits, Hub dataset id, parquet files, or folder of these or of images"
     group.add_argument("--data", nargs="+", metavar="SOURCE", help=hint)
     group.add_argument("--images", type=int, default=8, metavar="N", help="images to show of each unit (default: 8)")
-    add_dataset_options(group)
+    add_dataset_options(group, otherwise="all images")
 
 
 def _run(args: argparse.Namespace) -> int:
@@ -227,6 +227,8 @@ def _prepare_units(args: argparse.Namespace) -> tuple[Any, Any, list[Any], Any]:
     model = _load(args)
     options = {name: getattr(args, name) for name in ("subset", "test_split", "image_column", "label_column")}
     data = load_data(args.data, **options, training=False)
+    if data.test.rows is data.train.rows:  # a single split, of which a part would be held out from training
+        data = load_data(args.data, **options | {"test_split": data.train.name}, training=False)
     print(f"{args.model}: searching {len(data.test):,} {data.test.name} images")
     for note in data.notes:
         print(textwrap.fill(note, 79))
