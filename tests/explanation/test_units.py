@@ -172,6 +172,15 @@ def test_receptive_fields_by_arithmetic(name, layer, size):
         ]
 
 
+def test_under_inference_mode_and_autocast():
+    model = network("coda_net_xs", 16).float()
+    expected = receptive_fields(model, "stages.1", [(0, 7)], (16, 16))
+    with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
+        assert receptive_fields(model, "stages.1", torch.tensor([[0, 7]]), (16, 16)) == expected
+        found = model.explain(noise(16).float(), layer="stages.1", unit=(1, "max"))
+        assert found.value.dtype == torch.float32 and found.position.shape == (2, 2)
+
+
 def test_nothing_outside_of_a_receptive_field_is_seen():
     """By changing pixels, without a gradient; the model keeps its dtype and mode."""
     model = timm.create_model("coda_net_xs.digits", pretrained=True).eval()

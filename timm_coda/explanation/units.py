@@ -96,11 +96,14 @@ def receptive_fields(model: Any, layer: str, positions: Any, size: tuple[int, in
     Raises:
         ValueError: the model has no such layer, or it does not output a map.
     """
-    twin = copy.deepcopy(model).cpu().double().eval()
-    noise = torch.rand(_PROBES, model.in_chans, *size, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     wanted = [tuple(place) for place in torch.as_tensor(positions).tolist()]
     found = {}
-    with torch.inference_mode(False), torch.enable_grad(), torch.autocast("cpu", enabled=False), explanation_mode(twin):
+    with ExitStack() as stack:
+        for context in (torch.inference_mode(False), torch.enable_grad(), torch.autocast("cpu", enabled=False)):
+            stack.enter_context(context)
+        twin, random = copy.deepcopy(model).cpu().double().eval(), torch.Generator().manual_seed(0)
+        stack.enter_context(explanation_mode(twin))
+        noise = torch.rand(_PROBES, model.in_chans, *size, dtype=torch.float64, generator=random)
         encoded = twin.encoding(noise).detach().requires_grad_()
         with output_of(twin, layer) as outputs:
             twin(encoded)

@@ -87,8 +87,10 @@ def find_strongest(
         DataError: no image is readable, or the model does not accept the images.
     """
     parameter = next(model.parameters())
+    checked = False
 
     def search(start: int) -> tuple[list[int], list[Skipped], np.ndarray]:
+        nonlocal checked
         places = range(start, min(start + batch_size, len(dataset)))
         samples = [dataset[place] for place in places]
         numbers = [place for place, sample in zip(places, samples, strict=True) if not isinstance(sample, Skipped)]
@@ -96,8 +98,9 @@ def find_strongest(
         if not numbers:
             return numbers, batch.skipped, np.empty((0, len(units)))
         images = batch.images.to(parameter.device, parameter.dtype)
-        if start == 0:
+        if not checked:
             check_images(model, images)
+        checked = True
         values, _ = peaks(model, images, units)
         check_finite(model, images, values, numbers=numbers)
         return numbers, batch.skipped, values.double().cpu().numpy()
