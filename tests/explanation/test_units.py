@@ -9,7 +9,7 @@ import torch
 
 import timm_coda
 from helpers import relative_error
-from timm_coda.explanation import Unit, heatmap, peaks, receptive_fields, unit_pictures
+from timm_coda.explanation import Unit, from_no_pixel, heatmap, peaks, receptive_fields, unit_pictures
 
 
 def network(name: str, size: int):
@@ -88,6 +88,8 @@ def test_the_rest_of_a_token_is_the_position_embedding():
     for handle in handles:
         handle.remove()
     assert relative_error(found.residual, share) < 1e-9
+    assert from_no_pixel(found) == [f"{number:.4g}" for number in share.tolist()], "more than 1 % of the activation"
+    assert from_no_pixel(model.explain(images, layer="patch_embed", unit=(7, "max"))) == ["", ""]
     assert relative_error(found.contributions.sum((1, 2)) + share, found.value) < 1e-9
 
 

@@ -237,6 +237,8 @@ def _prepare_units(args: argparse.Namespace) -> tuple[Any, Any, list[Any], Any]:
 
 
 def _print_unit(row: "Strongest") -> None:
+    from ..explanation import from_no_pixel
+
     print(f"\n{row.unit}")
     if row.found is None or row.found.position is None:
         print(f"  never fires: its largest activation in {row.searched:,} images is {row.largest:.3g}")
@@ -245,6 +247,8 @@ def _print_unit(row: "Strongest") -> None:
     numbers = zip(row.found.value.tolist(), row.found.position.tolist(), row.classes, row.names, strict=True)
     for value, (line, column), label, name in numbers:
         print(f"  {value:10.4g}  {f'{line}, {column}':14}  {_short(label, 14):14}  {_short(name, 34)}")
+    if residuals := list(filter(None, from_no_pixel(row.found))):
+        print(f"  Of these, up to {max(residuals, key=float)} comes from the position embedding, from no pixel.")
 
 
 def _explain(sources: "Sequence[Source]", gallery: "Gallery") -> None:

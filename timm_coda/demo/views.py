@@ -14,7 +14,16 @@ import jinja2
 import numpy as np
 from PIL import Image
 
-from ..explanation import EVIDENCE_COLORS, Explanation, Unit, UnitPicture, color_limit, heatmap, unit_pictures
+from ..explanation import (
+    EVIDENCE_COLORS,
+    Explanation,
+    Unit,
+    UnitPicture,
+    color_limit,
+    from_no_pixel,
+    heatmap,
+    unit_pictures,
+)
 
 _BARS = 5
 _SMALL = 128  # pixels per side; up to this size, images are shown with sharp pixels
@@ -107,12 +116,12 @@ def unit_html(unit: Unit, found: Explanation, boxes: Sequence, names: Sequence[s
     values = found.value.tolist()
     pictures, limit = unit_pictures(found, boxes)
     rows = []
-    for value, name, picture in zip(values, names, pictures, strict=True):
+    for value, name, picture, rest in zip(values, names, pictures, from_no_pixel(found), strict=True):
         if value > 0:
             parts = zip(UnitPicture._fields, picture, strict=True)
             sources = {part: _data_url(Image.fromarray(pixels)) for part, pixels in parts}
             crisp = max(picture.seen.shape) <= _SMALL
-            rows.append({"name": name, "value": f"{value:.4g}", "crisp": crisp, **sources})
+            rows.append({"name": name, "value": f"{value:.4g}", "rest": rest, "crisp": crisp, **sources})
     return _TEMPLATES.get_template("unit.html").render(
         unit=unit, rows=rows, searched=searched, largest=f"{values[0]:.3g}", limit=f"{limit:.2g}"
     )

@@ -19,7 +19,7 @@ from .figures import (
 from .fonts import drawable, font_families
 from .result import Explanation
 from .sheet import GAP, GREY, INK, PANEL, PITCH, Page, letters
-from .units import Unit, UnitPicture, peaks, receptive_fields, unit_pictures
+from .units import Unit, UnitPicture, from_no_pixel, peaks, receptive_fields, unit_pictures
 from .writing import remove_leftovers, replacing, temporary_path
 
 __all__ = [
@@ -46,6 +46,7 @@ __all__ = [
     "figure",
     "font_families",
     "forget_names",
+    "from_no_pixel",
     "heatmap",
     "letters",
     "listed",

@@ -13,7 +13,7 @@ from .compute import explanation_mode, output_map, output_of, unit_output
 from .figures import as_pictures, color_limit, heatmap, rgba
 from .result import Explanation
 
-__all__ = ["Box", "Unit", "UnitPicture", "peaks", "receptive_fields", "unit_pictures"]
+__all__ = ["Box", "Unit", "UnitPicture", "from_no_pixel", "peaks", "receptive_fields", "unit_pictures"]
 
 _PROBES = 2  # images of noise; a maximum or a gate may hide a pixel in one of them
 _PADDING = 200  # grey level, neither a map's zero nor white
@@ -131,6 +131,15 @@ def _whole(span: tuple[int, int], side: int) -> tuple[int, int]:
     """Extend a span by what the image's border cuts off."""
     start, end = span
     return (end - side, end) if start == 0 else (start, start + side)
+
+
+def from_no_pixel(found: Explanation) -> list[str]:
+    """For each image, the part of an activation that no pixel contributes, if it is above 1 %, else "".
+
+    It is the share of a vision transformer's position embedding.
+    """
+    parts = zip(found.residual.tolist(), found.value.tolist(), strict=True)
+    return [f"{residual:.4g}" if abs(residual) > 0.01 * abs(value) else "" for residual, value in parts]
 
 
 class UnitPicture(NamedTuple):

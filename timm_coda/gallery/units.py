@@ -21,6 +21,7 @@ from ..explanation import (
     UnitPicture,
     check_finite,
     draw_scale,
+    from_no_pixel,
     peaks,
     receptive_fields,
     unit_pictures,
@@ -155,7 +156,7 @@ def unit_sheet(strongest: Sequence[Strongest]) -> Any:
             page.text(GAP, top + 0.36, words, width=width, color=GREY)
             top += 0.5
             continue
-        values = row.found.value.tolist()
+        values, residuals = row.found.value.tolist(), from_no_pixel(row.found)
         for number, (value, name, label) in enumerate(zip(values, row.names, row.classes, strict=True)):
             left = GAP + number * _STEP
             page.text(left, top + 0.38, _short_name(name), width=_SIDE, color=GREY, size=6)
@@ -166,6 +167,8 @@ def unit_sheet(strongest: Sequence[Strongest]) -> Any:
             foot = top + 0.44 + 3 * (h + 0.05)
             page.text(left, foot + 0.09, f"{value:.4g}", width=_SIDE)
             page.text(left + _SIDE, foot + 0.09, label, width=0.6 * _SIDE, color=GREY, ha="right")
+            if residuals[number]:
+                page.text(left, foot + 0.2, f"from no pixel: {residuals[number]}", width=_SIDE)
         middle = top + 0.44 + 2 * (_SIDE + 0.05)
         draw_scale(page, GAP + len(row.indices) * _STEP - GAP + 0.08, middle, _SIDE, row.limit, "contribution")
         top += height
