@@ -28,7 +28,7 @@ from PIL import Image
 from helpers.photos import save_turned_digits
 from timm_coda import cli
 from timm_coda.data.datasets import load_data
-from timm_coda.explanation import figures
+from timm_coda.explanation import Unit, figures, receptive_fields, unit_pictures
 from timm_coda.hub.factory import save_model
 from timm_coda.images import read_image
 
@@ -266,6 +266,54 @@ def test_layers_scale_and_smoothing(visit, model, digits):
     assert page.get_by_label("range slider for Smoothing").is_disabled()
 
 
+def test_what_a_channel_sees(visit, model, digits):
+    page = visit()
+    channel = page.get_by_label("What does this channel of the layer see?", exact=True)
+    assert not channel.is_visible(), "only layers have channels"
+    image = read_image(digits[1])
+    upload(page, digits[1], str(int(model.explain(image).prediction)))
+    choose(page, "As a sum over", "layer stages.1")
+    playwright.expect(page.locator(".coda-words")).to_contain_text("(sum over layer stages.1)")
+    choose(page, "What does this channel of the layer see?", "5")
+    playwright.expect(page.get_by_role("heading", name="What channel 5 of stages.1 sees")).to_be_visible()
+
+    split = load_data("digits").test
+    examples = [split.image(split.labels.tolist().index(digit)) for digit in range(10)]
+    found = model.explain([*examples, image], layer="stages.1", unit=(5, "max"))
+    best = found.value.argsort(descending=True)[:6].tolist()
+    names = [f"digit {index}" if index < 10 else "this image" for index in best]
+    shown = page.locator(".coda-fields figure")
+    captions = [f"{found.value[index].item():.4g} {name}" for index, name in zip(best, names, strict=True)]
+    assert [" ".join(text.split()) for text in shown.locator("figcaption").all_inner_texts()] == captions
+    boxes = receptive_fields(model, "stages.1", found.position[best], (16, 16))
+    pictures, _ = unit_pictures(found[best], boxes)
+    for number, picture in enumerate(pictures):
+        drawn = [node.get_attribute("src") for node in shown.nth(number).get_by_role("img").all()]
+        for source, pixels in zip(drawn, picture, strict=True):
+            assert (np.asarray(Image.open(io.BytesIO(base64.b64decode(source.partition(",")[2])))) == pixels).all()
+    assert page.evaluate("document.documentElement.scrollWidth") <= 1280
+
+    choose(page, "As a sum over", "the pixels")
+    playwright.expect(page.locator(".coda-unit")).to_have_count(0)
+    playwright.expect(channel).not_to_be_visible()
+
+
+def test_a_channel_that_never_fires(model):
+    from timm_coda.demo.views import unit_html
+
+    split = load_data("digits").test
+    found = model.explain([split.image(index) for index in range(20)], layer="head", unit=(8, 2, 2))
+    found = found[found.value.argsort(descending=True)]
+    boxes = receptive_fields(model, "head", found.position, (16, 16))
+    fires = int((found.value > 0).sum())
+    assert 0 < fires < 20
+    page = unit_html(Unit("head", 8), found, boxes, ["<b>"] * 20, searched=20)
+    assert page.count("<figure") == fires and "<b>" not in page, "only images in which it fires; names are no code"
+    page = " ".join(unit_html(Unit("head", 8), found[fires:], boxes[fires:], ["x"] * (20 - fires), searched=1).split())
+    assert f"It never fires: its largest activation in 1 image is {found.value[fires].item():.3g}." in page
+    assert "<figure" not in page
+
+
 def test_files_to_take_along(visit, model, digits, tmp_path):
     page = visit()
     explanation = model.explain(read_image(digits[2]), versus=8)
@@ -413,7 +461,7 @@ def test_turned_photos(site, model, tmp_path):
         kind = {"Content-Type": f"multipart/form-data; boundary={boundary}"}
         (place,) = json.loads(fetch(urllib.request.Request(f"{site}/gradio_api/upload", body, kind)))
         file = {"path": place, "meta": {"_type": "gradio.FileData"}, "orig_name": "photo.jpg"}
-        answer = by_hand(site, "change", file, "coda_net_xs.digits", None, -1, "", 1, 99.5, None)
+        answer = by_hand(site, "change", file, "coda_net_xs.digits", None, -1, "", None, 1, 99.5, None)
         seen, _, _ = answer.partition("data:image/png;base64,")[2].partition("\\")
         expected = model.explain(Image.open(path))
         assert int(expected.prediction) == int(path.parent.name)
@@ -431,7 +479,7 @@ def test_only_uploads_can_be_read(site, tmp_path, digits):
             assert answer.code in (403, 404)
     for place in (str(secret), f"{site}/theme.css"):
         file = {"path": place, "meta": {"_type": "gradio.FileData"}, "orig_name": "x.png"}
-        answer = by_hand(site, "change", file, "coda_net_xs.digits", None, -1, "", 1, 99.5, None)
+        answer = by_hand(site, "change", file, "coda_net_xs.digits", None, -1, "", None, 1, 99.5, None)
         assert '"success":false' in answer, place
         assert "coda-result" not in answer
 
@@ -460,7 +508,7 @@ def test_exported_space_runs(space, browser, model, digits):
         assert page.get_by_role("heading", level=1).inner_text() == "A copy of the page", "its own package"
         assert page.locator(".coda-examples button").count() == 1
         page.close()
-        answer = by_hand(address, "change", None, "coda_net_xs.digits", None, -1, "", 1, 99.5, None)
+        answer = by_hand(address, "change", None, "coda_net_xs.digits", None, -1, "", None, 1, 99.5, None)
         assert '"success":false' in answer and "not in the list of choices" in answer, (
             "visitors can use only its own models"
         )

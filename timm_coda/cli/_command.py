@@ -7,7 +7,7 @@ from typing import Any
 
 from ..hub import ALONE, Processes
 
-__all__ = ["CommandParser", "choose_device", "new_command"]
+__all__ = ["CommandParser", "add_dataset_options", "choose_device", "new_command"]
 
 
 class CommandParser(argparse.ArgumentParser):
@@ -44,6 +44,15 @@ def new_command(
     )
     parser.set_defaults(run=run, shared=shared)
     return parser
+
+
+def add_dataset_options(group: Any, *, otherwise: str) -> None:
+    """Add the options that say which images of a dataset to use; `otherwise` are those without a split to test on."""
+    add = group.add_argument
+    add("--subset", help="configuration of a Hub dataset with several")
+    add("--test-split", metavar="NAME", help=f"split to use (default: validation, else test, else {otherwise})")
+    add("--image-column", metavar="NAME", help="column of images (default: the only one)")
+    add("--label-column", metavar="NAME", help="column of classes (default: by its type, or named label)")
 
 
 def choose_device(name: str | None, processes: Processes = ALONE) -> str:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ._command import CommandParser, choose_device, new_command
+from ._command import CommandParser, add_dataset_options, choose_device, new_command
 
 _DESCRIPTION = """\
 Score a model's own explanations, and those of common methods, on labelled
@@ -58,12 +58,7 @@ def _define(parser: CommandParser) -> None:
     hint = "new or empty folder, or folder of an evaluation to resume"
     add("--output", type=Path, required=True, metavar="FOLDER", help=hint)
     add("--overwrite", action="store_true", help="delete the evaluation in FOLDER and start again")
-    add = parser.add_argument_group("dataset").add_argument
-    add("--subset", help="configuration of a Hub dataset with several")
-    hint = "split to evaluate on (default: validation, else test, else a tenth of the training images)"
-    add("--test-split", metavar="NAME", help=hint)
-    add("--image-column", metavar="NAME", help="column of images (default: the only one)")
-    add("--label-column", metavar="NAME", help="column of classes (default: by its type, or named label)")
+    add_dataset_options(parser.add_argument_group("dataset"), otherwise="a tenth of the training images")
     add = parser.add_argument_group("settings").add_argument
     add("--grids", type=_positive, default=500, metavar="N", help="maximum number of grids (default: 500, the papers')")
     add("--grid-size", type=_positive, default=3, metavar="N", help="cells per side of a grid (default: 3)")

@@ -15,16 +15,17 @@ try:
 except ImportError as error:
     raise ImportError("the page needs gradio: pip install 'timm_coda[demo]'") from error
 
-from ..explanation import Classes, training_data
+from ..explanation import Classes, Unit, receptive_fields, training_data
 from ..images import read_image
 from .examples import Examples
 from .shelf import Shelf, described, layer_names
-from .views import Shown, arrays_file, examples_html, figure_file, result_html
+from .views import Shown, arrays_file, examples_html, figure_file, result_html, unit_html
 
 _HOUR = 3600  # seconds
 _HERE = Path(__file__).parent
 _IMAGE = ""  # value of the layer field for the pixels
 _NOBODY = -1  # value of the contrast field for no class
+_SEARCHED, _STRONGEST = 48, 6  # examples that are searched for a unit's strongest images, and how many are shown
 _EMPTY = '<div class="coda-empty">Drop an image: its explanation appears here.</div>'
 _FOREIGN = _EMPTY.replace("Drop an image", "This image is an example for another model. Drop one of your own")
 _HEAD = (
@@ -97,10 +98,12 @@ class _Page:
             with gr.Column(elem_id="coda-pictures"):
                 self.message = gr.HTML("", elem_id="coda-message", js_on_load=None)
                 self.result = gr.HTML(_EMPTY, js_on_load=(_HERE / "page.js").read_text(encoding="utf-8"))
+                self.seen = gr.HTML("", js_on_load=None)
             with gr.Column(elem_id="coda-settings"):
                 self.target = gr.Dropdown(_numbered(names), value=None, label="Why this class")
                 self.versus = gr.Dropdown(_others(names), value=_NOBODY, label="and not this one")
                 self.layer = gr.Dropdown(_layers(model), value=_IMAGE, label="As a sum over")
+                self.channel = gr.Dropdown([], visible=False, label="What does this channel of the layer see?")
                 hint = "Percentile of the evidence that gets the strongest colour: lower shows weak evidence"
                 self.percentile = gr.Slider(80, 100, 99.5, step=0.1, label="Colour scale", info=hint, buttons=[])
                 widest, window = _windows(model)
@@ -120,6 +123,7 @@ class _Page:
         self.on(self.result.choose, self.choose)
         for part in (self.target, self.versus, self.layer):  # not `input`, which a dropdown triggers twice
             self.on(part.select, self.explain)
+        self.on(self.channel.select, self.see)
         for part in (self.percentile, self.smooth):
             self.on(part.input, self.draw)
         for button, run in ((save_figure, self.save_figure), (save_arrays, self.save_arrays)):
@@ -128,9 +132,11 @@ class _Page:
     def on(self, event: Callable[..., Any], run: Callable[["_Wish"], dict]) -> Any:
         """Register `run` for an event; errors are shown on the page as text."""
 
-        def answer(image, model, target, versus, layer, smooth, percentile, shown, event: gr.EventData) -> dict:
+        def answer(
+            image, model, target, versus, layer, channel, smooth, percentile, shown, event: gr.EventData
+        ) -> dict:
             try:
-                wish = _Wish(image, model, target, versus, layer, smooth, percentile, shown, event)
+                wish = _Wish(image, model, target, versus, layer, channel, smooth, percentile, shown, event)
                 return {self.message: "", **run(wish)}
             except (ValueError, OSError, ImportError) as error:  # our own errors name the problem and the remedy
                 said = str(error)
@@ -143,10 +149,13 @@ class _Page:
 
         return event(
             answer,
-            [self.image, self.model, self.target, self.versus, self.layer, self.smooth, self.percentile, self.shown],
+            [
+                *(self.image, self.model, self.target, self.versus, self.layer, self.channel, self.smooth),
+                *(self.percentile, self.shown),
+            ],
             [
                 *(self.message, self.shown, self.result, self.target, self.versus, self.layer, self.smooth, self.file),
-                self.examples,
+                *(self.examples, self.channel, self.seen),
             ],
             trigger_mode="always_last",
             concurrency_id="explain",
@@ -184,6 +193,22 @@ class _Page:
         """Explain the class, or contrast the classes, of a button pressed in the result."""
         return self._again(wish, wish.event.target_class, wish.event.versus_class)
 
+    def see(self, wish: "_Wish") -> dict:
+        """Show what a unit sees in those of the examples and the visitor's image that activate it most."""
+        if wish.shown is None or wish.channel is None or not wish.layer:
+            return {}
+        model, unit = self.shelf[wish.model], Unit(wish.layer, wish.channel)
+        files = list(self.offer.fitting(Classes.of(model).names)[:_SEARCHED])
+        names = [path.stem for path in files]
+        if wish.image is not None and not self._is_example(wish.image):
+            files, names = [*files, wish.image], [*names, "this image"]
+        pictures = [read_image(file, name="The image") for file in files]
+        found = model.explain(pictures, layer=unit.layer, unit=(unit.channel, "max"), batch_size=16)
+        best = found.value.argsort(descending=True, stable=True)[:_STRONGEST]
+        found, names = found[best], [names[index] for index in best.tolist()]
+        boxes = receptive_fields(model, unit.layer, found.position, tuple(found.images.shape[2:]))
+        return {self.seen: unit_html(unit, found, boxes, names, searched=len(files))}
+
     def draw(self, wish: "_Wish") -> dict:
         """Redraw the current explanation with other settings."""
         if wish.shown is None:
@@ -205,12 +230,16 @@ class _Page:
         other = None if versus == _NOBODY else versus
         explanation = model.explain(picture, target, versus=other, layer=wish.layer or None)
         shown = Shown(wish.model, explanation, Classes.of(model).names, training_data(model))
+        inner = wish.layer != _IMAGE
+        channels = range(explanation.weights.shape[1]) if inner else ()
         return {
+            self.channel: gr.Dropdown([(str(number), number) for number in channels], value=None, visible=inner),
+            self.seen: "",
             self.shown: shown,
             self.result: result_html(shown, smooth=wish.smooth, percentile=wish.percentile),
             self.target: shown.target,
             self.versus: versus,
-            self.smooth: gr.Slider(interactive=wish.layer == _IMAGE),
+            self.smooth: gr.Slider(interactive=not inner),
         }
 
     def _examples(self, model: Any) -> str:
@@ -221,7 +250,7 @@ class _Page:
         return any(path.read_bytes() == content for path in self.offer.paths)
 
     def _nothing(self, result: str) -> dict:
-        return {self.shown: None, self.result: result, self.target: None, self.versus: _NOBODY}
+        return {self.shown: None, self.result: result, self.seen: "", self.target: None, self.versus: _NOBODY}
 
 
 class _Wish(NamedTuple):
@@ -232,6 +261,7 @@ class _Wish(NamedTuple):
     target: int | None
     versus: int
     layer: str
+    channel: int | None
     smooth: int
     percentile: float
     shown: Shown | None

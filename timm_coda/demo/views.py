@@ -14,7 +14,16 @@ import jinja2
 import numpy as np
 from PIL import Image
 
-from ..explanation import EVIDENCE_COLORS, Explanation, color_limit, heatmap
+from ..explanation import (
+    EVIDENCE_COLORS,
+    Explanation,
+    Unit,
+    UnitPicture,
+    color_limit,
+    from_no_pixel,
+    heatmap,
+    unit_pictures,
+)
 
 _BARS = 5
 _SMALL = 128  # pixels per side; up to this size, images are shown with sharp pixels
@@ -91,6 +100,30 @@ def result_html(shown: Shown, *, smooth: int, percentile: float) -> str:
         limit=f"{limit:.2g}",
         colors=", ".join(f"#{bytes(color).hex()}" for color in EVIDENCE_COLORS),
         **names,
+    )
+
+
+def unit_html(unit: Unit, found: Explanation, boxes: Sequence, names: Sequence[str], *, searched: int) -> str:
+    """Render what a unit sees in the images that activate it most.
+
+    Args:
+        unit: the unit
+        found: its explanation at one position of each image, the strongest image first
+        boxes: its receptive fields there, see `explanation.receptive_fields`
+        names: names of the images
+        searched: number of images that were searched
+    """
+    values = found.value.tolist()
+    pictures, limit = unit_pictures(found, boxes)
+    rows = []
+    for value, name, picture, rest in zip(values, names, pictures, from_no_pixel(found), strict=True):
+        if value > 0:
+            parts = zip(UnitPicture._fields, picture, strict=True)
+            sources = {part: _data_url(Image.fromarray(pixels)) for part, pixels in parts}
+            crisp = max(picture.seen.shape) <= _SMALL
+            rows.append({"name": name, "value": f"{value:.4g}", "rest": rest, "crisp": crisp, **sources})
+    return _TEMPLATES.get_template("unit.html").render(
+        unit=unit, rows=rows, searched=searched, largest=f"{values[0]:.3g}", limit=f"{limit:.2g}"
     )
 
 

@@ -19,6 +19,7 @@ from .figures import (
 from .fonts import drawable, font_families
 from .result import Explanation
 from .sheet import GAP, GREY, INK, PANEL, PITCH, Page, letters
+from .units import Unit, UnitPicture, from_no_pixel, peaks, receptive_fields, unit_pictures
 from .writing import remove_leftovers, replacing, temporary_path
 
 __all__ = [
@@ -33,6 +34,8 @@ __all__ = [
     "ExplainMixin",
     "Explanation",
     "Page",
+    "Unit",
+    "UnitPicture",
     "as_pictures",
     "check_finite",
     "color_limit",
@@ -43,12 +46,15 @@ __all__ = [
     "figure",
     "font_families",
     "forget_names",
+    "from_no_pixel",
     "heatmap",
     "letters",
     "listed",
     "output_of",
     "overlay",
+    "peaks",
     "read_names",
+    "receptive_fields",
     "remove_leftovers",
     "replacing",
     "rgba",
@@ -57,4 +63,5 @@ __all__ = [
     "save_image",
     "temporary_path",
     "training_data",
+    "unit_pictures",
 ]

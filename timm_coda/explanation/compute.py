@@ -22,7 +22,7 @@ from .result import Explanation, concatenate
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-__all__ = ["ExplainMixin", "explain", "explanation_mode", "output_of"]
+__all__ = ["ExplainMixin", "explain", "explanation_mode", "output_map", "output_of", "unit_output"]
 
 
 @contextmanager
@@ -90,7 +90,7 @@ class ExplainMixin:
         top: int | None = None,
         versus: int | Sequence[int] | Tensor | None = None,
         layer: str | None = None,
-        unit: int | tuple[int, int, int] | None = None,
+        unit: int | tuple[int, int, int] | tuple[int, str] | None = None,
         batch_size: int | None = None,
     ) -> Explanation:
         """Explain a class exactly: compute which pixels are evidence for and against it.
@@ -110,8 +110,8 @@ class ExplainMixin:
             top: instead of `target`, explain the `top` classes with the largest logits, in that order
             versus: class to contrast with, shaped like `target` or one per image: explains the difference of two logits
             layer: name of an inner layer: explains the class by this layer's output instead of the pixels
-            unit: unit of `layer` to explain by the pixels, instead of a class: a channel, summed over its positions, or
-                (channel, row, column)
+            unit: unit of `layer` to explain by the pixels, instead of a class: a channel, summed over its positions;
+                (channel, row, column); or (channel, "max"), at the position of each image where it is largest
             batch_size: images per forward pass, to limit memory; None for all at once
 
         Returns:
@@ -176,13 +176,14 @@ def _explain_batch(
     top: int | None,
     versus: Tensor | None,
     layer: str | None,
-    unit: tuple[int, ...] | None,
+    unit: tuple[Any, ...] | None,
 ) -> Explanation:
     encoded.requires_grad_()
     with nullcontext() if layer is None else output_of(model, layer) as outputs:
         logits = model(encoded)
     inner = None if layer is None else _only_output(outputs or [], layer)
-    grid = None if inner is None or inner.dim() == 4 else _token_grid(model, encoded, inner, layer)
+    grid = None if inner is None else _token_grid(model, encoded, inner, layer)
+    position = None
 
     prediction = logits.argmax(1)
     chosen: Tensor = prediction if top is None else logits.topk(top, 1).indices
@@ -193,7 +194,8 @@ def _explain_batch(
     bias = model.logits.bias
     source = encoded
     if unit is not None and inner is not None:
-        value, bias = _unit_output(_as_map(inner, grid), unit, layer), 0.0
+        value, position = unit_output(_as_map(inner, grid), unit, layer)
+        bias = 0.0
     else:
         value = exact.gather(1, several)
         source = encoded if inner is None else inner
@@ -223,7 +225,8 @@ def _explain_batch(
         bias=bias,
         versus=versus,
         layer=layer,
-        unit=unit,
+        unit=None if unit is None else tuple(index for index in unit if index != "max"),
+        position=position,
         label_names=names.names if names.labels else None,
     )
 
@@ -336,12 +339,24 @@ def _only_output(outputs: list[Any], layer: str) -> Tensor:
     return outputs[0]
 
 
-def _token_grid(model: Any, encoded: Tensor, tokens: Tensor, layer: str | None) -> tuple[int, int]:
-    """Rows and columns of the tokens (B, N, C)."""
+def _token_grid(model: Any, encoded: Tensor, tokens: Tensor, layer: str | None) -> tuple[int, int] | None:
+    """Rows and columns of the tokens (B, N, C); None for a map (B, C, H, W)."""
+    if tokens.dim() == 4:
+        return None
     rows, columns = model.patch_embed.dynamic_feat_size(encoded.shape[2:]) if hasattr(model, "patch_embed") else (0, 0)
     if rows * columns != tokens.shape[1]:
         raise ValueError(f"layer={layer!r} outputs {list(tokens.shape)}, but the model has {rows} x {columns} tokens")
     return rows, columns
+
+
+def output_map(model: Any, encoded: Tensor, outputs: list[Any], layer: str) -> Tensor:
+    """Return the outputs that `output_of` collected in one forward pass as one map, (B, C, H, W).
+
+    Raises:
+        ValueError: the layer did not output one map, or the tokens of a vision transformer.
+    """
+    inner = _only_output(outputs, layer)
+    return _as_map(inner, _token_grid(model, encoded, inner, layer))
 
 
 def _as_map(x: Tensor, grid: tuple[int, int] | None) -> Tensor:
@@ -349,12 +364,24 @@ def _as_map(x: Tensor, grid: tuple[int, int] | None) -> Tensor:
     return x.transpose(1, 2).unflatten(2, grid) if grid is not None and x.dim() == 3 else x
 
 
-def _unit_output(inner: Tensor, unit: tuple[int, ...], layer: str | None) -> Tensor:
-    """The unit's output, (B, 1), float32 or better; a channel alone is summed over its positions."""
-    size = inner.shape[1:] if len(unit) == 3 else inner.shape[1:2]
-    if len(unit) != len(size) or not all(0 <= index < limit for index, limit in zip(unit, size, strict=True)):
-        raise ValueError(
-            f"unit={unit}: layer {layer!r} has size {list(inner.shape[1:])}; give a channel, or (channel, row, column)"
-        )
-    inner = inner.to(torch.promote_types(inner.dtype, torch.float32))
-    return inner[:, unit[0]].sum((1, 2))[:, None] if len(unit) == 1 else inner[:, unit[0], unit[1], unit[2], None]
+def unit_output(inner: Tensor, unit: tuple[Any, ...], layer: str | None) -> tuple[Tensor, Tensor | None]:
+    """The unit's output, (B, 1), float32 or better, and its row and column, (B, 2); a channel alone is summed."""
+    strongest = unit[1:] == ("max",)
+    indices = unit[:1] if strongest else unit
+    size = list(inner.shape[1:])
+    fits = [isinstance(index, int) and 0 <= index < limit for index, limit in zip(indices, size, strict=False)]
+    if len(indices) not in (1, 3) or not all(fits):
+        remedy = "give a channel, or (channel, row, column), or (channel, 'max')"
+        remedy = f"its channels are 0 to {size[0] - 1}" if fits and not fits[0] else remedy
+        raise ValueError(f"unit={unit}: layer {layer!r} has size {size}; {remedy}")
+    channel = inner[:, unit[0]]
+    channel = channel.to(torch.promote_types(channel.dtype, torch.float32))
+    columns = channel.shape[2]
+    if strongest:
+        place = channel.flatten(1).argmax(1)
+    elif len(indices) == 3:
+        place = torch.full((len(channel),), indices[1] * columns + indices[2], device=channel.device)
+    else:
+        return channel.sum((1, 2))[:, None], None
+    position = torch.stack([place // columns, place % columns], 1)
+    return channel.flatten(1).gather(1, place[:, None]), position

@@ -48,7 +48,9 @@ class Explanation:
     layer: str | None = None
     """Layer whose output `weights` apply to (without `unit`), or layer of the explained unit; None for the pixels."""
     unit: tuple[int, ...] | None = None
-    """Explained unit of `layer`: (channel,), summed over positions, or (channel, row, column)."""
+    """Explained unit of `layer`: (channel,), at `position` or summed over positions, or (channel, row, column)."""
+    position: Tensor | None = None
+    """Row and column of the explained unit in each image, (B, 2); None for a sum over positions."""
     label_names: tuple[str, ...] | None = None
     """Name of each class."""
 
@@ -102,7 +104,8 @@ class Explanation:
     def _titles(self, label_names: Sequence[str] | None) -> list[list[str]]:
         """Headings of the maps, (B, T): a class, a contrast of two classes, or a unit of a layer."""
         if self.unit is not None:
-            return [[f"{self.layer} {', '.join(map(str, self.unit))}"]] * len(self)
+            places = [[]] * len(self) if self.position is None else self.position.tolist()
+            return [[f"{self.layer} {', '.join(map(str, [self.unit[0], *place]))}"] for place in places]
         names = [f"class {i}" for i in range(self.logits.shape[1])] if label_names is None else label_names
         targets: list[list[int]] = self.target.reshape(len(self), -1).tolist()
         if self.versus is None:
