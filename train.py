@@ -79,9 +79,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--val-fraction", type=float, default=0.1, help="fraction of training images held out if no test split exists")
     add("--image-column", help="column of images (default: the only one, else image or img)")
     add("--label-column", help="column of labels (default: the class column, else label, class, category or target)")
-    add(
-        "--hold-out", type=natural, default=0, help="training images that choose the best epoch; 0: the test split does"
-    )
+    add("--hold-out", type=natural, default=0, help="training images that choose the best epoch; 0: test images do")
     add("--num-classes", type=positive, help="number of classes (default: the dataset's)")
     add("--workers", type=natural, default=2, help="processes that decode images; 0 is best for tiny images")
     buffer = {"type": positive, "nargs": "?", "const": 8192, "metavar": "IMAGES"}

@@ -79,7 +79,7 @@ def rates(args: argparse.Namespace, notes: Notebook) -> None:
 def tests(args: argparse.Namespace, notes: Notebook) -> None:
     """Run the tests marked `gpu`; say which failed and why, also if there was no time for all."""
     said = args.work / "tests.txt"
-    command = [sys.executable, "-m", "pytest", "-m", "gpu", "-v", "-p", "no:cacheprovider", "--maxfail", "1000"]
+    command = [sys.executable, "-m", "pytest", "-m", "gpu", "-v", "-p", "no:cacheprovider"]
     command += ["--dist", "load", "-n", str(min(os.cpu_count() or 1, 14)), "tests/gpu"]
     if args.tiny:
         command += ["-k", "one_position and contiguous", "-W", "ignore:Conversion of an array"]
@@ -100,7 +100,7 @@ def tests(args: argparse.Namespace, notes: Notebook) -> None:
     (args.output / "tests.txt").write_text("\n".join(lines))
     if not found:
         raise RuntimeError("no test was run")
-    wrong = [name for name in failed if "test_cuda_kernels" in name and "-float32-" not in name]
+    wrong = [name for name in failed if "test_cuda_kernels" in name and "float32" not in name]
     right = [name for name in names["PASSED"] if "test_cuda_kernels" in name]
     notes.add(kernels_are_right=not wrong and len(right) > (0 if args.tiny else 100))
 
@@ -445,7 +445,8 @@ def run_parts(args: argparse.Namespace) -> int:
         reason = "" if right or args.device == "cpu" else "the kernels were not proved right: " + tests_said(state)
         if name == "train" and args.epochs is None:
             args.epochs = epochs_for(state, limit, args)
-        if (args.output / "tiles.json").exists() and (args.work / "tuned").exists() and right:
+        tuned = (args.output / "tiles.json").exists() and (args.work / "tuned").exists()
+        if args.device == "cuda" and tuned and right:  # a rehearsal leaves the package as it is
             (ROOT / "timm_coda/layers/kernels/tiles.json").write_bytes((args.output / "tiles.json").read_bytes())
         backend = "cpu" if args.device == "cpu" else "triton" if right else "torch"
         state[name] = {"status": "running", "limit": limit, "backend": backend, "why": reason}

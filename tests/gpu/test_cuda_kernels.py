@@ -8,12 +8,11 @@ import pytest
 import torch
 
 from helpers import relative_error
+from helpers.dau_cases import NAMES, assert_equals_reference, gradients, random_problem
 from helpers.gpu import DEVICE, needs_gpu, skip_in_rehearsal
-from timm_coda.layers import reference
 
 pytestmark = needs_gpu
 
-NAMES = ("x", "down", "up", "up_bias")
 # name: input (B, C, H, W), units, rank, kernel, stride, padding, dilation
 CASES = {
     "rank_8": ((3, 6, 17, 15), 16, 8, 3, 1, 1, 1),
@@ -37,29 +36,12 @@ PRECISIONS = {
 }
 
 
-def gradients(y, tensors):
-    g = torch.randn(y.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-    return torch.autograd.grad(y, tensors, g.to(y.device, y.dtype))
-
-
 @pytest.fixture
 def tf32():
     """Restores torch's setting."""
     before = torch.backends.cuda.matmul.allow_tf32
     yield
     torch.backends.cuda.matmul.allow_tf32 = before
-
-
-def random_problem(shape, units, rank, kernel):
-    generator = torch.Generator().manual_seed(0)
-    inputs = shape[1] * kernel**2
-    sizes = [
-        (shape, 1.0),
-        ((rank, shape[1], kernel, kernel), inputs**-0.5),
-        ((units * rank, shape[1], kernel, kernel), rank**-0.5),
-        ((units, shape[1], kernel, kernel), 0.5),
-    ]
-    return [scale * torch.randn(size, generator=generator) for size, scale in sizes]
 
 
 @pytest.mark.parametrize("activation", ["squash", "l2"])
@@ -76,17 +58,7 @@ def test_equals_reference(case, precision, activation, layout, tf32):
     tensors = [
         t.to(DEVICE, dtype, memory_format=layout).requires_grad_() for t in random_problem(shape, units, rank, kernel)
     ]
-    exact = [t.detach().double().requires_grad_() for t in tensors]
-    expected = reference.dau_conv2d(*exact, *options)
-    y = dau_triton.dau_conv2d(*tensors, *options, frozen=False)
-    assert y.dtype == dtype
-    assert relative_error(y, expected) < bound
-    for name, actual, right in zip(NAMES, gradients(y, tensors), gradients(expected, exact), strict=True):
-        assert relative_error(actual, right) < bound, name
-    frozen = dau_triton.dau_conv2d(tensors[0], *(t.detach() for t in tensors[1:]), *options, frozen=True)
-    assert torch.equal(frozen, y)
-    right = gradients(reference.dau_conv2d(*exact, *options, frozen=True), exact[:1])[0]
-    assert relative_error(gradients(frozen, tensors[:1])[0], right) < bound
+    assert_equals_reference(dau_triton.dau_conv2d, tensors, options, bound)
 
 
 def test_more_numbers_than_32_bits_count():

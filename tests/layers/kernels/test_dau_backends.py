@@ -10,17 +10,11 @@ import torch
 
 import timm_coda
 from helpers import relative_error
-from helpers.dau_cases import CASES, problem
+from helpers.dau_cases import CASES, NAMES, assert_equals_reference, gradients, problem, random_problem
 from timm_coda.layers import functional, reference
 from timm_coda.layers.kernels import dau_cpu, dau_torch, products, tiles
 
-NAMES = ("x", "down", "up", "up_bias")
 FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
-
-
-def gradients(y, tensors):
-    g = torch.randn(y.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64).to(y.dtype)
-    return torch.autograd.grad(y, tensors, g)
 
 
 @pytest.mark.parametrize("block", ["whole", "tiny", "forgetful"])
@@ -262,28 +256,10 @@ def test_triton_equals_reference(cuda_kernels, case, activation, dtype, bound):
     if dtype == torch.bfloat16 and not torch.cuda.is_available():
         pytest.skip("Triton's interpreter has no bfloat16 products: needs a GPU; float16 is tested instead")
     shape, units, rank, kernel, *pairs = TRITON_CASES[case]
-    generator = torch.Generator().manual_seed(0)
-    inputs = shape[1] * kernel**2
-    sizes = [
-        (shape, 1),
-        ((rank, shape[1], kernel, kernel), inputs**-0.5),
-        ((units * rank, shape[1], kernel, kernel), rank**-0.5),
-    ]
-    sizes.append(((units, shape[1], kernel, kernel), 0.5))
-    exact = [(scale * torch.randn(size, generator=generator)).double().requires_grad_() for size, scale in sizes]
-    options = [*((n, n) for n in pairs), activation]
-    expected = reference.dau_conv2d(*exact, *options)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    tensors = [t.detach().to(device, dtype).requires_grad_() for t in exact]
-    y = cuda_kernels.dau_conv2d(*tensors, *options, frozen=False)
-    assert y.dtype == dtype
-    assert relative_error(y, expected) < bound
-    for name, actual, right in zip(NAMES, gradients(y, tensors), gradients(expected, exact), strict=True):
-        assert relative_error(actual, right) < bound, name
-    frozen = cuda_kernels.dau_conv2d(tensors[0], *(t.detach() for t in tensors[1:]), *options, frozen=True)
-    assert torch.equal(frozen, y)
-    right = gradients(reference.dau_conv2d(*exact, *options, frozen=True), exact[:1])[0]
-    assert relative_error(gradients(frozen, tensors[:1])[0], right) < bound
+    tensors = [t.to(device, dtype).requires_grad_() for t in random_problem(shape, units, rank, kernel)]
+    options = [*((n, n) for n in pairs), activation]
+    assert_equals_reference(cuda_kernels.dau_conv2d, tensors, options, bound)
 
 
 def test_triton_leaves_odd_cases_to_convolutions(cuda_kernels, monkeypatch):
